@@ -1,0 +1,69 @@
+# One command for each thing one does here. Every target sets up its own environment; the second time that costs nothing.
+SHELL := bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Two test processes with one thread each; nothing that a test needs comes from a model hub.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
+
+.PHONY: help install demo test test-slow test-real lint types imports format bench docs clean
+
+help: ## list these targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(DEV): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time this takes a few minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(DOCS): $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+install: $(DEV) ## set the environment up and do nothing else
+
+demo: $(DEV) ## two small models that each fail a task solve it together (about five minutes on two cores)
+	$(BIN)/calm demo
+
+test: $(DEV) ## the tests, without the slow ones and those on real checkpoints
+	$(PYTEST) -m "not slow and not real" $(PYTEST_ARGS)
+
+test-slow: $(DEV) ## the slow tests
+	$(PYTEST) -m "slow and not real" --timeout 1800 $(PYTEST_ARGS)
+
+test-real: $(DEV) ## the tests on real checkpoints
+	$(PYTEST) -m real --timeout 1800 $(PYTEST_ARGS)
+
+lint: $(DEV) ## ruff: lint and format, checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV) ## ruff: lint and format, repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV) ## mypy
+	$(BIN)/mypy
+
+imports: $(DEV) ## the import order of the rooms
+	$(BIN)/lint-imports
+
+bench: $(DEV) ## what composition costs, against its parts; writes benchmarks/results/
+	$(BIN)/python benchmarks/overhead.py
+
+docs: $(DOCS) ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## remove the environment, caches and builds; runs/ and results/ stay
+	rm -rf $(VENV) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

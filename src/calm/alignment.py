@@ -1,0 +1,120 @@
+"""Which augmenting positions each anchor position may see, and the attention bias that says so.
+
+One idea serves every case: for each anchor position, *how many* augmenting positions it sees (`visible`). The same
+tokenizer gives t + 1; "prompt only" cuts that at the prompt's length; other tokenizers only change how `visible` is
+counted. Padding is never seen, and neither is another document of a packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def visible_same_tokenizer(
+    query_length: int, past_length: int | Tensor, prompt_length: int | Tensor | None, device: torch.device
+) -> Tensor:
+    """Count the augmenting positions that each anchor position sees when both models read the same tokens.
+
+    Position t sees positions 0..t. With a `prompt_length` (attend mode "prompt", the paper's encoder ablation) it sees
+    those of them that belong to the prompt, so that this mode does not leak within the prompt either and gives the
+    same numbers whether a prompt is prefilled at once or in chunks.
+
+    Args:
+        query_length: Number of new anchor positions.
+        past_length: Number of positions before them (an int, or a 0-d tensor from a static cache).
+        prompt_length: Leading columns that are prompt, padding included: one number, or `[batch]`, or `None`.
+        device: Where the result lives.
+
+    Returns:
+        Int64 `[1 or batch, query_length]`.
+    """
+    visible = torch.arange(1, query_length + 1, device=device) + past_length
+    visible = visible.unsqueeze(0)
+    if prompt_length is None:
+        return visible
+    if isinstance(prompt_length, Tensor):
+        return torch.minimum(visible, prompt_length.to(device).reshape(-1, 1))
+    return visible.clamp(max=prompt_length)
+
+
+def document_ids(position_ids: Tensor) -> Tensor:
+    """Number the documents of packed rows: a new one starts wherever positions do not go on by one.
+
+    Args:
+        position_ids: Int64 `[batch, length]`, restarting at 0 at each document.
+
+    Returns:
+        Int64 `[batch, length]`.
+    """
+    return (position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+@dataclass
+class Alignment:
+    """The additive attention bias of one forward pass, shared by every connection.
+
+    Attributes:
+        bias: Float32 `[1 or batch, 1 or heads, query length, key length]`: `-inf` where an augmenting position is not
+            seen, otherwise the ALiBi penalty (0 without slopes).
+        sees: Bool `[1 or batch, query length, 1]`, false where an anchor position sees nothing, or `None` when every
+            position sees something. Such a position has no `-inf` in its `bias`, which keeps the softmax finite; the
+            connection leaves its hidden state as it is.
+    """
+
+    bias: Tensor
+    sees: Tensor | None
+
+    def to(self, device: torch.device) -> Alignment:
+        """The same alignment on another device (a base spread over several has its connections spread likewise)."""
+        if self.bias.device == device:
+            return self
+        return Alignment(self.bias.to(device), None if self.sees is None else self.sees.to(device))
+
+
+def align(
+    visible: Tensor,
+    key_length: int,
+    padding_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    slopes: Tensor | None = None,
+    may_be_blind: bool = False,
+) -> Alignment:
+    """Turn counts of visible positions into an attention bias.
+
+    Args:
+        visible: Int64 `[1 or batch, query_length]`, from `visible_same_tokenizer`.
+        key_length: Number of augmenting positions held, those of a static cache that are still empty included.
+        padding_mask: `[batch, <= key_length]`, 1 for a token and 0 for padding; missing columns count as padding.
+        documents: Int64 `[batch, key_length]` from `document_ids`, for packed rows without a cache.
+        slopes: Float32 `[heads]`, ALiBi slopes (Press et al., arXiv 2108.12409) over the distance from the last
+            position seen, counted in real tokens.
+        may_be_blind: Whether `visible` may be 0 somewhere.
+
+    Returns:
+        The alignment.
+    """
+    positions = torch.arange(key_length, device=visible.device)
+    seen = positions < visible.unsqueeze(-1)  # [1 or batch, query, key]
+    key_positions = positions.unsqueeze(0)
+    if padding_mask is not None:
+        real = torch.nn.functional.pad(padding_mask.bool(), (0, key_length - padding_mask.shape[1]))
+        seen = seen & real.unsqueeze(1)
+        key_positions = real.cumsum(-1) - 1
+        may_be_blind = True
+    if documents is not None:
+        seen = seen & (documents.unsqueeze(1) == documents.unsqueeze(2))
+
+    sees = None
+    if may_be_blind:
+        sees = seen.any(-1, keepdim=True)
+        seen = seen | ~sees
+    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")).unsqueeze(1)
+    if slopes is not None:
+        rows = max(visible.shape[0], key_positions.shape[0])
+        last = key_positions.expand(rows, -1).gather(1, (visible - 1).clamp(min=0).expand(rows, -1))
+        distance = (last.unsqueeze(-1) - key_positions.unsqueeze(1)).clamp(min=0)
+        bias = bias - slopes.to(bias.device).view(1, -1, 1, 1) * distance.unsqueeze(1)
+    return Alignment(bias, sees)

@@ -1,0 +1,117 @@
+"""Connection: project an augmenting model's layer output, attend to it from the anchor's, add. All that is trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from calm.alignment import Alignment
+from calm.errors import CalmError
+
+NORM_EPS = 1e-6
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Fixed ALiBi slopes, one a head: a geometric sequence that falls from 2 over about eight octaves.
+
+    Press et al. (arXiv 2108.12409) start at 2^(-8/heads); starting higher gives some heads a sharp recency prior from
+    the first step, which is what speeds learning up (docs/dev/LOG.md, "attention").
+
+    Args:
+        num_heads: Number of heads.
+
+    Returns:
+        Float32 `[num_heads]`.
+    """
+    return torch.tensor([2.0 ** (1 - 8 * head / max(num_heads, 8)) for head in range(num_heads)])
+
+
+class Connection(GradientCheckpointingLayer):
+    """One connection: `H_B + f_cross(f_proj(H_A), H_B)` (paper, section 3.1).
+
+    `W_O` starts at zero, so that a new composition is the anchor, bit for bit. With `attention="normalized"` queries
+    and context are RMS-normalised (without weights of their own: the projections that follow absorb them) and the
+    scores carry ALiBi slopes; `"paper"` has neither. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
+
+    Args:
+        augmenting_width: `D_A`, width of the augmenting layer's output.
+        anchor_width: `D_B`, width of the anchor layer's output.
+        num_heads: `N_H`; must divide `anchor_width`.
+        attention: `"normalized"` or `"paper"`.
+
+    Raises:
+        CalmError: If `num_heads` does not divide `anchor_width`.
+    """
+
+    def __init__(self, augmenting_width: int, anchor_width: int, num_heads: int, attention: str = "normalized"):
+        super().__init__()
+        if anchor_width % num_heads:
+            raise CalmError(f"num_heads={num_heads} does not divide the anchor's width {anchor_width}.")
+        self.num_heads = num_heads
+        self.normalize = attention == "normalized"
+        self.f_proj = nn.Linear(augmenting_width, anchor_width, bias=False)
+        self.w_q = nn.Linear(anchor_width, anchor_width, bias=False)
+        self.w_k = nn.Linear(anchor_width, anchor_width, bias=False)
+        self.w_v = nn.Linear(anchor_width, anchor_width, bias=False)
+        self.w_o = nn.Linear(anchor_width, anchor_width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the identity: every matrix but `W_O` keeps the variance of its input, `W_O` is zero."""
+        for linear in (self.f_proj, self.w_q, self.w_k, self.w_v):
+            nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+        nn.init.zeros_(self.w_o.weight)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        alignment: Alignment,
+        cache_layer: CacheLayerMixin | None = None,
+    ) -> Tensor:
+        """Look up in the augmenting model's layer output what the anchor's layer output asks for: `f_cross`.
+
+        Computes in the dtype of the connection's weights and returns that of `hidden`.
+
+        Args:
+            hidden: `H_B`, `[batch, query length, D_B]`.
+            context: `H_A` at the new positions, `[batch, query length, D_A]`.
+            alignment: Who sees what, for `query length x key length`.
+            cache_layer: Holds keys and values of earlier positions; the new ones are appended.
+
+        Returns:
+            What is to be added to `hidden`: `[batch, query length, D_B]`, its dtype and device.
+        """
+        queries, keys, values = self.project(hidden, context)
+        if cache_layer is not None:
+            keys, values = cache_layer.update(keys, values)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=alignment.bias.to(queries.dtype)
+        )
+        injection = self.w_o(attended.transpose(1, 2).flatten(2)).to(hidden.dtype)
+        if alignment.sees is not None:
+            injection = injection * alignment.sees
+        return injection
+
+    def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from the anchor, keys and values from the augmenting model.
+
+        Returns:
+            Three tensors `[batch, heads, length, D_B / heads]`.
+        """
+        dtype = self.w_q.weight.dtype
+        hidden, context = hidden.to(dtype), context.to(dtype)
+        if self.normalize:
+            hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
+            context = F.rms_norm(context, context.shape[-1:], eps=NORM_EPS)
+        context = self.f_proj(context)
+        queries, keys, values = self.w_q(hidden), self.w_k(context), self.w_v(context)
+        return self._split_heads(queries), self._split_heads(keys), self._split_heads(values)
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

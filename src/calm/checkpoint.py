@@ -1,0 +1,230 @@
+"""Composition-only checkpoints: writing them atomically, reading them back with clear errors, and their model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import cached_file
+
+from calm.config import CalmConfig
+from calm.errors import CheckpointError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONNECTIONS_PREFIX = "connections."
+
+
+def write(
+    directory: str | os.PathLike[str],
+    config: CalmConfig,
+    state_dict: Mapping[str, Tensor],
+    generation_config: GenerationConfig | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a composition: `config.json`, its weights as safetensors, and a model card.
+
+    Everything is first written beside its final place and then renamed, so that an interrupted or failed write (a
+    full disk) leaves what was there before.
+
+    Args:
+        directory: Where to; made if missing.
+        config: The composition's configuration.
+        state_dict: Composition parameters, keys starting with `connections.`; others are left out.
+        generation_config: Written as `generation_config.json` if given.
+        max_shard_size: Largest weights file, in bytes or as "5GB".
+
+    Raises:
+        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters.
+    """
+    weights = {key: value for key, value in state_dict.items() if key.startswith(CONNECTIONS_PREFIX)}
+    if not weights:
+        raise CheckpointError("The state dict to save holds no composition parameters (keys 'connections.*').")
+    target = Path(directory)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write to {os.fspath(directory)!r}: {error}") from error
+    try:
+        save_torch_state_dict(weights, staging, max_shard_size=max_shard_size)
+        config.save_pretrained(staging)
+        if generation_config is not None:
+            generation_config.save_pretrained(staging)
+        if not (target / "README.md").exists():
+            model_card(config, sum(w.numel() for w in weights.values())).save(staging / "README.md")
+        _move_over(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Saving to {os.fspath(directory)!r} failed and left what was there as it was: {error}"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_over(staging: Path, target: Path) -> None:
+    written = {path.name for path in staging.iterdir()}
+    for name in sorted(written):
+        os.replace(staging / name, target / name)
+    for stale in target.glob("model*.safetensors*"):  # shards of an earlier save with another shard size
+        if stale.name not in written:
+            stale.unlink()
+
+
+def read_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> CalmConfig:
+    """Read a composition's configuration.
+
+    Raises:
+        CheckpointError: If there is none, if it is not that of a composition, or of a newer format.
+    """
+    name = os.fspath(path)
+    try:
+        values, _ = CalmConfig.get_config_dict(name, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name!r} holds no composition: {error}") from error
+    if values.get("model_type") != CalmConfig.model_type:
+        raise CheckpointError(
+            f"{name!r} holds a model of type {values.get('model_type')!r}, not a composition ('calm'). "
+            "Compose it first: calm.compose(anchor, augmenting)."
+        )
+    return CalmConfig.from_dict(values)
+
+
+def read_weights(path: str | os.PathLike[str], expected: Mapping[str, Tensor], **hub_kwargs: Any) -> dict[str, Tensor]:
+    """Read a composition's weights and check them against the model that they are for.
+
+    Args:
+        path: Folder or hub name.
+        expected: The model's own composition parameters: keys and shapes.
+        hub_kwargs: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        Tensors by key, on the CPU, dtype as stored.
+
+    Raises:
+        CheckpointError: If files are missing, truncated or corrupted, or if a key or a shape differs.
+    """
+    name = os.fspath(path)
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(name, **hub_kwargs):
+        try:
+            weights |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file!r} is truncated or corrupted ({error}). Take the checkpoint from before it, or save or "
+                "download it again."
+            ) from error
+    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"The weights in {name!r} do not fit its configuration: {len(missing)} missing {missing[:2]}, "
+            f"{len(unexpected)} unexpected {unexpected[:2]}."
+        )
+    for key, weight in weights.items():
+        if weight.shape != expected[key].shape:
+            raise CheckpointError(
+                f"{key!r} in {name!r} has shape {tuple(weight.shape)}, expected {tuple(expected[key].shape)}: the "
+                "weights and the configuration are of different compositions."
+            )
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(f"{key!r} in {name!r} holds NaN or infinite values.")
+    return weights
+
+
+def _weight_files(name: str, **hub_kwargs: Any) -> list[str]:
+    def find(file: str) -> str | None:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+
+    if single := find(WEIGHTS_NAME):
+        return [single]
+    index = find(INDEX_NAME)
+    if index is None:
+        raise CheckpointError(f"{name!r} has a configuration but no weights ({WEIGHTS_NAME} or {INDEX_NAME}).")
+    try:
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index!r} is not a valid index of weight files: {error}") from error
+    files = {shard: find(shard) for shard in shards}
+    if lost := [shard for shard, file in files.items() if file is None]:
+        raise CheckpointError(f"{name!r} lacks the weight files {lost} that its index names.")
+    return [file for file in files.values() if file is not None]
+
+
+def model_card(config: CalmConfig, num_parameters: int) -> ModelCard:
+    """Describe a composition for people: its bases, its connections, its size, and how to load it.
+
+    Args:
+        config: The composition's configuration.
+        num_parameters: Number of composition parameters.
+
+    Returns:
+        The card, with the hub's metadata.
+    """
+    anchor = describe_reference(config.anchor_reference, config.anchor_config.model_type)
+    augmenting = {
+        name: describe_reference(config.augmenting_references.get(name, {}), base.model_type)
+        for name, base in config.augmenting_configs.items()
+    }
+    references = [config.anchor_reference, *config.augmenting_references.values()]
+    data = ModelCardData(
+        library_name="calm-lm",
+        pipeline_tag="text-generation",
+        tags=["calm", "composition"],
+        base_model=[
+            r["name_or_path"] for r in references if r.get("name_or_path") and not os.path.exists(r["name_or_path"])
+        ]
+        or None,
+    )
+    rows = "\n".join(
+        f"| {pair.augmenting} | {pair.augmenting_layer} | {pair.anchor_layer} |" for pair in config.layer_pairs
+    )
+    models = "\n".join(f"- augmenting model `{name}`: {text}" for name, text in augmenting.items())
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# A composition of {1 + len(augmenting)} language models
+
+Made with [calm-lm](https://arxiv.org/abs/2401.02412) (CALM: Composition to Augment Language Models). It holds only the
+{num_parameters:,} composition parameters; the frozen bases are loaded from where they are:
+
+- anchor: {anchor}
+{models}
+
+{len(config.layer_pairs)} connections ({config.num_heads} heads, attention "{config.attention}", attend \
+"{config.attend}"), layers counted from 0:
+
+| augmenting model | augmenting layer | anchor layer |
+|---|---|---|
+{rows}
+
+```python
+import calm
+
+model = calm.CalmForCausalLM.from_pretrained("THIS_REPOSITORY")
+```
+"""
+    )
+
+
+def describe_reference(reference: Mapping[str, Any], model_type: str) -> str:
+    """A base in a few words: its name, file, revision and architecture."""
+    name = reference.get("name_or_path") or "given by hand"
+    parts = [f"`{name}`", f"({model_type})"]
+    if reference.get("gguf_file"):
+        parts.insert(1, f"file `{reference['gguf_file']}`")
+    if reference.get("revision"):
+        parts.insert(1, f"at `{reference['revision']}`")
+    return " ".join(parts)

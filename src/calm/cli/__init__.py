@@ -1,0 +1,58 @@
+"""The command line `calm`: one thin file a command. Torch is imported inside commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from calm.cli import chat, compose, demo, generate, inspect_, plan, train
+from calm.errors import CalmError
+
+
+class _Commands(TyperGroup):
+    """The group of commands; turns the errors meant for users into a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CalmError as error:
+            _print_error(f"[bold red]error:[/] {escape(str(error))}")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interruption:
+            _print_error(f"[bold]{escape(str(interruption) or 'interrupted')}[/]")
+            raise typer.Exit(130) from interruption
+
+
+def _print_error(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(message)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="calm",
+    help="Compose two language models with a few trained cross-attention connections (CALM, arXiv 2401.02412).",
+    epilog="Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
+app.command("compose")(compose.compose)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect_.inspect)
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    app(prog_name="calm")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Loads a composition and its tokenizer for the commands that generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from calm.cli.arguments import parse_augmenting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from calm.model import CalmForCausalLM
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a composition.")]
+Anchor = Annotated[str | None, typer.Option(help="Where the anchor is now, if it has moved.")]
+Augmenting = Annotated[list[str] | None, typer.Option(help="Where the augmenting model is now (NAME=PATH for several).")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (the GPU if there is one).")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; above: sample.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+
+
+def load(
+    model: str, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
+) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
+    """Loads a composition, on the GPU if there is one, and its tokenizer, set to pad on the left.
+
+    Raises:
+        CalmError: If either cannot be loaded.
+    """
+    import torch
+
+    import calm
+    from calm.data import load_tokenizer
+
+    composed = calm.CalmForCausalLM.from_pretrained(
+        model, anchor=anchor, augmenting=parse_augmenting(augmenting) if augmenting else None, dtype=dtype
+    )
+    composed.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return composed, tokenizer
+
+
+def sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, object]:
+    """The arguments of `generate` for these options, all given, so that no base's defaults come in between."""
+    from transformers import set_seed
+
+    if seed is not None:
+        set_seed(seed)
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

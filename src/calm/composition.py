@@ -1,0 +1,165 @@
+"""compose(): two or more frozen models in, one composed model out."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from calm import backbones
+from calm.backbones import Source
+from calm.config import CalmConfig, depth_of
+from calm.connections import choose_pairs
+from calm.errors import CalmError, UnsupportedModelError
+from calm.model import CalmForCausalLM
+
+Base = PreTrainedModel | str | os.PathLike[str]
+
+
+def compose(
+    anchor: Base,
+    augmenting: Base | Mapping[str, Base],
+    connections: int | Iterable[tuple[int, int]] | Mapping[str, int | Iterable[tuple[int, int]]] = 4,
+    *,
+    num_heads: int | None = None,
+    attention: str = "normalized",
+    attend: str = "causal",
+    anchor_tokenizer: PreTrainedTokenizerBase | None = None,
+    augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
+    **load_kwargs: Any,
+) -> CalmForCausalLM:
+    """Compose a frozen anchor with frozen augmenting models (paper, section 3).
+
+    The result is the anchor, bit for bit, until its connections are trained. Everything that can be wrong with the
+    choice of models and layers is checked on their configurations, before any weight is loaded.
+
+    Args:
+        anchor: The anchor `m_B`: a causal language model, or its hub name, folder or GGUF file.
+        augmenting: The augmenting model `m_A` likewise, or several by name; cost is linear in their number.
+        connections: How many connections at a uniform gap (per augmenting model), or `(augmenting layer, anchor
+            layer)` pairs, 0-based, or either by the augmenting model's name.
+        num_heads: Heads of a connection; the anchor's number by default.
+        attention: `"normalized"`, or `"paper"` for the paper's formula to the letter.
+        attend: `"causal"`, or `"prompt"` for the paper's ablation of the augmenting model as an encoder.
+        anchor_tokenizer: The tokenizer of an anchor given as a loaded model.
+        augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models.
+        load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `revision`, `token`, ...).
+
+    Returns:
+        The composed model in evaluation mode; its connections have the anchor's dtype and devices.
+
+    Raises:
+        CalmError: If connections, heads or modes do not fit the models.
+        UnsupportedModelError: If an architecture cannot be composed.
+        TokenizerMismatchError: If an augmenting model has another tokenizer than the anchor.
+        CheckpointError: If a base cannot be loaded or holds NaN.
+    """
+    bases = dict(augmenting) if isinstance(augmenting, Mapping) else {"augmenting": augmenting}
+    if not bases:
+        raise CalmError("augmenting={}: expected at least one augmenting model.")
+    for name in bases:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise CalmError(f"The augmenting model's name {name!r}: expected letters, digits and underscores.")
+
+    revision = load_kwargs.pop("revision", None)
+    anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", revision)
+    if isinstance(anchor, PreTrainedModel) and not anchor.can_generate():
+        raise UnsupportedModelError(
+            f"The anchor is a {type(anchor).__name__}, which has no language-model head: pass a ...ForCausalLM."
+        )
+    anchor_tokenizer = anchor_tokenizer or (backbones.load_tokenizer(anchor_source) if anchor_source else None)
+
+    tokenizers = augmenting_tokenizer if isinstance(augmenting_tokenizer, Mapping) else {}
+    looked_at = {}
+    for name, base in bases.items():
+        base, config, source = _look_at(base, "augmenting model", revision)
+        looked_at[name] = base, config, source
+        tokenizer = tokenizers.get(name) if tokenizers else augmenting_tokenizer
+        backbones.check_same_tokenizer(
+            anchor_tokenizer,
+            tokenizer or (backbones.load_tokenizer(source) if source else None),
+            anchor_config,
+            config,
+            (_name(anchor, anchor_source), _name(base, source)),
+        )
+
+    config = CalmConfig(
+        anchor_config=_snapshot(anchor_config),
+        augmenting_configs={name: _snapshot(config) for name, (_, config, _) in looked_at.items()},
+        connections=[
+            pair.to_dict()
+            for pair in choose_pairs(
+                connections,
+                {name: depth_of(config) for name, (_, config, _) in looked_at.items()},
+                depth_of(anchor_config),
+            )
+        ],
+        num_heads=num_heads,
+        attention=attention,
+        attend=attend,
+    )
+
+    anchor_model = anchor if anchor_source is None else backbones.load_anchor(anchor_source, **load_kwargs)
+    augmenting_models = {
+        name: backbones.truncated(base, config.augmenting_depth(name))
+        if source is None
+        else backbones.load_augmenting(source, config.augmenting_depth(name), **load_kwargs)
+        for name, (base, _, source) in looked_at.items()
+    }
+    backbones.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
+    config.anchor_reference = _reference(anchor_model, anchor_source)
+    for name, model in augmenting_models.items():
+        base, _, source = looked_at[name]
+        backbones.check_finite(model, f"the augmenting model {_name(base, source)}")
+        config.augmenting_references[name] = _reference(model, source)
+    return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
+
+
+def _look_at(base: Any, role: str, revision: str | None) -> tuple[Any, PreTrainedConfig, Source | None]:
+    """Tell a loaded model from a name, and check that its architecture can be composed."""
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(base, peft.PeftModel):
+        base = base.get_base_model()
+    if isinstance(base, PreTrainedModel):
+        source, config = None, base.config
+    elif isinstance(base, str | os.PathLike):
+        source = Source.parse(base, revision)
+        config = backbones.load_config(source)
+    else:
+        raise CalmError(
+            f"The {role} is a {type(base).__name__}: expected a transformers model, or a hub name, folder or GGUF file."
+        )
+    if isinstance(base, CalmForCausalLM) or isinstance(config, CalmConfig):
+        raise UnsupportedModelError(f"The {role} is itself a composed model; compose its bases together instead.")
+    backbones.check_supported(config, role)
+    return base, config, source
+
+
+def _snapshot(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that says nothing of how this one instance was read (a GGUF file is dequantized at loading)."""
+    config = copy.deepcopy(config)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and "gguf" in str(getattr(quantization, "quant_method", "")).lower():
+        del config.quantization_config
+    return config
+
+
+def _reference(model: PreTrainedModel, source: Source | None) -> dict[str, Any]:
+    name = source.name_or_path if source else model.name_or_path
+    return {
+        "name_or_path": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
+        "gguf_file": source.gguf_file if source else None,
+        "revision": source.revision if source else None,
+        "fingerprint": backbones.fingerprint(model),
+    }
+
+
+def _name(base: Any, source: Source | None) -> str:
+    if source is None:
+        return repr(base.name_or_path or type(base).__name__)
+    return repr(f"{source.name_or_path}/{source.gguf_file}" if source.gguf_file else source.name_or_path)

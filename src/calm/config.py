@@ -1,0 +1,166 @@
+"""CalmConfig: which bases are composed, which of their layers are connected, and with which attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from calm.connections import LayerPair, check_pairs
+from calm.errors import CalmError, CheckpointError
+
+FORMAT_VERSION = 1
+ATTENTIONS = ("normalized", "paper")
+ATTEND_MODES = ("causal", "prompt")
+
+
+class CalmConfig(PreTrainedConfig):
+    """Configuration of a composed model.
+
+    Args:
+        anchor_config: Configuration of the anchor `m_B` (a `PreTrainedConfig`, or its dictionary).
+        augmenting_configs: Configurations of the augmenting models `m_A` by name, untruncated.
+        connections: The connections as dictionaries with `augmenting` (name), `augmenting_layer` and `anchor_layer`.
+        num_heads: Heads of every connection; the anchor's number of attention heads when `None` (paper, section 3.1).
+        attention: `"normalized"` (default: the paper's cross-attention with RMS-normalised inputs and ALiBi slopes)
+            or `"paper"` (the paper's formula to the letter).
+        attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
+            (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
+        anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`, `fingerprint`.
+        augmenting_references: The same for each augmenting model, by name.
+        format_version: Version of the checkpoint format.
+
+    Raises:
+        CheckpointError: If the format is newer than this library's.
+        CalmError: If a connection lies outside a model or is given twice, if heads do not divide the anchor's width,
+            or if a choice is unknown.
+    """
+
+    model_type = "calm"
+
+    anchor_config: Any = None
+    augmenting_configs: Any = None
+    connections: Any = None
+    num_heads: int | None = None
+    attention: str = "normalized"
+    attend: str = "causal"
+    anchor_reference: Any = None
+    augmenting_references: Any = None
+    format_version: int = FORMAT_VERSION
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This composition has format version {self.format_version}; the installed calm-lm reads up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install -U calm-lm"
+            )
+        self.augmenting_configs = dict(self.augmenting_configs or {})
+        self.connections = list(self.connections or [])
+        self.anchor_reference = dict(self.anchor_reference or {})
+        self.augmenting_references = dict(self.augmenting_references or {})
+        super().__post_init__(**kwargs)
+        if self.anchor_config is None:  # transformers makes default instances to compare against
+            return
+        self.anchor_config = _as_config(self.anchor_config)
+        self.augmenting_configs = {name: _as_config(c) for name, c in self.augmenting_configs.items()}
+        if self.num_heads is None:
+            self.num_heads = _attention_heads(self.anchor_config)
+        self._check()
+
+    def _check(self) -> None:
+        for value, choices, field in (
+            (self.attention, ATTENTIONS, "attention"),
+            (self.attend, ATTEND_MODES, "attend"),
+        ):
+            if value not in choices:
+                raise CalmError(f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}.")
+        try:
+            pairs = self.layer_pairs
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"connections={self.connections!r}: expected dictionaries with 'augmenting', 'augmenting_layer' and "
+                "'anchor_layer'."
+            ) from error
+        unknown = {pair.augmenting for pair in pairs} - set(self.augmenting_configs)
+        if unknown:
+            raise CalmError(
+                f"connections name the augmenting models {sorted(unknown)}, which are not among "
+                f"{sorted(self.augmenting_configs)}."
+            )
+        depths = {name: depth_of(config) for name, config in self.augmenting_configs.items()}
+        check_pairs(pairs, depths, depth_of(self.anchor_config))
+        width = width_of(self.anchor_config)
+        if self.num_heads < 1 or width % self.num_heads:
+            raise CalmError(
+                f"num_heads={self.num_heads} does not divide the anchor's width {width}: pass num_heads= with a "
+                f"divisor of {width}, for example {_nearest_divisor(width, self.num_heads)}."
+            )
+
+    @property
+    def layer_pairs(self) -> list[LayerPair]:
+        """The connections as `LayerPair`s, in the order of `model.connections`."""
+        return [LayerPair(c["augmenting"], c["augmenting_layer"], c["anchor_layer"]) for c in self.connections]
+
+    def augmenting_depth(self, name: str) -> int:
+        """How many layers of an augmenting model the composition runs: up to its last connected one."""
+        return 1 + max(pair.augmenting_layer for pair in self.layer_pairs if pair.augmenting == name)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The anchor's text configuration: a composed model looks like its anchor to generation and to engines."""
+        if self.anchor_config is None:
+            return self
+        return self.anchor_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, nested configurations included."""
+        output = super().to_dict()
+        output["augmenting_configs"] = {name: c.to_dict() for name, c in self.augmenting_configs.items()}
+        return output
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a configuration that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def depth_of(config: PreTrainedConfig) -> int:
+    """Number of decoder layers."""
+    return text_config(config).num_hidden_layers
+
+
+def width_of(config: PreTrainedConfig) -> int:
+    """Width of a decoder layer's output."""
+    return text_config(config).hidden_size
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Longest sequence the model is made for, in tokens; `None` where the configuration states no limit."""
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _attention_heads(config: PreTrainedConfig) -> int:
+    heads = getattr(text_config(config), "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise CalmError(
+            f"num_heads=None: the anchor ({config.model_type}) states no number of attention heads to take as the "
+            f"default; pass num_heads= with a divisor of its width {width_of(config)}."
+        )
+    return heads
+
+
+def _nearest_divisor(width: int, wanted: int) -> int:
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - wanted))
+
+
+def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    values = dict(config)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"The configuration of a base names no model type that the installed transformers knows: {error}"
+        ) from error

@@ -1,0 +1,140 @@
+"""Training lines: what each model reads and which tokens it is asked to predict, drawn batch by batch."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from calm.experiments.key_value_arithmetic.data import Expression, Task, random_key, words_of
+
+IGNORED = -100
+
+
+@dataclass
+class Line:
+    """Tokens of one row, and for each whether its prediction counts in the loss."""
+
+    words: list[str] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)
+
+    def add(self, words: Iterable[str], learned: bool) -> "Line":
+        """Append tokens that all count, or all do not."""
+        for word in words:
+            self.words.append(word)
+            self.learned.append(learned)
+        return self
+
+
+def glossary_line(task: Task, rng: random.Random, entries: int) -> Line:
+    """`key = value ; key = value`: only the values are learned."""
+    line = Line()
+    for key in rng.sample(list(task.values), entries):
+        line.add([*words_of(key), "="], False).add([str(task.values[key])], True).add([";"], False)
+    return line
+
+
+def substitution_line(task: Task, rng: random.Random, with_numbers: float) -> Line:
+    """KV-SUBS with one operand or more; some expressions already hold numbers, which are copied.
+
+    Args:
+        task: keys and values.
+        rng: where chance comes from.
+        with_numbers: share of the lines in which operands may already be numbers.
+    """
+    expression = task.expression(rng, list(task.values), rng.randint(1, task.settings.operands[1]))
+    if rng.random() < with_numbers:
+        known = tuple(rng.randint(*task.settings.values) if rng.random() < 0.5 else o for o in expression.operands)
+        expression = Expression(known, expression.operators)
+    line = Line().add([*expression.words(), task.question("KV-SUBS")], False)
+    return line.add([*expression.substituted(task.values).words(), "<end>"], True)
+
+
+def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Line:
+    """NUM-MATH; in some lines operands are strings that mean nothing to the model, and their values are not learned.
+
+    Args:
+        task: settings of the expressions; its keys are not used.
+        rng: where chance comes from.
+        with_unknowns: share of the lines in which operands may be meaningless strings.
+    """
+    numbers = task.expression(rng, None)
+    asked = numbers
+    if rng.random() < with_unknowns:
+        asked = Expression(
+            tuple(random_key(rng, task.settings) if rng.random() < 0.5 else n for n in numbers.operands),
+            numbers.operators,
+        )
+    line = Line().add([*asked.words(), task.question("NUM-MATH")], False)
+    reductions = numbers.reductions()
+    if task.settings.answer == "direct":
+        return line.add([*reductions[-1].words(), "<end>"], asked == numbers)
+    for position, (operand, number) in enumerate(zip(asked.operands, numbers.operands, strict=True)):
+        if position:
+            line.add(numbers.operators[position - 1], True)
+        line.add([str(number)], not isinstance(operand, str))
+    for step in reductions[1:]:
+        line.add(["=", *step.words()], True)
+    return line.add(["<end>"], True)
+
+
+def composition_line(task: Task, rng: random.Random, numeric: float) -> Line:
+    """KV-MATH over the composition keys, and NUM-MATH so that it is kept.
+
+    Args:
+        task: keys, values and the split.
+        rng: where chance comes from.
+        numeric: share of NUM-MATH.
+    """
+    if rng.random() < numeric:
+        return arithmetic_line(task, rng, with_unknowns=0.0)
+    expression = task.expression(rng, task.composition_keys)
+    line = Line().add([*expression.words(), task.question("KV-MATH")], False)
+    reductions = expression.substituted(task.values).reductions()
+    for step in reductions[:-1] if task.settings.answer == "restate" else []:
+        line.add([*step.words(), "="], True)
+    return line.add([*reductions[-1].words(), "<end>"], True)
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """One item is one training step: a right-padded batch, drawn from the seed and the step alone.
+
+    Args:
+        draw: makes the lines of a step from a source of chance and the progress of training, 0 to 1.
+        vocabulary: the index of every token.
+        steps: how many items there are.
+        seed: the same seed draws the same batches.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[random.Random, float], list[Line]],
+        vocabulary: Mapping[str, int],
+        steps: int,
+        seed: int,
+    ) -> None:
+        self.draw, self.vocabulary, self.steps, self.seed = draw, vocabulary, steps, seed
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """Input ids and labels, int64 [rows, longest]. Rows are padded at their right end, where causal attention
+        from the row's own tokens does not reach, so no mask is needed."""
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        return self.encode(self.draw(random.Random(f"key-value batch {self.seed} {step}"), step / self.steps))
+
+    def encode(self, lines: list[Line]) -> dict[str, Tensor]:
+        """Pad lines to one batch; labels are -100 where nothing is learned."""
+        longest = max(len(line.words) for line in lines)
+        input_ids = torch.full((len(lines), longest), self.vocabulary["<pad>"])
+        labels = torch.full((len(lines), longest), IGNORED)
+        for row, line in enumerate(lines):
+            ids = torch.tensor([self.vocabulary[word] for word in line.words])
+            input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)] = torch.where(torch.tensor(line.learned), ids, IGNORED)
+        return {"input_ids": input_ids, "labels": labels}

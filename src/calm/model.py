@@ -1,0 +1,671 @@
+"""CalmForCausalLM: runs the augmenting models, hooks the connections into the anchor, behaves like its anchor."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from calm import backbones, checkpoint
+from calm.alignment import Alignment, align, visible_same_tokenizer
+from calm.attention import Connection, alibi_slopes
+from calm.cache import CalmCache
+from calm.config import CalmConfig, context_of, width_of
+from calm.errors import CalmError, CheckpointError
+
+HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+
+
+@dataclass
+class _Pass:
+    """What the hooks need during one forward pass."""
+
+    alignment: Alignment
+    cross: Cache | None
+    captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+
+class CalmForCausalLM(PreTrainedModel, GenerationMixin):
+    """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
+
+    Make one with `calm.compose` or `CalmForCausalLM.from_pretrained`. Only `connections` is trained and saved.
+
+    Args:
+        config: The composition.
+        anchor: The anchor, a causal language model; built with random weights from the configuration if `None`.
+        augmenting: Truncated augmenting decoders by name; built likewise if `None`.
+
+    Attributes:
+        anchor: The frozen anchor.
+        augmenting: `nn.ModuleDict` of the frozen, truncated augmenting decoders.
+        connections: `nn.ModuleList` of `Connection`, in the order of `config.layer_pairs`.
+    """
+
+    config_class = CalmConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: CalmConfig,
+        anchor: PreTrainedModel | None = None,
+        augmenting: Mapping[str, PreTrainedModel] | None = None,
+    ):
+        # transformers changes the attention implementation on the configurations of a model that it initialises:
+        # the live configurations of the bases must not be among them
+        super().__init__(config)
+        self.anchor = anchor if anchor is not None else _random_anchor(config)
+        self.augmenting = nn.ModuleDict(dict(augmenting) if augmenting is not None else _random_augmenting(config))
+        backbones.freeze(self.anchor)
+        self.augmenting.requires_grad_(False).eval()
+
+        pairs = self._pairs = config.layer_pairs
+        anchor_layers = backbones.layers_of(self.anchor)
+        self.connections = nn.ModuleList()
+        for pair in pairs:
+            connection = Connection(
+                width_of(config.augmenting_configs[pair.augmenting]),
+                width_of(config.anchor_config),
+                config.num_heads,
+                config.attention,
+            )
+            reference = next(anchor_layers[pair.anchor_layer].parameters())
+            dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
+            self.connections.append(connection.to(device=reference.device, dtype=dtype))
+
+        self._pass: _Pass | None = None
+        self._disabled = False
+        self._anchor_parameters = backbones.forward_parameters(self.anchor)
+        self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
+        contexts = [
+            (limit, name)
+            for name, base in (("the anchor", config.anchor_config), *config.augmenting_configs.items())
+            if (limit := context_of(base)) is not None
+        ]
+        self._context, self._context_of = min(contexts, default=(None, ""))
+        for layer_index in sorted({pair.anchor_layer for pair in pairs}):
+            here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
+            anchor_layers[layer_index].register_forward_hook(partial(self._inject, here))
+        for name, layer_index in sorted({(pair.augmenting, pair.augmenting_layer) for pair in pairs}):
+            layer = backbones.layers_of(self.augmenting[name])[layer_index]
+            layer.register_forward_hook(partial(self._capture, name, layer_index))
+
+        self.accepts_loss_kwargs = "**" in self._anchor_parameters
+        self._keys_to_ignore_on_save = None
+        self.generation_config = copy.deepcopy(self.anchor.generation_config)
+        self.post_init()
+        # exact keys, so that whoever checks a composition-only checkpoint for missing keys finds none
+        self._keys_to_ignore_on_save = {k for k in self.state_dict() if not k.startswith(checkpoint.CONNECTIONS_PREFIX)}
+
+    def init_weights(self) -> None:
+        """Nothing to do: connections initialise themselves, and the bases (with adapters on them) are as loaded."""
+
+    # -- one forward pass ---------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: CalmCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prompt_length: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the augmenting models up to their last connected layer, then the anchor with the connections.
+
+        Args:
+            input_ids: Int64 `[batch, length]`, the new tokens; all models read them.
+            attention_mask: `[batch, past + length]`, 1 for a token and 0 for padding (or what
+                `create_masks_for_generate` made of it).
+            position_ids: Int64 `[batch, length]`. Without it the anchor counts as it does on its own; models with
+                absolute positions want it for left-padded rows (`generate` passes it). Positions that restart mark
+                packed documents, which do not see one another.
+            past_key_values: The cache of earlier tokens.
+            labels: Int64 `[batch, length]`, -100 where no loss is wanted.
+            use_cache: Return a cache; by default outside of training.
+            logits_to_keep: Compute logits for the last so many positions only (0: all).
+            prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
+                `[batch]`. By default what precedes the first label, or the whole input of the first call.
+            kwargs: Passed to the anchor.
+
+        Returns:
+            The anchor's loss and logits; `past_key_values` is a `CalmCache`.
+
+        Raises:
+            CalmError: On empty input, embeddings instead of tokens, a mask that is not two-dimensional, a cache that
+                is not a `CalmCache`, or more tokens than the smaller of the models' contexts.
+        """
+        if self._disabled:
+            return self._forward_anchor_alone(
+                input_ids, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep, kwargs
+            )
+        self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
+        if use_cache is None:
+            use_cache = not self.training
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self._new_cache()
+        length = input_ids.shape[1]
+        past_length = cache.get_seq_length() if cache is not None else 0
+        if isinstance(past_length, int):
+            self._check_length(past_length + length)
+
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+            alignment = Alignment(masks["cross.bias"], masks["cross.sees"])
+            padding_mask = None
+        else:
+            masks, padding_mask = None, attention_mask
+            alignment = self._align(
+                length, past_length, padding_mask, cache, position_ids, prompt_length, labels, input_ids.device
+            )
+
+        state = _Pass(alignment, cache.cross if cache is not None else None)
+        self._pass = state
+        try:
+            self._run_augmenting(input_ids, padding_mask, masks, position_ids, cache)
+            outputs = self.anchor(
+                **self._base_arguments(
+                    self._anchor_parameters, "anchor", input_ids, padding_mask, masks, position_ids,
+                    cache.anchor if cache is not None else None,
+                ),
+                **self._anchor_kwargs(labels=labels, logits_to_keep=logits_to_keep, **kwargs),
+            )
+        finally:
+            self._pass = None
+        return CausalLMOutputWithPast(
+            loss=outputs.get("loss"),
+            logits=outputs.logits,
+            past_key_values=cache,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _run_augmenting(
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor | None,
+        masks: dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: CalmCache | None,
+    ) -> None:
+        if position_ids is None and padding_mask is not None:
+            position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        for name, model in self.augmenting.items():
+            arguments = self._base_arguments(
+                self._augmenting_parameters[name], f"augmenting.{name}", input_ids, padding_mask, masks, position_ids,
+                cache.augmenting[name] if cache is not None else None,
+            )
+            with torch.no_grad():
+                model(**arguments)
+
+    @staticmethod
+    def _base_arguments(
+        parameters: frozenset[str],
+        prefix: str,
+        input_ids: Tensor,
+        padding_mask: Tensor | None,
+        masks: dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": padding_mask if masks is None else _unflatten(masks, prefix),
+            "use_cache": cache is not None,
+            "return_dict": True,
+        }
+        arguments["past_key_values" if "past_key_values" in parameters else "cache_params"] = cache
+        if "position_ids" in parameters:
+            arguments["position_ids"] = position_ids
+        return arguments
+
+    def _anchor_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        takes_all = "**" in self._anchor_parameters
+        return {key: value for key, value in kwargs.items() if takes_all or key in self._anchor_parameters}
+
+    def _forward_anchor_alone(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        labels: Tensor | None,
+        use_cache: bool | None,
+        logits_to_keep: int | Tensor,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if isinstance(past_key_values, CalmCache):
+            raise CalmError(
+                "The composition is disabled, but past_key_values was made by the composed model: its keys and values "
+                "hold what the connections added. Start without it."
+            )
+        optional = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        given = {key: value for key, value in optional.items() if value is not None}
+        return self.anchor(input_ids=input_ids, attention_mask=attention_mask, **self._anchor_kwargs(**given, **kwargs))
+
+    def _align(
+        self,
+        length: int,
+        past_length: int | Tensor,
+        padding_mask: Tensor | None,
+        cache: CalmCache | None,
+        position_ids: Tensor | None,
+        prompt_length: int | Tensor | None,
+        labels: Tensor | None,
+        device: torch.device,
+    ) -> Alignment:
+        """Say what each new position sees (see `calm.alignment`)."""
+        if self.config.attend == "prompt":
+            if prompt_length is None and labels is not None:
+                prompt_length = (labels != -100).long().argmax(-1)
+            if prompt_length is None and cache is not None:
+                if cache.prompt_length is None:
+                    cache.prompt_length = length
+                prompt_length = cache.prompt_length
+            if prompt_length is None:
+                prompt_length = length
+        else:
+            prompt_length = None
+        documents = None
+        if cache is None and padding_mask is None and position_ids is not None:
+            documents = find_packed_sequence_indices(position_ids)
+        key_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        slopes = alibi_slopes(self.config.num_heads).to(device) if self.config.attention == "normalized" else None
+        return align(
+            visible_same_tokenizer(length, past_length, prompt_length, device),
+            key_length,
+            padding_mask,
+            documents,
+            slopes,
+            may_be_blind=prompt_length is not None,
+        )
+
+    def _capture(self, name: str, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._pass is not None:
+            self._pass.captured[name, layer] = output[0] if isinstance(output, tuple) else output
+
+    def _inject(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> Any:
+        state = self._pass
+        if state is None:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        alignment = state.alignment.to(hidden.device)
+        pairs = self._pairs
+        # all connections of a layer ask with the same hidden state, so that their order does not matter
+        injection = sum(
+            self.connections[i](
+                hidden,
+                state.captured[pairs[i].augmenting, pairs[i].augmenting_layer].to(hidden.device),
+                alignment,
+                state.cross.layers[i] if state.cross is not None else None,
+            )
+            for i in indices
+        )
+        hidden = hidden + injection
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    # -- checks of input ----------------------------------------------------------------------------------------
+
+    def _check_inputs(self, input_ids: Tensor, attention_mask: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("inputs_embeds") is not None or input_ids is None:
+            raise CalmError(
+                "A composed model needs input_ids: each of its models embeds the tokens itself, so inputs_embeds "
+                "cannot stand for them."
+            )
+        if input_ids.shape[1] == 0:
+            raise CalmError(
+                f"input_ids has shape {tuple(input_ids.shape)}: expected at least one token a row. An empty prompt "
+                "needs a beginning-of-sequence token."
+            )
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+            raise CalmError(
+                f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
+                "a token and 0 for padding; the models' own masks are made from it."
+            )
+        if cache is not None and not isinstance(cache, CalmCache):
+            raise CalmError(
+                f"past_key_values is a {type(cache).__name__}: expected a CalmCache, as a composed model returns it "
+                "(it holds the augmenting models' and the connections' keys and values too)."
+            )
+
+    def _check_length(self, length: int) -> None:
+        if self._context is not None and length > self._context:
+            raise CalmError(
+                f"{length} tokens do not fit: the context of {self._context_of} is {self._context} tokens, and the smallest context of "
+                "the composed models counts. Shorten the prompt or max_new_tokens."
+            )
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`."""
+        if self._disabled:
+            return self.anchor.generate(*args, **kwargs)
+        input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
+        if isinstance(input_ids, Tensor):
+            self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
+        return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching of transformers drives attention itself and knows one model only.
+
+        Raises:
+            CalmError: Always.
+        """
+        raise CalmError(
+            "generate_batch (continuous batching) cannot run a composed model: it replaces the attention of one "
+            "model, and a composition has several. Use generate() with a padded batch, or serve the model with vLLM."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _new_cache(self, max_length: int | None = None, offloading: bool = False) -> CalmCache:
+        return CalmCache.build(
+            self.anchor.config.get_text_config(decoder=True),
+            {name: model.config.get_text_config(decoder=True) for name, model in self.augmenting.items()},
+            len(self.connections),
+            max_length,
+            offloading,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        self._check_length(max_cache_length)
+        mask = model_kwargs.get("attention_mask")
+        prompt_length = mask.shape[1] if mask is not None else generation_config._mask_length
+        if self.config.attend == "prompt" and model_kwargs.get("prompt_length") is None:
+            model_kwargs["prompt_length"] = prompt_length
+        if generation_config.use_cache is False:
+            return
+        cache = model_kwargs.get("past_key_values")
+        kind = generation_config.cache_implementation
+        if cache is None:
+            if kind not in (None, "dynamic", "offloaded", "static", "offloaded_static"):
+                raise CalmError(
+                    f"cache_implementation={kind!r}: expected 'dynamic', 'static', 'offloaded' or 'offloaded_static' "
+                    "for a composed model."
+                )
+            static_length = None
+            if kind in ("static", "offloaded_static"):
+                # as transformers does: never shrink from call to call, so that a compiled forward is not compiled anew
+                longest = max(max_cache_length, generation_config.max_cache_len or 0)
+                static_length = self._previous_max_cache_length = max(
+                    longest, getattr(self, "_previous_max_cache_length", 0)
+                )
+            cache = model_kwargs["past_key_values"] = self._new_cache(static_length, "offloaded" in (kind or ""))
+        elif kind is not None:
+            raise CalmError(f"Pass either past_key_values or cache_implementation={kind!r}, not both.")
+        cache.prompt_length = model_kwargs.get("prompt_length")
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def create_masks_for_generate(
+        self,
+        config: PreTrainedConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """Make every model's masks and the connections' in advance, so that a static cache compiles once.
+
+        Args:
+            config: Unused: the bases' configurations count.
+            inputs_embeds: `[batch, length, 0]`, for its shape and device.
+            attention_mask: `[batch, past + length]` or `None`.
+            past_key_values: The `CalmCache`.
+            position_ids: Int64 `[batch, length]`.
+            kwargs: Passed to the bases' own functions.
+
+        Returns:
+            One flat dictionary; keys start with `anchor`, `augmenting.NAME` or `cross`.
+        """
+        cache = past_key_values
+        parts: dict[str, tuple[PreTrainedModel, Cache]] = {"anchor": (self.anchor, cache.anchor)}
+        parts |= {f"augmenting.{name}": (self.augmenting[name], cache.augmenting[name]) for name in self.augmenting}
+        masks: dict[str, Tensor | None] = {}
+        for prefix, (base, base_cache) in parts.items():
+            make: Callable[..., Any] = getattr(base, "create_masks_for_generate", create_masks_for_generate)
+            made = make(
+                config=base.config,
+                inputs_embeds=inputs_embeds.to(base.dtype),
+                attention_mask=attention_mask,
+                past_key_values=base_cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            masks |= {f"{prefix}.{k}": v for k, v in made.items()} if isinstance(made, dict) else {prefix: made}
+        length = inputs_embeds.shape[1]
+        alignment = self._align(
+            length, cache.get_seq_length(), attention_mask, cache, position_ids, cache.prompt_length, None,
+            inputs_embeds.device,
+        )
+        return masks | {"cross.bias": alignment.bias, "cross.sees": alignment.sees}
+
+    # -- being frozen -------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> CalmForCausalLM:
+        """Switch the anchor and the connections; augmenting models stay in evaluation mode."""
+        super().train(mode)
+        self.augmenting.eval()
+        return self
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: gradients start at the connections, and starting them at the embeddings would store and
+        back-propagate everything below the first connection."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the bases are frozen.
+
+        Raises:
+            CalmError: Always.
+        """
+        raise CalmError("The embeddings of a composed model belong to its frozen bases: resize them before composing.")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The anchor's input embeddings."""
+        return self.anchor.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The anchor's language-model head."""
+        return self.anchor.get_output_embeddings()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters (weights shared between parts count once), as in PEFT."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    @contextmanager
+    def composition_disabled(self) -> Iterator[CalmForCausalLM]:
+        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield self
+        finally:
+            self._disabled = before
+
+    # -- saving and loading -------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
+
+        Args:
+            save_directory: Where to; made if missing. A failed save leaves what was there.
+            state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
+            max_shard_size: Largest weights file, in bytes or as "5GB".
+            is_main_process: False on the other processes of a distributed run, which then write nothing.
+            push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
+            kwargs: For `push_to_hub`.
+
+        Raises:
+            CheckpointError: If the directory cannot be written to.
+        """
+        if not is_main_process:
+            return
+        weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX) if state_dict is None else state_dict
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        config.dtype = next(iter(self.connections.parameters())).dtype
+        checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload composition",
+    ) -> Any:
+        """Upload the composition with its model card (which bases, which connections, how many parameters).
+
+        Args:
+            repo_id: `OWNER/NAME`; made if missing.
+            private: Whether a new repository is private.
+            token: Access token; that of `hf auth login` by default.
+            revision: Branch.
+            create_pr: Open a pull request instead of committing.
+            commit_message: The commit's message.
+
+        Returns:
+            What `huggingface_hub.HfApi.upload_folder` returns.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: CalmConfig | None = None,
+        anchor: PreTrainedModel | str | os.PathLike[str] | None = None,
+        augmenting: Any = None,
+        verify_bases: bool = True,
+        **kwargs: Any,
+    ) -> CalmForCausalLM:
+        """Load a composition; its bases come from where they were, or are given by hand.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub name of the composition.
+            model_args: None are accepted.
+            config: The composition's configuration, if already read.
+            anchor: The anchor, or where it is now, instead of the recorded reference.
+            augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`.
+            verify_bases: Refuse bases whose weights are not those trained against.
+            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
+                (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
+
+        Returns:
+            The composed model in evaluation mode, connections in the anchor's dtype.
+
+        Raises:
+            CheckpointError: If the composition or a base is missing, damaged, of a newer format, or not the right one.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        kwargs.pop("adapter_kwargs", None)
+        name = os.fspath(pretrained_model_name_or_path)
+        if not isinstance(config, CalmConfig):
+            config = checkpoint.read_config(name, **hub_kwargs)
+        base_kwargs = kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
+        anchor_model, augmenting_models = backbones.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
+        model = cls(config, anchor_model, augmenting_models)
+        expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
+        weights = checkpoint.read_weights(name, expected, **hub_kwargs)
+        model.connections.load_state_dict(
+            {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
+        )
+        model.name_or_path = name
+        return model.eval()
+
+
+def _unflatten(masks: dict[str, Tensor], prefix: str) -> Any:
+    """Undo the flattening of `create_masks_for_generate` for one base."""
+    if prefix in masks:
+        return masks[prefix]
+    start = f"{prefix}."
+    return {key.removeprefix(start): value for key, value in masks.items() if key.startswith(start)}
+
+
+def _random_anchor(config: CalmConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config.anchor_config))
+
+
+def _random_augmenting(config: CalmConfig) -> dict[str, PreTrainedModel]:
+    models = {}
+    for name, base in config.augmenting_configs.items():
+        base = copy.deepcopy(base)
+        backbones.truncate_config(base, config.augmenting_depth(name))
+        models[name] = backbones.decoder_of(AutoModel.from_config(base))
+    return models
+

@@ -1,0 +1,408 @@
+"""Trains a composition with the transformers Trainer: exact resume, only whole checkpoints, the best model at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+import calm
+from calm.backbones import Source, load_config
+from calm.config import context_of
+from calm.data import CompletionCollator, load_examples, load_tokenizer
+from calm.errors import CalmError, CheckpointError
+from calm.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+
+    from calm.model import CalmForCausalLM
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.json"
+LOG_FILE = "training_log.json"
+PLOT_FILE = "loss.png"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished training run did.
+
+    Attributes:
+        output_dir: Where the final model, its tokenizer, `training_log.json` and `loss.png` are.
+        steps: Optimiser steps of the whole run, those before a resume included.
+        resumed_from: The step that this call went on from, or None.
+        best_step: The step of the saved model: with `data.eval` the one with the lowest evaluation loss, else the last.
+        train_loss: The training loss logged last, in nats per completion token.
+        eval_loss: The saved model's evaluation loss, in nats per completion token; None without `data.eval`.
+        stopped_early: Whether early stopping ended the run.
+        train_examples: How many examples were trained on.
+        trainable_parameters: How many parameters were trained.
+        seconds: Wall-clock time that this call trained for.
+    """
+
+    output_dir: str
+    steps: int
+    resumed_from: int | None
+    best_step: int
+    train_loss: float | None
+    eval_loss: float | None
+    stopped_early: bool
+    train_examples: int
+    trainable_parameters: int
+    seconds: float
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C in training, after a checkpoint was saved; the message says where."""
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
+    """Composes the recipe's models, trains the composition parameters and saves the best model.
+
+    Args:
+        recipe: From `load_recipe`.
+        resume: Go on from the last checkpoint in the recipe's `output_dir`. The losses are then those that the
+            uninterrupted run would have had.
+
+    Returns:
+        What was done; `training_log.json` in `output_dir` has the same, every logged loss and the recipe.
+
+    Raises:
+        CalmError: If the data cannot be used, if the models do not fit together, if `output_dir` already holds
+            checkpoints (without `resume`) or none (with it), if a checkpoint cannot be written, or if the loss is not
+            a finite number.
+        TrainingInterrupted: After Ctrl-C, with a checkpoint saved.
+    """
+    output_dir = Path(recipe.training.output_dir).absolute()
+    checkpoint = _check_output_dir(output_dir, recipe, resume)
+    tokenizer = load_tokenizer(recipe.anchor)
+    train_data, eval_data = _load_data(recipe, tokenizer)
+
+    set_seed(recipe.training.seed)  # the new connections' weights
+    model = _load_model(recipe, checkpoint)
+    (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
+    on_interrupt = _SaveAndStop()
+    trainer = _CompositionTrainer(
+        model=model,
+        args=_arguments(recipe, output_dir),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=CompletionCollator.for_tokenizer(tokenizer),
+        callbacks=[_LogBeforeSaving(), on_interrupt],
+    )
+    patience = recipe.training.early_stopping_patience
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    with _saves_on_interrupt(on_interrupt):
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    if on_interrupt.requested and state.global_step < state.max_steps:
+        raise TrainingInterrupted(
+            f"interrupted at step {state.global_step} of {state.max_steps}; "
+            f"{output_dir / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'} holds everything to resume from"
+        )
+
+    result = TrainingResult(
+        output_dir=recipe.training.output_dir,
+        steps=state.global_step,
+        resumed_from=None if checkpoint is None else _step_of(checkpoint),
+        best_step=state.best_global_step or state.global_step,
+        train_loss=next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
+        eval_loss=state.best_metric,
+        stopped_early=state.global_step < state.max_steps,
+        train_examples=len(train_data),
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        seconds=round(output.metrics["train_runtime"], 1),
+    )
+    try:
+        model.save_pretrained(output_dir)  # the best one: the Trainer has loaded it back
+        tokenizer.save_pretrained(output_dir)
+        _write_log(output_dir, recipe, result, state.log_history)
+        _plot_losses(output_dir, state.log_history)
+    except (CheckpointError, OSError) as error:
+        best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
+        raise CalmError(f"training is done and {output_dir / best} holds the model, but saving it failed: {error}") from error
+    return result
+
+
+def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | None:
+    """Makes `output_dir`, and finds the checkpoint to resume from; refuses to mix two runs in one directory."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise CalmError(f"training.output_dir = {recipe.training.output_dir!r} cannot be written to: {error}") from error
+    last = get_last_checkpoint(output_dir)
+    if not resume:
+        if last is not None:
+            raise CalmError(
+                f"{output_dir} already holds a run's checkpoints (the last is {Path(last).name}); resume it with "
+                "--resume (in Python: resume=True), or give another training.output_dir"
+            )
+        return None
+    if last is None:
+        raise CalmError(f"{output_dir} holds no checkpoint to resume from; start the run without --resume")
+    try:
+        before = json.loads((output_dir / RECIPE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CalmError(
+            f"{output_dir / RECIPE_FILE}, the recipe that the run was begun with, cannot be read: {error}"
+        ) from error
+    changed = _differences(before, recipe.model_dump(mode="json"))
+    fixed = [field for field in changed if not field.startswith(("training.", "data."))]
+    if fixed:
+        raise CalmError(
+            f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so its "
+            "checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
+        )
+    if changed:
+        logger.warning(
+            "the recipe has changed since %s was begun, so the run will not be what it would have been: %s",
+            *(output_dir, "; ".join(changed.values())),
+        )
+    return last
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> dict[str, str]:
+    """The fields that differ, each with "field: before -> now"."""
+    found: dict[str, str] = {}
+    for key in now:
+        if isinstance(now[key], dict) and isinstance(before.get(key), dict) and not path:
+            found |= _differences(before[key], now[key], f"{key}.")
+        elif before.get(key) != now[key]:
+            found[f"{path}{key}"] = f"{path}{key}: {before.get(key)!r} -> {now[key]!r}"
+    return found
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Reads and tokenizes the recipe's data, within the smallest context of the models; loads no weights."""
+    bases = [recipe.anchor, *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values())]
+    contexts = [context_of(load_config(Source.parse(base))) for base in bases]
+    max_length = min([recipe.data.max_length, *(context for context in contexts if context is not None)])
+    data = recipe.data
+
+    def load(source: str, split: str) -> datasets.Dataset:
+        return load_examples(source, tokenizer, max_length=max_length, split=split, append_eos=data.append_eos)
+
+    return load(data.train, data.train_split), None if data.eval is None else load(data.eval, data.eval_split)
+
+
+def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
+    """Composes the models anew, or loads a checkpoint, which also checks that the bases are still the same ones."""
+    dtype = getattr(torch, recipe.dtype)
+    if checkpoint is not None:
+        return calm.CalmForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return calm.compose(
+        recipe.anchor,
+        recipe.augmenting,
+        recipe.connections,
+        num_heads=recipe.num_heads,
+        attention=recipe.attention,
+        attend=recipe.attend,
+        dtype=dtype,
+    )
+
+
+def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
+    """The recipe in the words of the transformers Trainer."""
+    training, evaluates = recipe.training, recipe.data.eval is not None
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=training.epochs or 3.0,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.per_device_batch_size,
+        per_device_eval_batch_size=training.per_device_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if training.lr_scheduler == "constant" else training.lr_scheduler,
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        logging_steps=training.log_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number is an error here
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=training.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=training.keep_checkpoints,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="loss" if evaluates else None,
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+        seed=training.seed,
+        bf16=training.bf16,
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+class _CompositionTrainer(Trainer):
+    """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
+
+    _staging: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint beside its place and renames it, so that there are only whole ones.
+
+        A run that is killed, or whose disk fills, while it saves leaves a directory whose name no resume looks for.
+        """
+        run_dir = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / f".saving-{name}"
+        try:
+            self._staging = str(staging)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                _flush(staging / name)
+                os.replace(staging / name, run_dir / name)
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError: it depends on the file
+            last = get_last_checkpoint(run_dir)
+            kept = f"{Path(last).name} is whole and stays" if last else "there is no earlier one"
+            raise CalmError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {run_dir}: {error}; {kept}; "
+                "make room (or fix the cause) and go on with --resume"
+            ) from error
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Saves every new best model, also between the regular checkpoints."""
+        is_new_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_new_best:
+            self.control.should_save = True
+        return is_new_best
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self._raise_not_finite("loss", loss)
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            self._raise_not_finite("gradient's norm", norm)
+        return norm
+
+    def _raise_not_finite(self, what: str, value: Any) -> None:
+        raise CalmError(
+            f"the {what} is {float(value)} at step {self.state.global_step + 1}, so training was stopped; lower "
+            "training.learning_rate or lengthen training.warmup, and if it happens at the first step, look for NaN in "
+            "the models or use dtype: float32"
+        )
+
+
+def _flush(directory: Path) -> None:
+    """Writes files through to the disk: some file systems say only then that they are full."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+class _LogBeforeSaving(TrainerCallback):
+    """Logs at each evaluation and checkpoint, so that no logged mean spans a step from which a run may be resumed."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_evaluate or control.should_save
+
+
+class _SaveAndStop(TrainerCallback):
+    """Once `requested`, saves a checkpoint after the current optimiser step and ends the training."""
+
+    requested = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.requested:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _saves_on_interrupt(callback: _SaveAndStop) -> Iterator[None]:
+    """Within it the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        callback.requested = True
+        signal.signal(signal.SIGINT, previous)
+        logger.warning("Ctrl-C: saving a checkpoint after this step (Ctrl-C again stops at once, without saving)")
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history: list[dict[str, float]]) -> None:
+    log = {
+        "result": asdict(result),
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "history": history,
+    }
+    (output_dir / LOG_FILE).write_text(json.dumps(log, indent=2))
+
+
+def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no %s was drawn: matplotlib is not installed (pip install 'calm-lm[training]')", PLOT_FILE)
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per completion token)")
+    for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
+        logs = [log for log in history if key in log]
+        if logs:
+            axes.plot([log["step"] for log in logs], [log[key] for log in logs], marker=".", label=label)
+    axes.legend()
+    figure.savefig(output_dir / PLOT_FILE, dpi=120)
