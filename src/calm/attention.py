@@ -16,7 +16,7 @@ from calm.errors import CalmError
 NORM_EPS = 1e-6
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     """Fixed ALiBi slopes, one a head: a geometric sequence that falls from 2 over about eight octaves.
 
     Press et al. (arXiv 2108.12409) start at 2^(-8/heads); starting higher gives some heads a sharp recency prior from
@@ -24,11 +24,12 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
     Args:
         num_heads: Number of heads.
+        device: Where the result is made.
 
     Returns:
         Float32 `[num_heads]`.
     """
-    return torch.tensor([2.0 ** (1 - 8 * head / max(num_heads, 8)) for head in range(num_heads)])
+    return torch.exp2(1 - 8 * torch.arange(num_heads, device=device) / max(num_heads, 8))
 
 
 class Connection(GradientCheckpointingLayer):
@@ -90,9 +91,7 @@ class Connection(GradientCheckpointingLayer):
         queries, keys, values = self.project(hidden, context)
         if cache_layer is not None:
             keys, values = cache_layer.update(keys, values)
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=alignment.bias.to(queries.dtype)
-        )
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=alignment.bias.to(queries.dtype))
         injection = self.w_o(attended.transpose(1, 2).flatten(2)).to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees

@@ -33,7 +33,11 @@ from calm.errors import CheckpointError, TokenizerMismatchError, UnsupportedMode
 # docs/support_matrix.py, which tries every causal language model of the installed transformers.
 UNSUPPORTED: dict[str, str] = {}
 
+# Causal whatever their configuration's `is_decoder` says (it is False by default).
+_CAUSAL_ANYWAY = {"gpt_neox", "gpt_neox_japanese"}
+
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
 _FLOATS = set(FINGERPRINT_DTYPES.values())
 
 
@@ -73,41 +77,46 @@ class Source:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of every `from_pretrained`."""
-        return {
-            key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value
-        }
+        return {key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value}
 
 
 def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     """Load a base's configuration.
 
+    Args:
+        source: Where it is.
+        load_kwargs: Those of the weights; the ones that concern finding files are used.
+
     Raises:
         CheckpointError: If there is none, or its architecture is unknown to the installed transformers.
     """
+    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
-        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **load_kwargs)
+        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"No usable configuration for {source.name_or_path!r}: {error}") from error
 
 
-def load_anchor(source: Source, **load_kwargs: Any) -> PreTrainedModel:
+def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
     """Load a whole causal language model.
 
     Args:
         source: Where it is.
+        config: From `load_config`.
         load_kwargs: For `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
 
     Raises:
         CheckpointError: If it is missing, unreadable or incomplete.
     """
-    return _load(AutoModelForCausalLM, source, **load_kwargs)
+    return freeze(_load(AutoModelForCausalLM, source, config, **load_kwargs))
 
 
-def load_augmenting(source: Source, depth: int, **load_kwargs: Any) -> PreTrainedModel:
+def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load_kwargs: Any) -> PreTrainedModel:
     """Load the first `depth` layers of a decoder; later layers and the head are never built.
 
     Args:
         source: Where it is.
+        config: From `load_config`.
         depth: How many layers to keep.
         load_kwargs: For `from_pretrained`.
 
@@ -117,18 +126,18 @@ def load_augmenting(source: Source, depth: int, **load_kwargs: Any) -> PreTraine
     Raises:
         CheckpointError: If it is missing, unreadable or incomplete.
     """
-    if source.gguf_file is not None:  # its configuration is read from the file and cannot be changed before
-        return truncated(load_anchor(source, **load_kwargs), depth)
-    config = load_config(source)
+    if source.gguf_file is not None:  # the names of a GGUF file's weights are mapped by the whole configuration
+        return truncated(load_anchor(source, config, **load_kwargs), depth)
+    config = copy.deepcopy(config)
     truncate_config(config, depth)
-    return freeze(decoder_of(_load(AutoModel, source, config=config, **load_kwargs)))
+    return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
 
 
-def _load(auto_class: type, source: Source, **load_kwargs: Any) -> PreTrainedModel:
+def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
     try:
         with _quiet():  # the later layers' weights are unexpected on purpose
             model, info = auto_class.from_pretrained(
-                source.name_or_path, output_loading_info=True, **source.arguments(), **load_kwargs
+                source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
@@ -150,10 +159,11 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
     """Load a base's tokenizer, `None` where it has none beside its weights."""
+    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
-        return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments())
+        return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
 
@@ -211,7 +221,7 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
     reason = UNSUPPORTED.get(config.model_type) or UNSUPPORTED.get(text.model_type)
     if reason is None and config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoder-only models are supported"
-    if reason is None and getattr(text, "is_decoder", True) is False:
+    if reason is None and getattr(text, "is_decoder", True) is False and text.model_type not in _CAUSAL_ANYWAY:
         reason = "it attends in both directions (is_decoder=False), so a composition would see future tokens"
     if reason is None and role != "anchor" and (getattr(text, "num_kv_shared_layers", None) or 0) > 0:
         reason = "its last layers share keys and values with earlier ones, so it cannot be cut after a layer"
@@ -331,7 +341,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
 
 
-def _digest(weights: dict[str, Tensor], dtype: torch.dtype | None) -> str:
+def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         data = weight.detach() if dtype is None else weight.detach().to(dtype)
@@ -405,33 +415,44 @@ def load_bases(
                 f"{sorted(config.augmenting_configs)}; give them by name."
             )
 
-    def get(role: str, base: Any, reference: dict[str, Any], expected: PreTrainedConfig, depth: int | None) -> Any:
-        if isinstance(base, PreTrainedModel):
-            _check_shape(base.config, expected, role)
-            model = freeze(base) if depth is None else truncated(base, depth)
-        else:
-            source = _find(role, base, reference)
-            _check_shape(load_config(source), expected, role)
-            if depth is None:
-                model = load_anchor(source, **load_kwargs)
-            else:
-                model = load_augmenting(source, depth, **load_kwargs)
-        if verify:
-            check_fingerprint(model, reference.get("fingerprint", {}), role)
-        return model
-
-    anchor_model = get("the anchor", anchor, config.anchor_reference, config.anchor_config, None)
-    models = {
-        name: get(
-            f"the augmenting model {name!r}",
-            given.get(name),
-            config.augmenting_references.get(name, {}),
-            expected,
-            config.augmenting_depth(name),
-        )
-        for name, expected in config.augmenting_configs.items()
-    }
+    anchor_source = (
+        None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
+    )
+    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
+    models = {}
+    for name, expected in config.augmenting_configs.items():
+        role = f"the augmenting model {name!r}"
+        base, depth = given.get(name), config.augmenting_depth(name)
+        source = None
+        if not isinstance(base, PreTrainedModel):
+            source = _find(role, base, config.augmenting_references.get(name, {}))
+        if source is not None and source == anchor_source:  # one set of weights serves as both
+            base, source = anchor_model, None
+        models[name] = _take(role, base, source, expected, depth, **load_kwargs)
+    if verify:
+        check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
+        for name, model in models.items():
+            recorded = config.augmenting_references.get(name, {}).get("fingerprint", {})
+            check_fingerprint(model, recorded, f"the augmenting model {name!r}")
     return anchor_model, models
+
+
+def _take(
+    role: str,
+    base: Any,
+    source: Source | None,
+    expected: PreTrainedConfig,
+    depth: int | None = None,
+    **load_kwargs: Any,
+) -> PreTrainedModel:
+    if source is None:
+        _check_shape(base.config, expected, role)
+        return freeze(base) if depth is None else truncated(base, depth)
+    found = load_config(source, **load_kwargs)
+    _check_shape(found, expected, role)
+    if depth is None:
+        return load_anchor(source, found, **load_kwargs)
+    return load_augmenting(source, found, depth, **load_kwargs)
 
 
 def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
@@ -453,7 +474,11 @@ def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
 
 
 def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str) -> None:
-    for what, value in (("architecture", lambda c: text_config(c).model_type), ("width", width_of), ("depth", depth_of)):
+    for what, value in (
+        ("architecture", lambda c: text_config(c).model_type),
+        ("width", width_of),
+        ("depth", depth_of),
+    ):
         if value(found) != value(expected):
             raise CheckpointError(
                 f"{role} has {what} {value(found)!r}; this composition was trained against {value(expected)!r}. Give "

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from calm.connections import choose_pairs
 from calm.errors import CalmError, UnsupportedModelError
 from calm.model import CalmForCausalLM
 
-Base = PreTrainedModel | str | os.PathLike[str]
+Base: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
 
 def compose(
@@ -66,26 +66,30 @@ def compose(
         if not isinstance(name, str) or not name.isidentifier():
             raise CalmError(f"The augmenting model's name {name!r}: expected letters, digits and underscores.")
 
-    revision = load_kwargs.pop("revision", None)
-    anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", revision)
+    anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", load_kwargs)
     if isinstance(anchor, PreTrainedModel) and not anchor.can_generate():
         raise UnsupportedModelError(
             f"The anchor is a {type(anchor).__name__}, which has no language-model head: pass a ...ForCausalLM."
         )
-    anchor_tokenizer = anchor_tokenizer or (backbones.load_tokenizer(anchor_source) if anchor_source else None)
-
-    tokenizers = augmenting_tokenizer if isinstance(augmenting_tokenizer, Mapping) else {}
-    looked_at = {}
-    for name, base in bases.items():
-        base, config, source = _look_at(base, "augmenting model", revision)
-        looked_at[name] = base, config, source
-        tokenizer = tokenizers.get(name) if tokenizers else augmenting_tokenizer
+    looked_at = {name: _look_at(base, "augmenting model", load_kwargs) for name, base in bases.items()}
+    hub_kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
+    if (
+        anchor_tokenizer is None
+        and anchor_source is not None
+        and any(s != anchor_source for _, _, s in looked_at.values())
+    ):
+        anchor_tokenizer = backbones.load_tokenizer(anchor_source, **hub_kwargs)
+    for name, (base, config, source) in looked_at.items():
+        if source is not None and source == anchor_source:
+            continue
+        if isinstance(augmenting_tokenizer, Mapping):
+            tokenizer = augmenting_tokenizer.get(name)
+        else:
+            tokenizer = augmenting_tokenizer
+        if tokenizer is None and source is not None:
+            tokenizer = backbones.load_tokenizer(source, **hub_kwargs)
         backbones.check_same_tokenizer(
-            anchor_tokenizer,
-            tokenizer or (backbones.load_tokenizer(source) if source else None),
-            anchor_config,
-            config,
-            (_name(anchor, anchor_source), _name(base, source)),
+            anchor_tokenizer, tokenizer, anchor_config, config, (_name(anchor, anchor_source), _name(base, source))
         )
 
     config = CalmConfig(
@@ -104,13 +108,20 @@ def compose(
         attend=attend,
     )
 
-    anchor_model = anchor if anchor_source is None else backbones.load_anchor(anchor_source, **load_kwargs)
-    augmenting_models = {
-        name: backbones.truncated(base, config.augmenting_depth(name))
-        if source is None
-        else backbones.load_augmenting(source, config.augmenting_depth(name), **load_kwargs)
-        for name, (base, _, source) in looked_at.items()
-    }
+    load_kwargs.pop("revision", None)  # it is part of the sources
+    if anchor_source is None:
+        anchor_model = anchor
+    else:
+        anchor_model = backbones.load_anchor(anchor_source, anchor_config, **load_kwargs)
+    augmenting_models = {}
+    for name, (base, base_config, source) in looked_at.items():
+        depth = config.augmenting_depth(name)
+        if source is None:
+            augmenting_models[name] = backbones.truncated(base, depth)
+        elif source == anchor_source:  # one set of weights serves as both
+            augmenting_models[name] = backbones.truncated(anchor_model, depth)
+        else:
+            augmenting_models[name] = backbones.load_augmenting(source, base_config, depth, **load_kwargs)
     backbones.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
     config.anchor_reference = _reference(anchor_model, anchor_source)
     for name, model in augmenting_models.items():
@@ -120,7 +131,7 @@ def compose(
     return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
 
 
-def _look_at(base: Any, role: str, revision: str | None) -> tuple[Any, PreTrainedConfig, Source | None]:
+def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig, Source | None]:
     """Tell a loaded model from a name, and check that its architecture can be composed."""
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(base, peft.PeftModel):
@@ -128,8 +139,8 @@ def _look_at(base: Any, role: str, revision: str | None) -> tuple[Any, PreTraine
     if isinstance(base, PreTrainedModel):
         source, config = None, base.config
     elif isinstance(base, str | os.PathLike):
-        source = Source.parse(base, revision)
-        config = backbones.load_config(source)
+        source = Source.parse(base, load_kwargs.get("revision"))
+        config = backbones.load_config(source, **load_kwargs)
     else:
         raise CalmError(
             f"The {role} is a {type(base).__name__}: expected a transformers model, or a hub name, folder or GGUF file."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -90,11 +90,11 @@ class CalmConfig(PreTrainedConfig):
             )
         depths = {name: depth_of(config) for name, config in self.augmenting_configs.items()}
         check_pairs(pairs, depths, depth_of(self.anchor_config))
-        width = width_of(self.anchor_config)
-        if self.num_heads < 1 or width % self.num_heads:
+        width, heads = width_of(self.anchor_config), cast(int, self.num_heads)
+        if heads < 1 or width % heads:
             raise CalmError(
-                f"num_heads={self.num_heads} does not divide the anchor's width {width}: pass num_heads= with a "
-                f"divisor of {width}, for example {_nearest_divisor(width, self.num_heads)}."
+                f"num_heads={heads} does not divide the anchor's width {width}: pass num_heads= with a "
+                f"divisor of {width}, for example {_nearest_divisor(width, heads)}."
             )
 
     @property
@@ -119,7 +119,7 @@ class CalmConfig(PreTrainedConfig):
         return output
 
 
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def text_config(config: Any) -> PreTrainedConfig:
     """The part of a configuration that describes the decoder."""
     return config.get_text_config(decoder=True)
 

@@ -96,9 +96,7 @@ def choose_pairs(
     for name, depth in augmenting_depths.items():
         wanted = by_name[name]
         if isinstance(wanted, bool) or not isinstance(wanted, int | Iterable) or isinstance(wanted, str):
-            raise CalmError(
-                f"connections={wanted!r}: expected a number or (augmenting layer, anchor layer) pairs."
-            )
+            raise CalmError(f"connections={wanted!r}: expected a number or (augmenting layer, anchor layer) pairs.")
         layers = uniform_pairs(wanted, depth, anchor_depth) if isinstance(wanted, int) else list(wanted)
         for pair in layers:
             try:
@@ -121,7 +119,11 @@ def check_pairs(pairs: list[LayerPair], augmenting_depths: Mapping[str, int], an
     """
     for pair in pairs:
         for role, layer, depth in (
-            (f"augmenting model {pair.augmenting!r}", pair.augmenting_layer, augmenting_depths[pair.augmenting]),
+            (
+                f"augmenting model {pair.augmenting!r}",
+                pair.augmenting_layer,
+                augmenting_depths[pair.augmenting],
+            ),
             ("anchor", pair.anchor_layer, anchor_depth),
         ):
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:

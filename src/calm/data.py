@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from calm.errors import CalmError, CheckpointError
 
 if TYPE_CHECKING:  # checking a recipe or a data file needs neither torch nor transformers
-    import datasets
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of positions without loss, as in transformers."""
+
+Row = dict[str, np.ndarray]
+"""A tokenized example: `input_ids` and `labels`."""
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 """A JSON or JSONL file, the name of a `datasets` data set, or the examples themselves."""
@@ -38,7 +42,7 @@ def load_examples(
     max_length: int,
     split: str = "train",
     append_eos: bool = True,
-) -> datasets.Dataset:
+) -> list[Row]:
     """Reads and tokenizes a data set, every example checked.
 
     Examples longer than `max_length` are dropped, never cut: a cut prompt is not what generation sees, and a cut
@@ -53,16 +57,13 @@ def load_examples(
             always end as the chat template ends them.
 
     Returns:
-        A `datasets.Dataset` with the columns ``input_ids`` and ``labels``, two lists of int of the same length a row;
-        labels are -100 on the prompt.
+        One row an example: ``input_ids`` and ``labels``, int32 arrays of the same length; labels are -100 on the prompt.
 
     Raises:
         CalmError: the file is missing, empty or not JSON; an example has no usable prompt or completion; chat examples
             with a tokenizer without chat template; no example is left within `max_length`.
     """
-    import datasets
-
-    rows: list[dict[str, list[int]]] = []
+    rows: list[Row] = []
     dropped = longest = 0
     name = "the examples"
     for where, example in read_rows(source, split):
@@ -71,7 +72,7 @@ def load_examples(
         if len(row["input_ids"]) > max_length:
             dropped += 1
         else:
-            rows.append(row)
+            rows.append({key: np.asarray(ids, dtype=np.int32) for key, ids in row.items()})
     if isinstance(source, str | Path):
         name = str(source)
     if not rows and not dropped:
@@ -86,7 +87,7 @@ def load_examples(
             "%s: dropped %d of %d examples, longer than max_length = %d tokens (the longest has %d)",
             *(name, dropped, dropped + len(rows), max_length, longest),
         )
-    return datasets.Dataset.from_list(rows)
+    return rows
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -138,11 +139,11 @@ def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, Mappi
     elif is_file_source(source):
         yield from _read_json(Path(source))
     else:
-        import datasets
-
         try:
+            import datasets
+
             loaded = datasets.load_dataset(str(source), split=split)
-        except Exception as error:  # many types: not found, unknown split, needs a config name, no network
+        except Exception as error:  # many: not installed or found, unknown split, needs a config name
             raise CalmError(
                 f"the data set {str(source)!r}, split {split!r}, could not be read: {error} "
                 "(a file must end in .jsonl or .json; anything else is taken for the name of a data set)"
@@ -332,7 +333,7 @@ class CompletionCollator:
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(next(token for token in candidates if token is not None))
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         """Collates rows of `load_examples`.
 
         Args:
@@ -344,8 +345,8 @@ class CompletionCollator:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        labels = [torch.tensor(row["labels"]) for row in rows]
+        ids = [torch.from_numpy(row["input_ids"]).long() for row in rows]
+        labels = [torch.from_numpy(row["labels"]).long() for row in rows]
         masks = [torch.ones_like(row) for row in ids]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi
@@ -31,8 +31,8 @@ from calm import backbones, checkpoint
 from calm.alignment import Alignment, align, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, context_of, width_of
-from calm.errors import CalmError, CheckpointError
+from calm.config import CalmConfig, context_of, text_config, width_of
+from calm.errors import CalmError
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
@@ -93,7 +93,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             connection = Connection(
                 width_of(config.augmenting_configs[pair.augmenting]),
                 width_of(config.anchor_config),
-                config.num_heads,
+                cast(int, config.num_heads),
                 config.attention,
             )
             reference = next(anchor_layers[pair.anchor_layer].parameters())
@@ -104,12 +104,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self._disabled = False
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
-        contexts = [
+        contexts: list[tuple[int, str]] = [
             (limit, name)
             for name, base in (("the anchor", config.anchor_config), *config.augmenting_configs.items())
             if (limit := context_of(base)) is not None
         ]
-        self._context, self._context_of = min(contexts, default=(None, ""))
+        self._context: int | None
+        self._context_of: str
+        self._context, self._context_of = min(contexts) if contexts else (None, "")
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(partial(self._inject, here))
@@ -168,7 +170,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if self._disabled:
             return self._forward_anchor_alone(
-                input_ids, attention_mask, position_ids, past_key_values, labels, use_cache, logits_to_keep, kwargs
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                labels,
+                use_cache,
+                logits_to_keep,
+                kwargs,
             )
         self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
         if use_cache is None:
@@ -188,7 +197,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             masks, padding_mask = None, attention_mask
             alignment = self._align(
-                length, past_length, padding_mask, cache, position_ids, prompt_length, labels, input_ids.device
+                length,
+                past_length,
+                padding_mask,
+                cache,
+                position_ids,
+                prompt_length,
+                labels,
+                input_ids.device,
             )
 
         state = _Pass(alignment, cache.cross if cache is not None else None)
@@ -197,7 +213,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             self._run_augmenting(input_ids, padding_mask, masks, position_ids, cache)
             outputs = self.anchor(
                 **self._base_arguments(
-                    self._anchor_parameters, "anchor", input_ids, padding_mask, masks, position_ids,
+                    self._anchor_parameters,
+                    "anchor",
+                    input_ids,
+                    padding_mask,
+                    masks,
+                    position_ids,
                     cache.anchor if cache is not None else None,
                 ),
                 **self._anchor_kwargs(labels=labels, logits_to_keep=logits_to_keep, **kwargs),
@@ -224,7 +245,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         for name, model in self.augmenting.items():
             arguments = self._base_arguments(
-                self._augmenting_parameters[name], f"augmenting.{name}", input_ids, padding_mask, masks, position_ids,
+                self._augmenting_parameters[name],
+                f"augmenting.{name}",
+                input_ids,
+                padding_mask,
+                masks,
+                position_ids,
                 cache.augmenting[name] if cache is not None else None,
             )
             with torch.no_grad():
@@ -258,7 +284,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def _forward_anchor_alone(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         labels: Tensor | None,
@@ -308,7 +334,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and padding_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
         key_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        slopes = alibi_slopes(self.config.num_heads).to(device) if self.config.attention == "normalized" else None
+        slopes = (
+            alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention == "normalized" else None
+        )
         return align(
             visible_same_tokenizer(length, past_length, prompt_length, device),
             key_length,
@@ -330,17 +358,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         alignment = state.alignment.to(hidden.device)
         pairs = self._pairs
         # all connections of a layer ask with the same hidden state, so that their order does not matter
-        injection = sum(
-            self.connections[i](
-                hidden,
-                state.captured[pairs[i].augmenting, pairs[i].augmenting_layer].to(hidden.device),
-                alignment,
-                state.cross.layers[i] if state.cross is not None else None,
-            )
-            for i in indices
-        )
-        hidden = hidden + injection
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        injected = hidden
+        for i in indices:
+            context = state.captured[pairs[i].augmenting, pairs[i].augmenting_layer]
+            cache_layer = state.cross.layers[i] if state.cross is not None else None
+            injected = injected + self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer)
+        return (injected, *output[1:]) if isinstance(output, tuple) else injected
 
     # -- checks of input ----------------------------------------------------------------------------------------
 
@@ -369,8 +392,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def _check_length(self, length: int) -> None:
         if self._context is not None and length > self._context:
             raise CalmError(
-                f"{length} tokens do not fit: the context of {self._context_of} is {self._context} tokens, and the smallest context of "
-                "the composed models counts. Shorten the prompt or max_new_tokens."
+                f"{length} tokens do not fit: the context of {self._context_of} is {self._context} tokens, and the "
+                "smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
 
     # -- generation ---------------------------------------------------------------------------------------------
@@ -399,8 +422,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _new_cache(self, max_length: int | None = None, offloading: bool = False) -> CalmCache:
         return CalmCache.build(
-            self.anchor.config.get_text_config(decoder=True),
-            {name: model.config.get_text_config(decoder=True) for name, model in self.augmenting.items()},
+            text_config(self.anchor.config),
+            {name: text_config(model.config) for name, model in self.augmenting.items()},
             len(self.connections),
             max_length,
             offloading,
@@ -448,7 +471,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         config: PreTrainedConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        past_key_values: CalmCache,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor | None]:
@@ -482,7 +505,13 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             masks |= {f"{prefix}.{k}": v for k, v in made.items()} if isinstance(made, dict) else {prefix: made}
         length = inputs_embeds.shape[1]
         alignment = self._align(
-            length, cache.get_seq_length(), attention_mask, cache, position_ids, cache.prompt_length, None,
+            length,
+            cache.get_seq_length(),
+            attention_mask,
+            cache,
+            position_ids,
+            cache.prompt_length,
+            None,
             inputs_embeds.device,
         )
         return masks | {"cross.bias": alignment.bias, "cross.sees": alignment.sees}
@@ -496,8 +525,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         return self
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: gradients start at the connections, and starting them at the embeddings would store and
-        back-propagate everything below the first connection."""
+        """Nothing to do, since gradients start at the connections.
+
+        Starting them at the embeddings would store and back-propagate everything below the first connection.
+        """
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the bases are frozen.
@@ -523,7 +554,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def print_trainable_parameters(self) -> None:
         """Print the numbers of trainable and of all parameters, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
 
     @contextmanager
     def composition_disabled(self) -> Iterator[CalmForCausalLM]:
@@ -560,7 +593,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if not is_main_process:
             return
-        weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX) if state_dict is None else state_dict
+        weights = (
+            self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX) if state_dict is None else state_dict
+        )
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
@@ -668,4 +703,3 @@ def _random_augmenting(config: CalmConfig) -> dict[str, PreTrainedModel]:
         backbones.truncate_config(base, config.augmenting_depth(name))
         models[name] = backbones.decoder_of(AutoModel.from_config(base))
     return models
-

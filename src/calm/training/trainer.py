@@ -25,12 +25,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 import calm
 from calm.backbones import Source, load_config
 from calm.config import context_of
-from calm.data import CompletionCollator, load_examples, load_tokenizer
+from calm.data import CompletionCollator, Row, load_examples, load_tokenizer
 from calm.errors import CalmError, CheckpointError
 from calm.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
     from calm.model import CalmForCausalLM
@@ -199,14 +198,14 @@ def _step_of(checkpoint: str) -> int:
 
 def _load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+) -> tuple[list[Row], list[Row] | None]:
     """Reads and tokenizes the recipe's data, within the smallest context of the models; loads no weights."""
     bases = [recipe.anchor, *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values())]
     contexts = [context_of(load_config(Source.parse(base))) for base in bases]
     max_length = min([recipe.data.max_length, *(context for context in contexts if context is not None)])
     data = recipe.data
 
-    def load(source: str, split: str) -> datasets.Dataset:
+    def load(source: str, split: str) -> list[Row]:
         return load_examples(source, tokenizer, max_length=max_length, split=split, append_eos=data.append_eos)
 
     return load(data.train, data.train_split), None if data.eval is None else load(data.eval, data.eval_split)
@@ -258,6 +257,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         seed=training.seed,
         bf16=training.bf16,
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
 
@@ -366,7 +366,8 @@ class _SaveAndStop(TrainerCallback):
 @contextmanager
 def _saves_on_interrupt(callback: _SaveAndStop) -> Iterator[None]:
     """Within it the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
+    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
 
@@ -396,7 +397,7 @@ def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no %s was drawn: matplotlib is not installed (pip install 'calm-lm[training]')", PLOT_FILE)
+        logger.warning("no %s was drawn: matplotlib is not installed (pip install 'calm-lm[train]')", PLOT_FILE)
         return
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per completion token)")

@@ -1,0 +1,399 @@
+"""Training: what is trained, exact resume, whole checkpoints only, the best model kept, errors that stop it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bases import byte_tokenizer, save_base, sums, write_jsonl
+from safetensors.torch import load_file
+
+import calm
+from calm.data import CompletionCollator, load_examples, load_tokenizer
+from calm.errors import CalmError
+from calm.training import Recipe, trainer
+from calm.training.recipe import check_recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, tiny_bases: dict[str, str]) -> MakeRecipe:
+    """Makes a recipe of 12 steps of 2 x 2 examples over 22 (two epochs and a bit), every step logged."""
+
+    def make(out: str = "out", *, evaluates: bool = True, top: dict[str, Any] | None = None, **training: Any) -> Recipe:
+        train = write_jsonl(tmp_path / "train.jsonl", sums(22))
+        data = {"train": str(train)}
+        if evaluates:
+            data["eval"] = str(write_jsonl(tmp_path / "eval.jsonl", sums(8, seed=1)))
+            training = {"eval_steps": 2} | training
+        settings = {
+            "output_dir": str(tmp_path / out),
+            "max_steps": 12,
+            "per_device_batch_size": 2,
+            "gradient_accumulation": 2,
+            "log_steps": 1,
+            "save_steps": 4,
+            "learning_rate": 1e-2,
+        }
+        composed = {"connections": 2, **tiny_bases}
+        return check_recipe({**composed, "data": data, "training": settings | training} | (top or {}))
+
+    return make
+
+
+def log_of(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(Path(recipe.training.output_dir, "training_log.json").read_text())
+
+
+def losses(recipe: Recipe) -> dict[str, dict[int, float]]:
+    """Everything logged that resuming must reproduce, by name and step."""
+    history = log_of(recipe)["history"]
+    return {
+        key: {log["step"]: log[key] for log in history if key in log}
+        for key in ("loss", "grad_norm", "learning_rate", "eval_loss")
+    }
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder, "model.safetensors"))
+
+
+def checkpoints(recipe: Recipe) -> list[str]:
+    return sorted(path.name for path in Path(recipe.training.output_dir).glob("*checkpoint*"))
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes training die within the given optimiser step."""
+    original = trainer._CompositionTrainer.training_step
+
+    def install(step: int) -> None:
+        def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == step - 1:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer._CompositionTrainer, "training_step", training_step)
+
+    yield install
+
+
+def test_training_lowers_the_loss_and_changes_only_the_connections(make_recipe: MakeRecipe, tiny_bases: dict[str, str]):
+    recipe = make_recipe(max_steps=30)
+    before = {name: weights(folder) for name, folder in tiny_bases.items()}
+    result = trainer.train(recipe)
+    out = recipe.training.output_dir
+    evaluated = losses(recipe)["eval_loss"]
+    assert evaluated[30] < evaluated[2] - 0.1
+    assert all(torch.equal(w, before[n][k]) for n, f in tiny_bases.items() for k, w in weights(f).items())
+    assert all(key.startswith("connections.") for key in weights(out))
+    assert all(w.abs().max() > 0 for w in weights(out).values()), "also the output matrices, which start at zero"
+    assert result.trainable_parameters == sum(w.numel() for w in weights(out).values())
+    assert result.eval_loss == min(evaluated.values()) == evaluated[result.best_step]
+    assert log_of(recipe)["result"] == {**log_of(recipe)["result"], "steps": 30, "train_examples": 22}
+    assert Path(out, "loss.png").read_bytes().startswith(b"\x89PNG")
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(out), load_tokenizer(out)
+    assert model.generate(**tokenizer("1+1=", return_tensors="pt"), max_new_tokens=2).shape[1] > 5
+
+
+@pytest.mark.parametrize("died_in_step", [6, 11])  # within the first epoch (5.5 steps), and the second
+def test_resumed_run_is_exactly_the_uninterrupted_one(
+    make_recipe: MakeRecipe, die_at: Callable[[int], None], died_in_step: int, monkeypatch: pytest.MonkeyPatch
+):
+    whole, halves = make_recipe("whole"), make_recipe("halves")
+    trainer.train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._CompositionTrainer, "training_step", trainer._CompositionTrainer.training_step)
+        die_at(died_in_step)
+        with pytest.raises(Killed):
+            trainer.train(halves)
+    monkeypatch.undo()
+    assert not Path(halves.training.output_dir, "training_log.json").exists()
+    result = trainer.train(halves, resume=True)
+    assert result.resumed_from == {6: 4, 11: 10}[died_in_step], "the last best model, between the regular saves"
+    assert losses(halves) == losses(whole)
+    assert list(losses(whole)["loss"]) == list(range(1, 13))
+    first, second = weights(whole.training.output_dir), weights(halves.training.output_dir)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_resume_test_would_notice_lost_random_state_or_data_order(
+    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    """Negative control: without the random state (dropout), or with skipped data, the losses differ."""
+    whole = make_recipe("whole")
+    trainer.train(whole)
+    die_at(6)
+    with pytest.raises(Killed):
+        trainer.train(make_recipe("halves"))
+    monkeypatch.undo()
+    shutil.copytree(make_recipe("halves").training.output_dir, make_recipe("order").training.output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._CompositionTrainer, "_load_rng_state", lambda self, checkpoint: torch.manual_seed(1))
+        trainer.train(make_recipe("halves"), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_arguments", _without_data_skip(trainer._arguments))
+        trainer.train(make_recipe("order"), resume=True)
+    for broken in ("halves", "order"):
+        assert losses(make_recipe(broken))["loss"][5] != losses(whole)["loss"][5]
+
+
+def _without_data_skip(arguments: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(*args: Any) -> Any:
+        made = arguments(*args)
+        made.ignore_data_skip = True
+        return made
+
+    return changed
+
+
+def test_logged_means_are_the_same_when_logging_is_coarser_than_saving(
+    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"evaluates": False, "log_steps": 5, "save_steps": 4}
+    whole, halves = make_recipe("whole", **settings), make_recipe("halves", **settings)
+    trainer.train(whole)
+    die_at(6)
+    with pytest.raises(Killed):
+        trainer.train(halves)
+    monkeypatch.undo()
+    trainer.train(halves, resume=True)
+    assert losses(halves) == losses(whole)
+    assert list(losses(whole)["loss"]) == [4, 5, 8, 10, 12]
+
+
+def test_gradient_accumulation_is_one_large_batch(make_recipe: MakeRecipe, tmp_path: Path):
+    """The mean is over the completion tokens of the whole step, however it is cut into batches."""
+    folders = {
+        name: str(save_base(tmp_path / name, byte_tokenizer(), seed=seed, attention_dropout=0.0))
+        for seed, name in enumerate(("anchor", "augmenting"))
+    }
+    recipes = [
+        make_recipe(f"{size}", top=folders, evaluates=False, max_steps=4, per_device_batch_size=size, gradient_accumulation=4 // size)
+        for size in (4, 1)
+    ]
+    for recipe in recipes:
+        trainer.train(recipe)
+    large, small = (losses(recipe)["loss"] for recipe in recipes)
+    assert large == pytest.approx(small, rel=1e-5)
+
+
+def overfitting(make_recipe: MakeRecipe, tmp_path: Path, **training: Any) -> Recipe:
+    """A run whose evaluation loss first falls (answers are digits) and then rises (they are others)."""
+    data = {
+        "train": str(write_jsonl(tmp_path / "nines.jsonl", [{"prompt": f"{i}+1=", "completion": "9"} for i in range(20)])),
+        "eval": str(write_jsonl(tmp_path / "ones.jsonl", [{"prompt": f"{i}+1=", "completion": "1"} for i in range(8)])),
+    }
+    return make_recipe(top={"data": data}, max_steps=60, **training)
+
+
+def test_early_stop_ends_the_run_and_the_best_model_is_kept_and_saved(make_recipe: MakeRecipe, tmp_path: Path):
+    recipe = overfitting(make_recipe, tmp_path, early_stopping_patience=3, keep_checkpoints=1, save_steps=60)
+    result = trainer.train(recipe)
+    evaluated = losses(recipe)["eval_loss"]
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert result.stopped_early
+    assert 2 < best == result.best_step == result.steps - 2 * 3
+    assert f"checkpoint-{best}" in checkpoints(recipe), "though 60 steps lie between regular checkpoints"
+    out = recipe.training.output_dir
+    best_weights = weights(Path(out, f"checkpoint-{best}"))
+    assert all(torch.equal(w, best_weights[k]) for k, w in weights(out).items())
+    assert evaluated[result.steps] > evaluated[best] + 0.01, "the last model is worse, so it can be told apart"
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(out), load_tokenizer(out)
+    rows = load_examples(recipe.data.eval, tokenizer, max_length=64)
+    with torch.no_grad():
+        loss = model(**CompletionCollator.for_tokenizer(tokenizer)(rows)).loss
+    assert loss.item() == pytest.approx(evaluated[best], rel=1e-5)
+
+
+def test_patience_survives_a_resume(
+    make_recipe: MakeRecipe, tmp_path: Path, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"early_stopping_patience": 3, "save_steps": 2}
+    whole = overfitting(make_recipe, tmp_path, **settings)
+    expected = trainer.train(whole)
+    halves = overfitting(make_recipe, tmp_path, **settings | {"output_dir": str(tmp_path / "halves")})
+    die_at(expected.steps - 1)  # after two of the three evaluations without improvement
+    with pytest.raises(Killed):
+        trainer.train(halves)
+    monkeypatch.undo()
+    result = trainer.train(halves, resume=True)
+    assert (result.steps, result.best_step, result.eval_loss) == (expected.steps, expected.best_step, expected.eval_loss)
+
+
+def full_disk_in_torch_save(patch: pytest.MonkeyPatch) -> None:
+    original = torch.save
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        original(value, path, *args, **kwargs)
+        if "checkpoint-8" in str(path):
+            os.truncate(path, 10)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    patch.setattr(torch, "save", save)
+
+
+def full_disk_in_flush(patch: pytest.MonkeyPatch) -> None:
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if "checkpoint-8" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+
+
+def full_disk_in_safetensors(patch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    from calm import checkpoint
+
+    original = checkpoint.save_torch_state_dict
+
+    def save(weights: Any, folder: Any, **kwargs: Any) -> None:
+        original(weights, folder, **kwargs)
+        if "checkpoint-8" in str(folder):
+            os.truncate(Path(folder, "model.safetensors"), 10)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    patch.setattr(checkpoint, "save_torch_state_dict", save)
+
+
+@pytest.mark.parametrize("fill", [full_disk_in_torch_save, full_disk_in_flush, full_disk_in_safetensors])
+def test_disk_that_fills_while_saving_leaves_the_last_good_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, fill: Callable[[pytest.MonkeyPatch], None]
+):
+    recipe = make_recipe(evaluates=False)
+    with monkeypatch.context() as patch:
+        fill(patch)
+        with pytest.raises(CalmError, match=r"step 8 could not be written.*No space left.*checkpoint-4 is whole.*--resume"):
+            trainer.train(recipe)
+    assert checkpoints(recipe) == ["checkpoint-4"]
+    calm.CalmForCausalLM.from_pretrained(Path(recipe.training.output_dir, "checkpoint-4"))
+    assert trainer.train(recipe, resume=True).resumed_from == 4
+    assert checkpoints(recipe) == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KB: room for two checkpoints, not for a third one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_that_is_really_full_leaves_the_last_good_checkpoint(make_recipe: MakeRecipe, small_disk: Path):
+    recipe = make_recipe(evaluates=False, output_dir=str(small_disk / "out"), save_steps=2, keep_checkpoints=9)
+    with pytest.raises(CalmError, match=r"could not be written.*is whole and stays"):
+        trainer.train(recipe)
+    whole = checkpoints(recipe)
+    assert whole == ["checkpoint-2", "checkpoint-4"][: len(whole)]
+    assert whole
+    for name in whole:
+        calm.CalmForCausalLM.from_pretrained(Path(recipe.training.output_dir, name))
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert f"checkpoint-{trainer.train(recipe, resume=True).resumed_from}" == whole[-1]
+
+
+def test_full_disk_at_the_very_end_names_the_checkpoint(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    def write(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_write_log", write)
+    with pytest.raises(CalmError, match="training is done and .*checkpoint-12 holds the model, .*No space left"):
+        trainer.train(make_recipe(evaluates=False))
+
+
+def test_what_a_kill_while_saving_leaves_is_not_resumed_from(
+    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    recipe = make_recipe(evaluates=False)
+    die_at(6)
+    with pytest.raises(Killed):
+        trainer.train(recipe)
+    monkeypatch.undo()
+    half = Path(recipe.training.output_dir, ".saving-checkpoint-8", "checkpoint-8")
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert trainer.train(recipe, resume=True).resumed_from == 4
+    assert checkpoints(recipe) == ["checkpoint-12", "checkpoint-8"], "the staging directory is gone, too"
+    assert weights(Path(recipe.training.output_dir, "checkpoint-8"))
+
+
+def test_loss_that_is_not_a_number_stops_the_run(make_recipe: MakeRecipe):
+    recipe = make_recipe(learning_rate=1e30, warmup=0, max_grad_norm=1e30)
+    with pytest.raises(CalmError, match=r"(loss|norm) is (nan|inf) at step \d+.*lower training.learning_rate"):
+        trainer.train(recipe)
+    assert not Path(recipe.training.output_dir, "model.safetensors").exists()
+
+
+def test_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("nan")))
+    with pytest.raises(CalmError, match="gradient's norm is nan at step 1"):
+        trainer.train(make_recipe())
+
+
+def test_two_runs_are_not_mixed_in_one_directory(make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture):
+    with pytest.raises(CalmError, match="no checkpoint to resume from"):
+        trainer.train(make_recipe(), resume=True)
+    first = trainer.train(make_recipe(max_steps=4))
+    with pytest.raises(CalmError, match=r"already holds a run's checkpoints \(the last is checkpoint-4\)"):
+        trainer.train(make_recipe(max_steps=4))
+    with pytest.raises(CalmError, match=r"trained with another connections \(connections: 2 -> 1\)"):
+        trainer.train(make_recipe(max_steps=4, top={"connections": 1}), resume=True)
+    again = trainer.train(make_recipe(max_steps=4), resume=True)
+    assert (again.steps, again.best_step, again.eval_loss) == (4, first.best_step, first.eval_loss)
+    assert "the recipe has changed" not in caplog.text
+    assert trainer.train(make_recipe(max_steps=6), resume=True).steps == 6
+    assert "training.max_steps: 4 -> 6" in caplog.text
+
+
+def test_a_base_that_changed_since_is_not_resumed_with(make_recipe: MakeRecipe, tmp_path: Path, tiny_bases: dict[str, str]):
+    anchor = shutil.copytree(tiny_bases["anchor"], tmp_path / "anchor")
+    recipe = make_recipe(top={"anchor": str(anchor)}, max_steps=4)
+    trainer.train(recipe)
+    save_base(anchor, byte_tokenizer(), seed=7)
+    with pytest.raises(CalmError, match="not those that this composition was trained against"):
+        trainer.train(recipe, resume=True)
+
+
+def test_examples_longer_than_the_smaller_context_are_dropped(
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """The bases' context is 64 tokens, max_length 1024 by default."""
+    rows = [*sums(8), {"prompt": "x" * 70, "completion": "y"}]
+    data = {"train": str(write_jsonl(tmp_path / "long.jsonl", rows))}
+    result = trainer.train(make_recipe(top={"data": data}, evaluates=False, max_steps=3))
+    assert result.train_examples == 8
+    assert "dropped 1 of 9 examples, longer than max_length = 64" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{"top": {"dtype": "bfloat16"}}, {"bf16": True}])
+def test_bfloat16(make_recipe: MakeRecipe, settings: dict[str, Any]):
+    recipe = make_recipe(max_steps=20, **settings)
+    trainer.train(recipe)
+    evaluated = losses(recipe)["eval_loss"]
+    assert evaluated[20] < evaluated[2] - 0.05
+    dtype = torch.bfloat16 if "top" in settings else torch.float32
+    assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {dtype}
