@@ -1,11 +1,30 @@
-"""Fixtures that several test folders share."""
+"""Fixtures that several test folders share, and the settings of Hypothesis."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 from bases import byte_tokenizer, save_base
+from hypothesis import HealthCheck, settings
+
+# Derandomized: the same examples in every run, so that a failure is there again when one looks for it.
+settings.register_profile(
+    "calm",
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("calm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models gain nothing from more threads, and tests run beside one another."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def _alternating(layers: int) -> list[str]:
 
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None}
+_NO_DROPOUT_GPT2 = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
 _MOE = {"num_local_experts": 3, "num_experts_per_tok": 2}
 _SLIDING = {"sliding_window": WINDOW, "layer_types": _alternating}
 
@@ -108,7 +109,6 @@ CONFIGS: dict[str, Maker] = {
         hidden_size=width, num_hidden_layers=layers, state_size=4, **_COMMON
     ),
 }
-_NO_DROPOUT_GPT2 = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
 
 # The invariants run over these: rotary, learned, offset and ALiBi positions; pre-, post- and parallel norms; tuple and
 # tensor outputs of layers; grouped heads; sliding windows; experts; a recurrent model.
@@ -223,31 +223,37 @@ def _shared(mix: Mix) -> calm.CalmForCausalLM:
 
 
 def perturb(model: calm.CalmForCausalLM, share: float = 0.2, seed: int = 7) -> calm.CalmForCausalLM:
-    """Random output matrices, scaled so that each injection has `share` of the residual's norm."""
+    """Random output matrices, scaled so that each injection has `share` of the norm of what it is added to."""
     generator = torch.Generator().manual_seed(seed)
     for connection in model.connections:
-        weight = connection.w_o.weight
-        noise = torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
-        weight.data = noise.to(weight)
-    for _ in range(3):  # each injection changes the residual of the later ones
-        for connection, found in zip(model.connections, injection_shares(model), strict=True):
-            connection.w_o.weight.data *= share / found
+        connection.w_o.weight.data = torch.randn(connection.w_o.weight.shape, generator=generator)
+
+    def scale(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        factor = share * args[0].norm() / output.norm()
+        module.w_o.weight.data *= factor
+        return output * factor  # so that later connections are scaled on what they will get
+
+    _watch_connections(model, scale)
     return model
 
 
 def injection_shares(model: calm.CalmForCausalLM) -> list[float]:
-    """What each connection adds, as a share of the norm of what it adds to, on a fixed random input."""
+    """What each connection adds, as a share of the norm of what it is added to, on the input that `perturb` uses."""
     shares = {}
 
     def measure(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         shares[module] = float(output.norm() / args[0].norm())
 
-    handles = [connection.register_forward_hook(measure) for connection in model.connections]
+    _watch_connections(model, measure)
+    return [shares[connection] for connection in model.connections]
+
+
+def _watch_connections(model: calm.CalmForCausalLM, hook: Callable) -> None:
+    handles = [connection.register_forward_hook(hook) for connection in model.connections]
     with torch.no_grad():
         model(tokens(2, 12, seed=3), use_cache=False, prompt_length=6)
     for handle in handles:
         handle.remove()
-    return [shares[connection] for connection in model.connections]
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -280,8 +286,8 @@ def assert_identical(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found, expected), f"differs by {(found - expected).abs().max().item():.2e}, not bit for bit"
 
 
-def digests(module: torch.nn.Module) -> dict[str, tuple[float, float, bytes]]:
-    """Every parameter and buffer of a module, exactly."""
+def digests(module: torch.nn.Module) -> dict[str, bytes]:
+    """Every parameter and buffer of a module, to the bit."""
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name, value in state.items()}
 
