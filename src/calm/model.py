@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from huggingface_hub import HfApi
+from packaging import version
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -523,6 +525,15 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         super().train(mode)
         self.augmenting.eval()
         return self
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        if enable and not version.parse(transformers.__version__) >= version.parse("5.23"):
+            raise CalmError(
+                f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
+                f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
+                "pass. Upgrade transformers (which needs Python 3.11), or train without it."
+            )
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do, since gradients start at the connections.

@@ -340,7 +340,7 @@ def test_what_a_kill_while_saving_leaves_is_not_resumed_from(
 
 
 def test_loss_that_is_not_a_number_stops_the_run(make_recipe: MakeRecipe):
-    recipe = make_recipe(learning_rate=1e30, warmup=0, max_grad_norm=1e30)
+    recipe = make_recipe(learning_rate=1e38, warmup=0, max_grad_norm=1e30)
     with pytest.raises(CalmError, match=r"(loss|norm) is (nan|inf) at step \d+.*lower training.learning_rate"):
         trainer.train(recipe)
     assert not Path(recipe.training.output_dir, "model.safetensors").exists()
@@ -362,11 +362,23 @@ def test_two_runs_are_not_mixed_in_one_directory(make_recipe: MakeRecipe, caplog
         trainer.train(make_recipe(max_steps=4))
     with pytest.raises(CalmError, match=r"trained with another connections \(connections: 2 -> 1\)"):
         trainer.train(make_recipe(max_steps=4, top={"connections": 1}), resume=True)
-    again = trainer.train(make_recipe(max_steps=4), resume=True)
-    assert (again.steps, again.best_step, again.eval_loss) == (4, first.best_step, first.eval_loss)
+    assert trainer.train(make_recipe(max_steps=4), resume=True) == first
+    assert "this run is finished" in caplog.text
     assert "the recipe has changed" not in caplog.text
     assert trainer.train(make_recipe(max_steps=6), resume=True).steps == 6
     assert "training.max_steps: 4 -> 6" in caplog.text
+
+
+def test_run_that_was_killed_between_its_last_step_and_its_end_is_only_ended(make_recipe: MakeRecipe):
+    recipe = make_recipe(max_steps=4)
+    first = trainer.train(recipe)
+    out = Path(recipe.training.output_dir)
+    final = weights(out)
+    (out / "training_log.json").unlink()
+    (out / "model.safetensors").unlink()
+    again = trainer.train(recipe, resume=True)
+    assert (again.steps, again.best_step, again.eval_loss) == (4, first.best_step, first.eval_loss)
+    assert all(torch.equal(w, final[k]) for k, w in weights(out).items())
 
 
 def test_a_base_that_changed_since_is_not_resumed_with(make_recipe: MakeRecipe, tmp_path: Path, tiny_bases: dict[str, str]):

@@ -93,6 +93,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     checkpoint = _check_output_dir(output_dir, recipe, resume)
+    if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
+        logger.warning("%s: this run is finished, so there is nothing to resume", output_dir)
+        return finished
     tokenizer = load_tokenizer(recipe.anchor)
     train_data, eval_data = _load_data(recipe, tokenizer)
 
@@ -135,8 +138,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     try:
         model.save_pretrained(output_dir)  # the best one: the Trainer has loaded it back
         tokenizer.save_pretrained(output_dir)
-        _write_log(output_dir, recipe, result, state.log_history)
         _plot_losses(output_dir, state.log_history)
+        _write_log(output_dir, recipe, result, state.log_history)
     except (CheckpointError, OSError) as error:
         best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
         raise CalmError(f"training is done and {output_dir / best} holds the model, but saving it failed: {error}") from error
@@ -179,6 +182,15 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
             *(output_dir, "; ".join(changed.values())),
         )
     return last
+
+
+def _finished_result(output_dir: Path, recipe: Recipe) -> TrainingResult | None:
+    """The result of a run of this very recipe, if it came to its end."""
+    log = output_dir / LOG_FILE
+    if not log.exists():
+        return None
+    finished = json.loads(log.read_text())
+    return TrainingResult(**finished["result"]) if finished["recipe"] == recipe.model_dump(mode="json") else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> dict[str, str]:
@@ -257,7 +269,8 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         seed=training.seed,
         bf16=training.bf16,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
+        dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
 
@@ -313,6 +326,13 @@ class _CompositionTrainer(Trainer):
         if is_new_best:
             self.control.should_save = True
         return is_new_best
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trains on, unless the checkpoint that was resumed from is already the end (one more step otherwise)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -390,7 +410,9 @@ def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "history": history,
     }
-    (output_dir / LOG_FILE).write_text(json.dumps(log, indent=2))
+    staging = output_dir / f".{LOG_FILE}"
+    staging.write_text(json.dumps(log, indent=2))
+    staging.replace(output_dir / LOG_FILE)  # its presence says that the run is finished
 
 
 def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:

@@ -1,0 +1,113 @@
+"""Tiny random models of every causal-LM architecture of the installed transformers, by rules instead of one by one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCAB = 64
+CONTEXT = 64
+WINDOW = 4  # of sliding-window attention: shorter than any sequence of the checks
+
+
+def architectures() -> list[str]:
+    """Model types of every configuration class that the installed transformers maps to a causal language model."""
+    classes = {CONFIG_MAPPING[name].model_type: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return sorted(classes)
+
+
+# Fields of configurations by name, first match counts; a value may be a function of (width, layers, heads).
+RULES: list[tuple[str, Any]] = [
+    (r"type_vocab_size|task_type_vocab_size", 2),
+    (r"vocab_size|vocab_size_per_layer_input|unpadded_vocab_size|(shape|pronunciation)_vocab_size", VOCAB),
+    (r"pad_token_id", 0),
+    (r".*_(token_id|index)", 1),
+    (r"encoder_layers|num_encoder_layers", 1),
+    (r"num_hidden_layers|n_layers?|num_layers|(num_)?decoder_layers|num_blocks", lambda w, n, h: n),
+    (r"num_key_value_heads|num_kv_heads|num_query_groups|swa_num_key_value_heads", lambda w, n, h: h // 2),
+    (r"(swa_)?num_attention_heads|n_heads?|num_heads|((num_)?(en|de)coder_)?attention_heads", lambda w, n, h: h),
+    (r"num_(en|de)coder_attention_heads|linear_num_(value_)?heads|index_n_heads", lambda w, n, h: h),
+    (r"linear_num_key_heads", lambda w, n, h: h // 2),
+    (r"hidden_size|d_model|n_embd|embedding_(dim|size)|emb_dim|word_embed_proj_dim", lambda w, n, h: w),
+    (r"lru_width|(pronunciation|shape)_embed_dim|.*put_embedding_size", lambda w, n, h: w),
+    (r".*intermediate_size(_mlp)?|(.*_)?ffn_dim|.*ffn_hidden_size|dim_ff|dff|feed_forward_size|d_inner", lambda w, n, h: 2 * w),
+    (r"(swa_)?head_dim|dim_head|d_head|kv_channels|v_head_dim|qk_(nope|rope)_head_dim", lambda w, n, h: w // h),
+    (r"index_head_dim|attention_head_(size|dim)|linear_(key_|value_)?head_dim", lambda w, n, h: w // h),
+    (r"qk_head_dim", lambda w, n, h: 2 * (w // h)),
+    (r"rotary_dim", lambda w, n, h: w // h // 2),
+    (r"query_pre_attn_scalar|index_topk|hidden_size_per_layer_input|.*_rank", 8),
+    (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k", 2),
+    (r"n_group|num_expert_group|topk_group|n_shared_experts|(moe_)?num_shared_experts", 1),
+    (r"first_k_dense_replace|num_dense_layers", 1),
+    (r"(original_)?max_position_embeddings|n_positions|max_seq_len|n_ctx|max_(source|target)_positions", CONTEXT),
+    (r"context_length|model_max_length", CONTEXT),
+    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention|attention_chunk_size", WINDOW),
+    (r"state_size|mamba_d_state|ssm_state_size", 4),
+    (r"(mamba_)?chunk_size", WINDOW),
+    (r"initializer_range|init_std", 0.2),
+    (r".*drop(out|_prob|_rate)?|.*_pdrop|layerdrop", 0.0),
+]
+# Lists with one entry a layer: the tiny model gets every kind of entry, in order of appearance.
+PER_LAYER = r"layer_types|.*_layer_types|layers_block_type|block_types|indexer_types|attn_layers"
+
+# What the rules cannot know, by model type: (width, layers, heads) -> fields.
+OVERRIDES: dict[str, Any] = {}
+
+
+def _cover(values: list[Any], length: int) -> list[Any]:
+    kinds = list(dict.fromkeys(values))
+    return [kinds[i % len(kinds)] for i in range(length)]
+
+
+def _fields(config: PreTrainedConfig, width: int, layers: int, heads: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig) or key in config.sub_configs:
+            if isinstance(value, PreTrainedConfig):
+                depth = layers if "text" in key or "decoder" in key else 1
+                fields[key] = {"model_type": value.model_type} | _fields(value, width, depth, heads)
+            continue
+        if re.fullmatch(PER_LAYER, key) and isinstance(value, list | tuple) and value:
+            fields[key] = _cover(list(value), layers)
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float | list | None):
+            continue
+        for pattern, new in RULES:
+            if re.fullmatch(pattern, key):
+                if value is None and not key.endswith("token_id") and not callable(new):
+                    break
+                if value is not None or key.endswith("pad_token_id"):
+                    fields[key] = new(width, layers, heads) if callable(new) else new
+                break
+    override = OVERRIDES.get(config.model_type)
+    return fields | (override(width, layers, heads) if override else {})
+
+
+def tiny_config(model_type: str, width: int = 32, layers: int = 3, heads: int = 4) -> PreTrainedConfig:
+    """The configuration of a tiny model.
+
+    Args:
+        model_type: As transformers names it.
+        width: Hidden size.
+        layers: Number of decoder layers.
+        heads: Number of attention heads.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**_fields(config_class(), width, layers, heads))
+
+
+def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model in float32 and evaluation mode, whose weights are large enough to tell its tokens apart."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight += 0.1 * torch.randn_like(weight)
+    return model.eval()
