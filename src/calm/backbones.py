@@ -41,6 +41,10 @@ HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust
 _FLOATS = set(FINGERPRINT_DTYPES.values())
 
 
+class _IncompleteError(CheckpointError):
+    """Weights that a model needs are not among a checkpoint's."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a base comes from, as a user wrote it: a hub name, a folder, or a GGUF file.
@@ -130,7 +134,12 @@ def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load
         return truncated(load_anchor(source, config, **load_kwargs), depth)
     config = copy.deepcopy(config)
     truncate_config(config, depth)
-    return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
+    try:
+        model = _load(AutoModel, source, config, **load_kwargs)
+    except _IncompleteError:
+        # the architecture's plain model has parts that a causal language model's checkpoint does not: poolers, encoders
+        model = _load(AutoModelForCausalLM, source, config, **load_kwargs)
+    return freeze(decoder_of(model))
 
 
 def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
@@ -142,7 +151,7 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
     if missing := sorted(info.get("missing_keys", ())):
-        raise CheckpointError(
+        raise _IncompleteError(
             f"{source.name_or_path!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among "
             "them: its files are incomplete, or of another architecture."
         )

@@ -56,8 +56,60 @@ RULES: list[tuple[str, Any]] = [
 # Lists with one entry a layer: the tiny model gets every kind of entry, in order of appearance.
 PER_LAYER = r"layer_types|.*_layer_types|layers_block_type|block_types|indexer_types|attn_layers"
 
-# What the rules cannot know, by model type: (width, layers, heads) -> fields.
-OVERRIDES: dict[str, Any] = {}
+# What the rules cannot know, by model type: (width, layers, heads) -> fields. Kinds of layers are put where a model that
+# is cut after its second layer still has each of them.
+_MAMBA2 = lambda w, n, h: {"mamba_n_heads": h, "mamba_d_head": 2 * w // h}  # noqa: E731
+_QWEN4 = lambda w, n, h: {  # noqa: E731
+    "layer_types": _cover(["linear_attention", "indexed_attention"], n),
+    "indexer_n_heads": h,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": w // h,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "ngram_vocab_size_base": 101,
+    "split_ngram_parts": 1,
+}
+_SHARING = lambda w, n, h: {"num_kv_shared_layers": 0, "laurel_rank": 8}  # noqa: E731
+OVERRIDES: dict[str, Any] = {
+    "bamba": lambda w, n, h: _MAMBA2(w, n, h) | {"attn_layer_indices": list(range(1, n, 2))},
+    "cohere_compass_text": lambda w, n, h: {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx": lambda w, n, h: {
+        "attn_config": {"kv_n_heads": h // 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 2 * w, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": lambda w, n, h: {"num_experts_per_tok": 2},
+    "dots1": lambda w, n, h: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": lambda w, n, h: {"num_key_value_heads": h},
+    "falcon_h1": lambda w, n, h: {"mamba_n_heads": h, "mamba_d_ssm": 2 * w},
+    "gemma3n_text": _SHARING,
+    "gpt_neo": lambda w, n, h: {"attention_types": [[["global", "local"], n // 2], [["global"], n % 2]]},
+    "granitemoehybrid": lambda w, n, h: (
+        _MAMBA2(w, n, h) | {"layer_types": _cover(["linear_attention", "full_attention"], n)}
+    ),
+    "jamba": lambda w, n, h: {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": lambda w, n, h: {"layer_types": _cover(["conv", "full_attention"], n)},
+    "lfm2_moe": lambda w, n, h: {"layer_types": _cover(["conv", "full_attention"], n)},
+    "mamba2": lambda w, n, h: {"num_heads": h, "head_dim": 2 * w // h, "n_groups": 1},
+    "modernbert-decoder": lambda w, n, h: {"layer_types": _cover(["full_attention", "sliding_attention"], n)},
+    "mpt": lambda w, n, h: {"attn_config": {"attn_pdrop": 0}},
+    "nemotron_h": lambda w, n, h: {"mamba_num_heads": h, "mamba_head_dim": 2 * w // h, "n_groups": 1},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": lambda w, n, h: {
+        "is_decoder": True,
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (w // 2, w // 2),
+        "attn_layers": ["local", "lsh", "local"][:n],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "xlm": lambda w, n, h: {"causal": True},
+    "xlstm": lambda w, n, h: {"hidden_size": 128, "embedding_dim": 128, "num_heads": h // 2},
+    "xmod": lambda w, n, h: {"default_language": "en_XX"},
+    "zamba": lambda w, n, h: {"layers_block_type": ["linear_attention"] + ["hybrid"] * (n - 1)},
+    "zaya": lambda w, n, h: {"num_experts_per_tok": 1},
+}
 
 
 def _cover(values: list[Any], length: int) -> list[Any]:
@@ -80,11 +132,18 @@ def _fields(config: PreTrainedConfig, width: int, layers: int, heads: int) -> di
             continue
         for pattern, new in RULES:
             if re.fullmatch(pattern, key):
-                if value is None and not key.endswith("token_id") and not callable(new):
-                    break
-                if value is not None or key.endswith("pad_token_id"):
+                # None means "derived" for shapes and "off" for most else
+                if value is not None or callable(new) or key == "pad_token_id":
                     fields[key] = new(width, layers, heads) if callable(new) else new
                 break
+    if "kv_lora_rank" in fields:  # multi-head latent attention has as many key as query heads
+        fields["num_key_value_heads"] = heads
+    if "is_decoder" in vars(config) and config.is_encoder_decoder is False:
+        fields["is_decoder"] = True
+    if config.is_encoder_decoder and any(key.endswith("decoder_layers") for key in fields):
+        # an encoder-decoder whose decoder also exists on its own
+        fields |= {"is_decoder": True, "is_encoder_decoder": False}
+        fields |= {key: layers for key in fields if key.endswith("encoder_layers")}
     override = OVERRIDES.get(config.model_type)
     return fields | (override(width, layers, heads) if override else {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import typer
@@ -52,7 +51,3 @@ app.command("inspect")(inspect_.inspect)
 def main() -> None:
     """Runs the command line and exits."""
     app(prog_name="calm")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from calm.cli.arguments import parse_augmenting, parse_connections, stdout_for
+from calm.errors import CalmError
 
 
 def compose(
@@ -27,7 +28,7 @@ def compose(
     """Compose an anchor with one or several augmenting models and save the untrained composition."""
     models, pairs = parse_augmenting(augmenting), parse_connections(connections)
     if (out / "config.json").exists():
-        raise typer.BadParameter(f"{out} already holds a model; give another directory", param_hint="--out")
+        raise CalmError(f"--out {out} already holds a model; give another directory")
     from transformers import set_seed
 
     import calm

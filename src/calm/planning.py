@@ -1,0 +1,426 @@
+"""What a composition will cost (parameters, memory, FLOPs), worked out from configurations before any weight is loaded.
+
+Nothing here is a formula about one architecture. The composed model is built without memory (on PyTorch's meta
+device), checked by `compose` itself, and then run on tensors that have shapes but no contents, while what is counted
+is counted: the same matrix products, saved activations and caches as in a real run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from rich.console import Group
+from rich.filesize import decimal, pick_unit_and_suffix
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from calm import backbones
+from calm.backbones import Source
+from calm.composition import compose
+from calm.config import context_of, depth_of, width_of
+from calm.connections import LayerPair
+from calm.errors import CalmError, UnsupportedModelError
+from calm.model import CalmForCausalLM
+
+Base: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAMW_STATES = 2  # running means of the gradient and of its square, in the parameters' dtype
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a composed model: the anchor, an augmenting model cut after its last connected layer, connections.
+
+    Attributes:
+        architecture: The configuration's model type, or "connection".
+        layers: How many layers run (for the connections: how many there are).
+        layers_in_full: How many layers the whole model has.
+        width: Width of a layer's output.
+        parameters: Number of parameters that are kept in memory; weights tied to one another count once.
+        weight_bytes: Bytes that these take.
+        cache_bytes: Bytes of the keys and values (or states) kept for `batch_size` sequences of `sequence_length`.
+        forward_flops: FLOPs of a forward pass over `batch_size` sequences of `sequence_length`.
+    """
+
+    architecture: str
+    layers: int
+    layers_in_full: int
+    width: int
+    parameters: int
+    weight_bytes: int
+    cache_bytes: int
+    forward_flops: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a composition will cost, as if the bases were not quantized.
+
+    A FLOP is one multiplication or one addition; those of matrix products, convolutions and attention are counted,
+    without the savings of kernels that skip what a causal mask hides. Memory is that of tensors; it leaves out what is
+    alive only within one operation, and the runtime's own.
+
+    Attributes:
+        anchor: The anchor.
+        augmenting: The truncated augmenting models, by name.
+        connections: The connections, all that is trained and saved.
+        layer_pairs: The connections one by one.
+        num_heads: Heads of every connection.
+        attention: `"normalized"` or `"paper"`.
+        sequence_length: Tokens in a sequence.
+        batch_size: Sequences in a batch.
+        dtype: Of weights, caches, gradients and optimizer states.
+        total_parameters: Parameters of all parts; weights that an augmenting model shares with the anchor, because
+            both are the same base, count once.
+        weight_bytes: Bytes that these take.
+        checkpoint_bytes: Bytes of the composition parameters in a checkpoint; its headers and configuration add a few
+            KB.
+        cache_bytes: Bytes of all caches for one batch.
+        cache_bytes_per_token: `cache_bytes` by token; with sliding windows or recurrent states it falls as sequences
+            get longer.
+        inference_bytes: `weight_bytes + cache_bytes`.
+        gradient_bytes: Bytes of the connections' gradients.
+        optimizer_bytes: Bytes of AdamW's two states of the connections.
+        activation_bytes: Bytes that a training step's forward pass keeps for its backward pass; nothing below the
+            first connection is kept.
+        training_bytes: Sum of weights, gradients, optimizer states and activations.
+        forward_flops_per_token: FLOPs of a forward pass by token, at `sequence_length`.
+        training_step_flops: FLOPs of one forward and backward pass over one batch. Gradients flow back to the first
+            connection only, and only connections get gradients of weights.
+    """
+
+    anchor: Part
+    augmenting: dict[str, Part]
+    connections: Part
+    layer_pairs: list[LayerPair]
+    num_heads: int
+    attention: str
+    sequence_length: int
+    batch_size: int
+    dtype: str
+    total_parameters: int
+    weight_bytes: int
+    checkpoint_bytes: int
+    cache_bytes: int
+    cache_bytes_per_token: int
+    inference_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    training_bytes: int
+    forward_flops_per_token: int
+    training_step_flops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values, under the attributes' names."""
+        return asdict(self)
+
+    def __rich__(self) -> Group:
+        """The plan as two tables: its parts, and what they come to."""
+        tokens = self.batch_size * self.sequence_length
+        parts = Table("", "architecture", "layers", "width", "parameters", "weights", "cache/token", "FLOPs/token")
+        for column in parts.columns[2:]:
+            column.justify = "right"
+        for name, part in (("anchor", self.anchor), *self.augmenting.items(), ("connections", self.connections)):
+            parts.add_row(
+                name,
+                part.architecture,
+                str(part.layers) if part.layers == part.layers_in_full else f"{part.layers} of {part.layers_in_full}",
+                str(part.width),
+                f"{part.parameters:,}",
+                decimal(part.weight_bytes),
+                decimal(part.cache_bytes // tokens),
+                _flop(part.forward_flops / tokens),
+            )
+        batch = f"{self.batch_size} x {self.sequence_length} tokens"
+        trained = self.connections.parameters / self.total_parameters
+        totals = Table.grid(padding=(0, 2))
+        for row in (
+            ("connections", ", ".join(f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs)),
+            ("attention", f"{self.attention}, {self.num_heads} heads"),
+            ("trained", f"{self.connections.parameters:,} of {self.total_parameters:,} parameters ({trained:.2%})"),
+            ("checkpoint", f"{decimal(self.checkpoint_bytes)} ({self.dtype})"),
+            (
+                "memory to run",
+                f"{decimal(self.inference_bytes)}: weights {decimal(self.weight_bytes)}, cache "
+                f"{decimal(self.cache_bytes)} ({batch}, {decimal(self.cache_bytes_per_token)} a token)",
+            ),
+            (
+                "memory to train",
+                f"{decimal(self.training_bytes)}: weights {decimal(self.weight_bytes)}, gradients "
+                f"{decimal(self.gradient_bytes)}, AdamW {decimal(self.optimizer_bytes)}, activations "
+                f"{decimal(self.activation_bytes)} ({batch})",
+            ),
+            ("forward", f"{_flop(self.forward_flops_per_token)} a token"),
+            ("training step", f"{_flop(self.training_step_flops)} ({batch})"),
+        ):
+            totals.add_row(*row)
+        return Group(parts, totals)
+
+
+def plan(
+    anchor: Base,
+    augmenting: Base | Mapping[str, Base],
+    connections: int | Iterable[tuple[int, int]] | Mapping[str, int | Iterable[tuple[int, int]]] = 4,
+    *,
+    num_heads: int | None = None,
+    attention: str = "normalized",
+    sequence_length: int = 512,
+    batch_size: int = 1,
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+) -> Plan:
+    """Work out what `compose` with the same arguments would cost (issue 2, section 3).
+
+    Only configurations and tokenizers are read; of a GGUF file, which holds both, a hub downloads the whole.
+
+    Args:
+        anchor: The anchor: hub name, folder, GGUF file, configuration, or a loaded model (for its configuration).
+        augmenting: The augmenting model likewise, or several by name.
+        connections: As in `compose`.
+        num_heads: Heads of a connection; the anchor's number by default.
+        attention: `"normalized"` or `"paper"`.
+        sequence_length: Tokens in a sequence.
+        batch_size: Sequences in a batch.
+        dtype: Of all weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        revision: Of hub repositories.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CalmError: Whatever `compose` would refuse (connections, architectures, tokenizers), an unknown dtype, or
+            sequences longer than the smaller of the models' contexts.
+    """
+    if dtype not in DTYPES:
+        raise CalmError(f"dtype={dtype!r}: expected one of {', '.join(map(repr, DTYPES))}.")
+    for name, number in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise CalmError(f"{name}={number!r}: expected a whole number, at least 1.")
+
+    bases = dict(augmenting) if isinstance(augmenting, Mapping) else {"augmenting": augmenting}
+    sources = {name: Source.parse(b, revision) for name, b in bases.items() if isinstance(b, str | os.PathLike)}
+    anchor_source = Source.parse(anchor, revision) if isinstance(anchor, str | os.PathLike) else None
+    tokenizers: dict[str, PreTrainedTokenizerBase | None] = {}
+    anchor_tokenizer = None
+    if anchor_source is not None and any(source != anchor_source for source in sources.values()):
+        anchor_tokenizer = backbones.load_tokenizer(anchor_source)
+        tokenizers = {name: backbones.load_tokenizer(s) for name, s in sources.items() if s != anchor_source}
+
+    anchor_model = _without_memory(AutoModelForCausalLM, anchor, anchor_source, "anchor", DTYPES[dtype])
+    models = {}
+    for name, base in bases.items():
+        # as in compose: one set of weights serves as both
+        if base is anchor and isinstance(base, PreTrainedModel) or sources.get(name, ()) == anchor_source:
+            models[name] = anchor_model
+        else:
+            models[name] = _without_memory(AutoModel, base, sources.get(name), "augmenting model", DTYPES[dtype])
+    with torch.device("meta"):
+        composed = compose(
+            anchor_model,
+            models,
+            connections,
+            num_heads=num_heads,
+            attention=attention,
+            anchor_tokenizer=anchor_tokenizer,
+            augmenting_tokenizer=tokenizers,
+        )
+    _check_length(composed, sequence_length)
+    return _count(composed, sequence_length, batch_size, dtype)
+
+
+def _without_memory(auto_class: Any, base: Any, source: Source | None, role: str, dtype: torch.dtype) -> Any:
+    """A base built from its configuration on the meta device; anything that `compose` refuses is left to it."""
+    if source is not None:
+        config = backbones.load_config(source)
+    elif isinstance(base, PreTrainedModel | PreTrainedConfig):
+        config = copy.deepcopy(base.config if isinstance(base, PreTrainedModel) else base)
+    else:
+        raise CalmError(
+            f"The {role} is a {type(base).__name__}: expected a hub name, folder, GGUF file, configuration or model."
+        )
+    backbones.check_supported(config, role)
+    try:
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModelError(f"The {role} has the architecture {config.model_type!r}: {error}") from error
+
+
+def _check_length(model: CalmForCausalLM, length: int) -> None:
+    for name, config in (("the anchor", model.config.anchor_config), *model.config.augmenting_configs.items()):
+        context = context_of(config)
+        if context is not None and length > context:
+            raise CalmError(
+                f"sequence_length={length}: the context of {name} is {context} tokens, and the smallest context of "
+                "the composed models counts."
+            )
+
+
+# -- counting -----------------------------------------------------------------------------------------------------
+
+
+def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype: str) -> Plan:
+    config = model.config
+    trainable, total = model.get_nb_trainable_parameters()
+    weights = {
+        "anchor": list(model.anchor.parameters()),
+        "connections": list(model.connections.parameters()),
+        **{f"augmenting.{name}": list(m.parameters()) for name, m in model.augmenting.items()},
+    }
+    trained_bytes = _bytes(weights["connections"])
+    weight_bytes = _bytes(list(model.parameters()))
+
+    with _shapes_only():
+        model.to_empty(device="cpu")
+        tokens = torch.empty(batch_size, sequence_length, dtype=torch.long)
+        flops = {}
+        with torch.no_grad():
+            with _flops() as flops["anchor"], model.composition_disabled():
+                model(tokens, use_cache=True)
+            for name, augmenting in model.augmenting.items():
+                with _flops() as flops[f"augmenting.{name}"]:
+                    augmenting(input_ids=tokens, use_cache=True)
+        model.train()
+        # without a cache the models would look at the tokens' contents, to find packed documents
+        with _flops() as there, _activations(model) as kept:
+            outputs = model(tokens, labels=tokens, use_cache=True)
+        with _flops() as back:
+            outputs.loss.backward()
+
+    cache = outputs.past_key_values
+    forward_flops, backward_flops = there.get_total_flops(), back.get_total_flops()
+    forward = {name: counter.get_total_flops() for name, counter in flops.items()}
+    forward["connections"] = forward_flops - sum(forward.values())
+    caches = {"anchor": cache.anchor, "connections": cache.cross}
+    caches |= {f"augmenting.{name}": part for name, part in cache.augmenting.items()}
+    cached = {name: _cache_bytes(part) for name, part in caches.items()}
+
+    def part(name: str, base: PreTrainedConfig | None, layers: int) -> Part:
+        return Part(
+            architecture="connection" if base is None else base.model_type,
+            layers=layers,
+            layers_in_full=layers if base is None else depth_of(base),
+            width=width_of(config.anchor_config if base is None else base),
+            parameters=sum(weight.numel() for weight in weights[name]),
+            weight_bytes=_bytes(weights[name]),
+            cache_bytes=cached[name],
+            forward_flops=forward[name],
+        )
+
+    activation_bytes = sum(kept.values())
+    cache_bytes = sum(cached.values())
+    optimizer_bytes = ADAMW_STATES * trained_bytes
+    return Plan(
+        anchor=part("anchor", config.anchor_config, depth_of(config.anchor_config)),
+        augmenting={
+            name: part(f"augmenting.{name}", base, config.augmenting_depth(name))
+            for name, base in config.augmenting_configs.items()
+        },
+        connections=part("connections", None, len(model.connections)),
+        layer_pairs=config.layer_pairs,
+        num_heads=config.num_heads,
+        attention=config.attention,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        dtype=dtype,
+        total_parameters=total,
+        weight_bytes=weight_bytes,
+        checkpoint_bytes=trained_bytes,
+        cache_bytes=cache_bytes,
+        cache_bytes_per_token=cache_bytes // (batch_size * sequence_length),
+        inference_bytes=weight_bytes + cache_bytes,
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=optimizer_bytes,
+        activation_bytes=activation_bytes,
+        training_bytes=weight_bytes + trained_bytes + optimizer_bytes + activation_bytes,
+        forward_flops_per_token=forward_flops // (batch_size * sequence_length),
+        training_step_flops=forward_flops + backward_flops,
+    )
+
+
+@contextmanager
+def _shapes_only() -> Iterator[None]:
+    """Run tensors by their shapes, as if on a CPU: nothing is allocated or computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _AnyDtypeGroupedProducts():
+        yield
+
+
+class _AnyDtypeGroupedProducts(TorchDispatchMode):
+    """Lets mixtures of experts run by their shapes in other dtypes than bfloat16, which PyTorch's own rule demands."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        rows, experts, *rest = args
+        return func(rows.bfloat16(), experts.bfloat16(), *rest, **(kwargs or {})).to(rows.dtype)
+
+
+def _flops() -> FlopCounterMode:
+    """PyTorch's counter, taught the operations that it does not count."""
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+            aten._grouped_mm: _grouped_mm_flop,
+        },
+    )
+
+
+def _attention_flop(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(queries, keys, values)
+
+
+def _attention_backward_flop(gradient: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient, queries, keys, values)
+
+
+def _grouped_mm_flop(rows: Any, experts: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    return 2 * prod(out_shape) * rows[-1]
+
+
+@contextmanager
+def _activations(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collect the bytes of each storage that is kept for the backward pass, weights left out."""
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+def _cache_bytes(cache: Cache) -> int:
+    states = (state for layer in cache.layers for state in vars(layer).values())  # tensors, or several by number
+    tensors = (t for state in states for t in (state.values() if isinstance(state, dict) else (state,)))
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.nbytes for weight in weights)
+
+
+def _flop(flops: float) -> str:
+    unit, suffix = pick_unit_and_suffix(int(flops), ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"], 1000)
+    return f"{flops / unit:,.1f} {suffix}"
