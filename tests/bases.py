@@ -17,7 +17,9 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
-def byte_tokenizer(*, bos: bool = True, chat: bool = False, merges: list[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    *, bos: bool = True, chat: bool = False, merges: list[tuple[str, str]] | None = None
+) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes, and of the given merges of them, that can write any text."""
     merges = merges or []
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -40,7 +42,13 @@ def byte_tokenizer(*, bos: bool = True, chat: bool = False, merges: list[tuple[s
 
 
 def save_base(
-    folder: Path, tokenizer: PreTrainedTokenizerFast | None, *, seed: int, width: int = 32, layers: int = 4, **config: object
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    seed: int,
+    width: int = 32,
+    layers: int = 2,
+    **config: object,
 ) -> Path:
     """Saves a random llama, with attention dropout so that resuming has to restore random states to be exact."""
     torch.manual_seed(seed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from bases import byte_tokenizer, save_base
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars take time, and make failures hard to read
 from hypothesis import HealthCheck, Phase, settings
 
 # Derandomized: the same examples in every run, so that a failure is there again when one looks for it.

@@ -43,7 +43,7 @@ def test_prompt_tokens_are_those_of_generation_and_labels_are_the_completion_wit
 
 
 def test_merge_across_the_boundary_does_not_change_the_prompt():
-    """"ab" is one token: tokenized together, the prompt's last token would not be what generation sees."""
+    """`ab` is one token: tokenized together, the prompt's last token would not be what generation sees."""
     tokenizer = byte_tokenizer(merges=[("a", "b")])
     assert len(tokenizer("ab", add_special_tokens=False)["input_ids"]) == 1
     row = tokenize_example({"prompt": "xa", "completion": "bab"}, tokenizer)
@@ -145,7 +145,7 @@ def test_datasets_names_are_read_by_datasets(tmp_path: Path):
         ("", "the file is empty"),
         (" \n", "the file is empty"),
         ("[]", "there are no examples"),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', "line 2 is not JSON: .*'{\"prompt\": \"a\"'"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', 'line 2 is not JSON: .*\'{"prompt": "a"\''),
         ('{"prompt": "a", "completion": "b"}\n["a"]\n', "line 2: expected an object with fields"),
         ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n', "line 3: no 'completion'"),
         ('[{"prompt": "a", "completion": "b"},\n oops]', "line 2 is not JSON"),
@@ -162,13 +162,19 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, content: str |
 
 def test_too_long_examples_are_dropped_whole_counted_and_reported(caplog: pytest.LogCaptureFixture):
     tokenizer = byte_tokenizer()
-    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "x" * 50, "completion": "2"}, {"prompt": "1", "completion": "2" * 50}]
+    rows = [
+        {"prompt": "1+1=", "completion": "2"},
+        {"prompt": "x" * 50, "completion": "2"},
+        {"prompt": "1", "completion": "2" * 50},
+    ]
     with caplog.at_level(logging.WARNING):
         data = load_examples(rows, tokenizer, max_length=20)
     assert len(data) == 1
     assert completion_of(data[0], tokenizer) == "2<eos>"
     assert "dropped 2 of 3 examples" in caplog.text
-    with pytest.raises(CalmError, match=r"all 2 examples are longer than max_length = 20 tokens \(the longest has 53\)"):
+    with pytest.raises(
+        CalmError, match=r"all 2 examples are longer than max_length = 20 tokens \(the longest has 53\)"
+    ):
         load_examples(rows[1:], tokenizer, max_length=20)
     exact = len(data[0]["input_ids"])
     assert len(load_examples(rows[:1], tokenizer, max_length=exact)) == 1
@@ -176,7 +182,9 @@ def test_too_long_examples_are_dropped_whole_counted_and_reported(caplog: pytest
 
 def test_collator_pads_right_without_attention_or_loss():
     tokenizer = byte_tokenizer()
-    rows = load_examples([{"prompt": "1", "completion": "2"}, {"prompt": "10+1=", "completion": "11"}], tokenizer, max_length=64)
+    rows = load_examples(
+        [{"prompt": "1", "completion": "2"}, {"prompt": "10+1=", "completion": "11"}], tokenizer, max_length=64
+    )
     batch = CompletionCollator.for_tokenizer(tokenizer)(rows)
     short = len(rows[0]["input_ids"])
     assert {key: value.dtype for key, value in batch.items()} == dict.fromkeys(batch, torch.int64)

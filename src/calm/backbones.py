@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -31,7 +34,50 @@ from calm.errors import CheckpointError, TokenizerMismatchError, UnsupportedMode
 
 # Architectures that the rules below accept or cannot judge, but that break an invariant. Found by
 # docs/support_matrix.py, which tries every causal language model of the installed transformers.
-UNSUPPORTED: dict[str, str] = {}
+_OWN_CACHE = "it keeps a cache of its own kind, which transformers' caches cannot stand for"
+_NO_CACHE = "it keeps no cache, so it cannot decode token by token"
+_DRAFTER = "it drafts for one larger model, whose states it reads, and does not run on its own"
+UNSUPPORTED: dict[str, str] = {
+    "blt": "its layers run over patches of bytes, which do not line up with the other model's tokens",
+    "cpmant": "it puts prompt tokens of its own before the input, so its positions do not line up",
+    "gemma4_assistant": _DRAFTER,
+    "gemma4_unified_assistant": _DRAFTER,
+    "hrm_text": "it runs its layers several times a token",
+    "longcat_flash": "each of its layers counts as two in its configuration and in its cache",
+    "minimax": _OWN_CACHE,
+    "openai-gpt": _NO_CACHE,
+    "prophetnet": "it predicts several tokens at once, with several streams of positions",
+    "reformer": "it hashes positions into buckets, so that a token changes what earlier ones see",
+    "rwkv": _OWN_CACHE,
+    "xlm": _NO_CACHE,
+    "xlnet": "it attends in both directions",
+    "xlstm": _OWN_CACHE,
+}
+UNSUPPORTED_AS_ANCHOR: dict[str, str] = {
+    "git": "its loss counts image tokens, so it cannot be trained through on text",
+}
+
+# Augmenting models that are run whole: what a layer computes depends on how many there are.
+_UNCUTTABLE = {"gpt_neox_japanese", "minicpm3", "zamba"}
+
+# Layers put out several residual streams, and the field of the configuration that says how many: copies of the width
+# side by side or stacked (hyper-connections).
+_STREAMS = {"deepseek_v4": "hc_mult", "hy_v4": "hc_mult", "qwen4_exp_text": "hc_count"}
+
+# Positions start after the padding token's index and are counted from the tokens themselves; those that transformers'
+# generation passes start at 0, which is not how these models are trained.
+_OWN_POSITIONS = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+# Their own masks take the length of the cache for that of the sequence.
+NO_STATIC_CACHE = {"gpt_neo"}
 
 # Causal whatever their configuration's `is_decoder` says (it is False by default).
 _CAUSAL_ANYWAY = {"gpt_neox", "gpt_neox_japanese"}
@@ -134,12 +180,12 @@ def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load
         return truncated(load_anchor(source, config, **load_kwargs), depth)
     config = copy.deepcopy(config)
     truncate_config(config, depth)
-    try:
-        model = _load(AutoModel, source, config, **load_kwargs)
-    except _IncompleteError:
-        # the architecture's plain model has parts that a causal language model's checkpoint does not: poolers, encoders
-        model = _load(AutoModelForCausalLM, source, config, **load_kwargs)
-    return freeze(decoder_of(model))
+    if type(config) in MODEL_MAPPING:
+        try:
+            return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
+        except _IncompleteError:
+            pass  # the plain model has parts that a causal language model's checkpoint has not: poolers, encoders
+    return freeze(decoder_of(_load(AutoModelForCausalLM, source, config, **load_kwargs)))
 
 
 def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
@@ -227,20 +273,20 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
         UnsupportedModelError: With the architecture and the reason.
     """
     text = text_config(config)
-    reason = UNSUPPORTED.get(config.model_type) or UNSUPPORTED.get(text.model_type)
+    reasons = UNSUPPORTED | (UNSUPPORTED_AS_ANCHOR if role == "anchor" else {})
+    reason = reasons.get(config.model_type) or reasons.get(text.model_type)
     if reason is None and config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoder-only models are supported"
     if reason is None and getattr(text, "is_decoder", True) is False and text.model_type not in _CAUSAL_ANYWAY:
         reason = "it attends in both directions (is_decoder=False), so a composition would see future tokens"
-    if reason is None and role != "anchor" and (getattr(text, "num_kv_shared_layers", None) or 0) > 0:
-        reason = "its last layers share keys and values with earlier ones, so it cannot be cut after a layer"
     if reason is not None:
         raise UnsupportedModelError(f"The {role} has the architecture {config.model_type!r}: {reason}.")
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack of a model: embeddings and layers, without a language-model head."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # some heads are called `decoder`
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -268,26 +314,97 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
-def truncate_config(config: PreTrainedConfig, depth: int) -> None:
-    """Change a configuration, in place, to that of a model that ends after `depth` layers."""
+def residual_of(output: Any, config: PreTrainedConfig) -> Tensor:
+    """The residual stream in what a layer of a decoder puts out.
+
+    Args:
+        output: A tensor, or a tuple that starts with one.
+        config: The model's configuration. Of several residual streams (hyper-connections) the mean is taken, of
+            Gemma 3n's the one that is not a prediction.
+
+    Returns:
+        `[batch, length, width]`.
+    """
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
     text = text_config(config)
-    full = text.num_hidden_layers
-    if depth == full:
-        return
+    if text.model_type == "gemma3n_text":
+        return hidden[text.altup_active_idx]
+    if (field := _STREAMS.get(text.model_type)) is not None:
+        return hidden.reshape(*hidden.shape[:2], getattr(text, field), -1).mean(2)
+    return hidden
+
+
+def add_to_residual(output: Any, injection: Tensor, config: PreTrainedConfig) -> Any:
+    """What a layer puts out, with something added to the residual stream (to each of several) of `residual_of`.
+
+    Args:
+        output: As for `residual_of`.
+        injection: `[batch, length, width]`.
+        config: The model's configuration.
+
+    Returns:
+        The same structure as `output`.
+    """
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    text = text_config(config)
+    if text.model_type == "gemma3n_text":
+        active = torch.arange(len(hidden), device=hidden.device) == text.altup_active_idx
+        hidden = hidden + injection * active.view(-1, 1, 1, 1)
+    elif (field := _STREAMS.get(text.model_type)) is not None:
+        streams = hidden.reshape(*hidden.shape[:2], getattr(text, field), -1)
+        hidden = (streams + injection.unsqueeze(2)).reshape(hidden.shape)
+    else:
+        hidden = hidden + injection
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def kept_depth(config: PreTrainedConfig, depth: int) -> int:
+    """How many layers an augmenting model keeps when it is wanted up to layer `depth`.
+
+    Mostly `depth`. All, where layers depend on how many there are (they share keys and values, have embeddings of
+    their own, or are known to). A few more, where all layers with attention, or all without, would be cut off from a
+    model that has both: its forward pass asks the cache of either kind for its state.
+
+    Args:
+        config: The whole model's configuration.
+        depth: Number of layers up to the last connected one.
+
+    Returns:
+        A number from `depth` to the whole model's.
+    """
+    text = text_config(config)
+    full = depth_of(config)
+    fields = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+    if text.model_type in _UNCUTTABLE or any(getattr(text, field, None) for field in fields):
+        return full
+    layers = DynamicCache(config=text).layers
+    for kind in (CacheLayerMixin, LinearAttentionCacheLayerMixin):
+        first = next((i for i, layer in enumerate(layers) if isinstance(layer, kind)), 0)
+        depth = max(depth, first + 1)
+    return min(depth, full)
+
+
+def truncate_config(config: PreTrainedConfig, depth: int) -> None:
+    """Change a configuration, in place, to that of a model that ends after `kept_depth(config, depth)` layers."""
+    text = text_config(config)
+    full, depth = depth_of(config), kept_depth(config, depth)
     for key, value in list(vars(text).items()):
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == full:
+        per_layer = "layer" in key or key.endswith(("_types", "_pattern"))
+        if per_layer and isinstance(value, list | tuple) and len(value) == full:
             setattr(text, key, value[:depth])
     text.num_hidden_layers = depth
+    if "decoder_layers" in vars(text):  # the decoder of an encoder-decoder, on its own
+        text.decoder_layers = depth
 
 
 def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """The first `depth` layers of a loaded model's decoder: new modules around the same weights, frozen.
+    """The first layers of a loaded model's decoder: new modules around the same weights, frozen.
 
     The given model is not changed (but for `requires_grad`), and hooks on the result do not touch it.
 
     Args:
         model: A loaded model, with or without a head.
-        depth: How many layers to keep.
+        depth: How many layers are wanted; `kept_depth` says how many are kept.
 
     Returns:
         The decoder, truncated.
@@ -295,7 +412,7 @@ def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     decoder = decoder_of(model)
     shared: dict[int, Any] = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
     copied: PreTrainedModel = copy.deepcopy(decoder, shared)
-    del layers_of(copied)[depth:]
+    del layers_of(copied)[kept_depth(copied.config, depth) :]
     truncate_config(copied.config, depth)
     return freeze(copied)
 
@@ -311,9 +428,13 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """The names of a model's forward parameters, `**` for arbitrary further ones."""
+    """The names of a model's forward parameters, `**` for arbitrary further ones.
+
+    Without `position_ids` for models that are to count their positions themselves.
+    """
     parameters = inspect.signature(model.forward).parameters.values()
-    return frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+    names = frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+    return names - {"position_ids"} if text_config(model.config).model_type in _OWN_POSITIONS else names
 
 
 def check_finite(model: nn.Module, name: str) -> None:

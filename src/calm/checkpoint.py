@@ -76,6 +76,7 @@ def write(
 def _move_over(staging: Path, target: Path) -> None:
     written = {path.name for path in staging.iterdir()}
     for name in sorted(written):
+        shutil.copymode(staging / "config.json", staging / name)  # safetensors lets nobody else read what it writes
         os.replace(staging / name, target / name)
     for stale in target.glob("model*.safetensors*"):  # shards of an earlier save with another shard size
         if stale.name not in written:

@@ -1,6 +1,6 @@
 """Training data: reads prompt/completion and chat examples, tokenizes them with the loss on the completion only, pads.
 
-An example is either ``{"prompt": str, "completion": str}`` or ``{"messages": [{"role": str, "content": str}, ...]}``
+An example is either `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, ...]}`
 (the formats of TRL). In a chat the last message, the assistant's, is the completion and everything before it the
 prompt. The prompt's tokens are exactly those that generation would see.
 """
@@ -43,13 +43,13 @@ def load_examples(
     split: str = "train",
     append_eos: bool = True,
 ) -> list[Row]:
-    """Reads and tokenizes a data set, every example checked.
+    """Read and tokenize a data set, every example checked.
 
     Examples longer than `max_length` are dropped, never cut: a cut prompt is not what generation sees, and a cut
     completion teaches to stop early. How many were dropped is reported as a warning.
 
     Args:
-        source: a ``.json``/``.jsonl`` file, the name of a `datasets` data set, or the examples themselves.
+        source: a `.json`/`.jsonl` file, the name of a `datasets` data set, or the examples themselves.
         tokenizer: the tokenizer that the composed model's bases share.
         max_length: tokens that an example may have, prompt and completion together.
         split: the split to read; only used for a `datasets` name.
@@ -57,7 +57,7 @@ def load_examples(
             always end as the chat template ends them.
 
     Returns:
-        One row an example: ``input_ids`` and ``labels``, int32 arrays of the same length; labels are -100 on the prompt.
+        One row an example: `input_ids` and `labels`, int32 arrays of one length; labels are -100 on the prompt.
 
     Raises:
         CalmError: the file is missing, empty or not JSON; an example has no usable prompt or completion; chat examples
@@ -91,7 +91,7 @@ def load_examples(
 
 
 def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a base (hub name, folder or GGUF file) or of a saved composition.
+    """Load the tokenizer of a base (hub name, folder or GGUF file) or of a saved composition.
 
     A composition that was saved without a tokenizer has its anchor's.
 
@@ -120,12 +120,12 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def is_file_source(source: str | Path) -> bool:
-    """Whether a data source means a file (it exists as one or is named ``*.json``/``*.jsonl``), not a hub name."""
+    """Whether a data source means a file (it exists as one or is named `*.json`/`*.jsonl`), not a hub name."""
     return Path(source).is_file() or Path(source).suffix.lower() in {".json", ".jsonl"}
 
 
 def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields each raw example with where it stands ("train.jsonl, line 3"), for error messages.
+    """Yield each raw example with where it stands ("train.jsonl, line 3"), for error messages.
 
     JSON files are read line by line here, because `datasets` infers types: it turns a column of completions such as
     "2020-05-03" into timestamps, and its errors name no line.
@@ -153,7 +153,7 @@ def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, Mappi
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the examples of a JSONL file, or of a JSON file that holds one list."""
+    """Yield the examples of a JSONL file, or of a JSON file that holds one list."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -200,16 +200,16 @@ def tokenize_example(
     where: str = "example",
     append_eos: bool = True,
 ) -> dict[str, list[int]]:
-    """Tokenizes one example, with the loss on the completion only.
+    """Tokenize one example, with the loss on the completion only.
 
     Args:
-        example: ``{"prompt", "completion"}`` or ``{"messages"}``; other fields are ignored.
+        example: `{"prompt", "completion"}` or `{"messages"}`; other fields are ignored.
         tokenizer: the tokenizer of the composed model.
         where: how error messages call the example.
         append_eos: end a prompt/completion example's completion with EOS.
 
     Returns:
-        ``{"input_ids": [...], "labels": [...]}`` of equal length; labels are -100 on the prompt.
+        `{"input_ids": [...], "labels": [...]}` of equal length; labels are -100 on the prompt.
 
     Raises:
         CalmError: a field is missing, of the wrong type or empty; no chat template; no EOS token to append.
@@ -259,7 +259,7 @@ def _text_field(example: Mapping[str, Any], field: str, where: str) -> str:
 def _tokenize_pair(
     prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokenizes a prompt as generation does, and the completion as it follows that prompt.
+    """Tokenize a prompt as generation does, and the completion as it follows that prompt.
 
     The two are tokenized together, because many tokenizers write a word differently at the start of a text. Where
     that would merge characters across the boundary and so change the prompt's tokens, the completion stands alone.
@@ -272,7 +272,7 @@ def _tokenize_pair(
 
 
 def _render_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:
-    """Renders a chat with the tokenizer's template, as the text of the prompt and that of the completion."""
+    """Render a chat with the tokenizer's template, as the text of the prompt and that of the completion."""
     if tokenizer.chat_template is None:
         raise CalmError(
             f"{where}: the example is a chat, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
@@ -319,7 +319,7 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class CompletionCollator:
-    """Pads tokenized examples on the right into one batch.
+    """Pad tokenized examples on the right into one batch.
 
     Args:
         pad_token_id: what to fill `input_ids` with; any valid id will do, since it is masked and has no label.
@@ -334,13 +334,13 @@ class CompletionCollator:
         return cls(next(token for token in candidates if token is not None))
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        """Collates rows of `load_examples`.
+        """Collate rows of `load_examples`.
 
         Args:
-            rows: each with ``input_ids`` and ``labels``.
+            rows: each with `input_ids` and `labels`.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels``, int64 tensors of shape [batch, longest row].
+            `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [batch, longest row].
         """
         import torch
         from torch.nn.utils.rnn import pad_sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -122,6 +122,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             layer.register_forward_hook(partial(self._capture, name, layer_index))
 
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
+        self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
         self._keys_to_ignore_on_save = None
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
         self.post_init()
@@ -137,7 +138,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: CalmCache | None = None,
         labels: Tensor | None = None,
@@ -150,14 +151,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: Int64 `[batch, length]`, the new tokens; all models read them.
-            attention_mask: `[batch, past + length]`, 1 for a token and 0 for padding (or what
-                `create_masks_for_generate` made of it).
+            attention_mask: `[batch, past + length]`, 1 for a token and 0 for padding (longer, up to the cache's length,
+                with a static cache).
             position_ids: Int64 `[batch, length]`. Without it the anchor counts as it does on its own; models with
                 absolute positions want it for left-padded rows (`generate` passes it). Positions that restart mark
                 packed documents, which do not see one another.
             past_key_values: The cache of earlier tokens.
             labels: Int64 `[batch, length]`, -100 where no loss is wanted.
-            use_cache: Return a cache; by default outside of training.
+            use_cache: Return a cache; by default outside of training and without labels.
             logits_to_keep: Compute logits for the last so many positions only (0: all).
             prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
                 `[batch]`. By default what precedes the first label, or the whole input of the first call.
@@ -183,7 +184,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             )
         self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
         if use_cache is None:
-            use_cache = not self.training
+            use_cache = not self.training and labels is None
         cache = past_key_values
         if cache is None and use_cache:
             cache = self._new_cache()
@@ -191,35 +192,31 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int):
             self._check_length(past_length + length)
-
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-            alignment = Alignment(masks["cross.bias"], masks["cross.sees"])
-            padding_mask = None
-        else:
-            masks, padding_mask = None, attention_mask
-            alignment = self._align(
-                length,
-                past_length,
-                padding_mask,
-                cache,
-                position_ids,
-                prompt_length,
-                labels,
-                input_ids.device,
+        if self._is_stateful and length > 1 and past_length > 0:
+            raise CalmError(
+                f"{length} new tokens after {int(past_length)} in the cache: a recurrent base can take one at a time "
+                "only (in transformers it would start anew). Pass single tokens, or everything without a cache."
             )
 
+        alignment = self._align(
+            length,
+            past_length,
+            attention_mask,
+            cache,
+            position_ids,
+            prompt_length,
+            labels,
+            input_ids.device,
+        )
         state = _Pass(alignment, cache.cross if cache is not None else None)
         self._pass = state
         try:
-            self._run_augmenting(input_ids, padding_mask, masks, position_ids, cache)
+            self._run_augmenting(input_ids, attention_mask, position_ids, cache)
             outputs = self.anchor(
                 **self._base_arguments(
                     self._anchor_parameters,
-                    "anchor",
                     input_ids,
-                    padding_mask,
-                    masks,
+                    attention_mask,
                     position_ids,
                     cache.anchor if cache is not None else None,
                 ),
@@ -238,20 +235,17 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def _run_augmenting(
         self,
         input_ids: Tensor,
-        padding_mask: Tensor | None,
-        masks: dict[str, Tensor] | None,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: CalmCache | None,
     ) -> None:
-        if position_ids is None and padding_mask is not None:
-            position_ids = (padding_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         for name, model in self.augmenting.items():
             arguments = self._base_arguments(
                 self._augmenting_parameters[name],
-                f"augmenting.{name}",
                 input_ids,
-                padding_mask,
-                masks,
+                attention_mask,
                 position_ids,
                 cache.augmenting[name] if cache is not None else None,
             )
@@ -261,20 +255,23 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     @staticmethod
     def _base_arguments(
         parameters: frozenset[str],
-        prefix: str,
         input_ids: Tensor,
-        padding_mask: Tensor | None,
-        masks: dict[str, Tensor] | None,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
     ) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
-            "attention_mask": padding_mask if masks is None else _unflatten(masks, prefix),
+            "attention_mask": attention_mask,
             "use_cache": cache is not None,
             "return_dict": True,
         }
-        arguments["past_key_values" if "past_key_values" in parameters else "cache_params"] = cache
+        if "past_key_values" in parameters:
+            arguments["past_key_values"] = cache
+        else:  # a recurrent model, which multiplies the new tokens with its mask; a single new one is no padding
+            arguments["cache_params"] = cache
+            if input_ids.shape[1] == 1:
+                arguments["attention_mask"] = None
         if "position_ids" in parameters:
             arguments["position_ids"] = position_ids
         return arguments
@@ -286,7 +283,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     def _forward_anchor_alone(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor] | None,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         labels: Tensor | None,
@@ -350,22 +347,22 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _capture(self, name: str, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None:
-            self._pass.captured[name, layer] = output[0] if isinstance(output, tuple) else output
+            self._pass.captured[name, layer] = backbones.residual_of(output, self.augmenting[name].config)
 
     def _inject(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> Any:
         state = self._pass
         if state is None:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = backbones.residual_of(output, self.anchor.config)
         alignment = state.alignment.to(hidden.device)
         pairs = self._pairs
         # all connections of a layer ask with the same hidden state, so that their order does not matter
-        injected = hidden
+        injections = []
         for i in indices:
             context = state.captured[pairs[i].augmenting, pairs[i].augmenting_layer]
             cache_layer = state.cross.layers[i] if state.cross is not None else None
-            injected = injected + self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer)
-        return (injected, *output[1:]) if isinstance(output, tuple) else injected
+            injections.append(self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer))
+        return backbones.add_to_residual(output, sum(injections[1:], injections[0]), self.anchor.config)
 
     # -- checks of input ----------------------------------------------------------------------------------------
 
@@ -397,6 +394,14 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{length} tokens do not fit: the context of {self._context_of} is {self._context} tokens, and the "
                 "smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
+
+    def _check_static_cache(self) -> None:
+        for base in (self.anchor, *self.augmenting.values()):
+            if base.config.model_type in backbones.NO_STATIC_CACHE:
+                raise CalmError(
+                    f"A {base.config.model_type!r} gives wrong results with a static cache in transformers; use the "
+                    "dynamic one, cache_implementation=None."
+                )
 
     # -- generation ---------------------------------------------------------------------------------------------
 
@@ -458,6 +463,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             if kind in ("static", "offloaded_static"):
                 # as transformers does: never shrink from call to call, so that a compiled forward is not compiled anew
                 longest = max(max_cache_length, generation_config.max_cache_len or 0)
+                self._check_static_cache()
                 static_length = self._previous_max_cache_length = max(
                     longest, getattr(self, "_previous_max_cache_length", 0)
                 )
@@ -474,49 +480,26 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         past_key_values: CalmCache,
-        position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor | None]:
-        """Make every model's masks and the connections' in advance, so that a static cache compiles once.
+    ) -> Tensor | None:
+        """Give the padding mask one length for all decoding steps with a static cache, so that they compile once.
+
+        Every model and the connections make their own masks from it.
 
         Args:
             config: Unused: the bases' configurations count.
-            inputs_embeds: `[batch, length, 0]`, for its shape and device.
+            inputs_embeds: `[batch, length, 0]`, for its length.
             attention_mask: `[batch, past + length]` or `None`.
-            past_key_values: The `CalmCache`.
-            position_ids: Int64 `[batch, length]`.
-            kwargs: Passed to the bases' own functions.
+            past_key_values: The static `CalmCache`.
+            kwargs: Unused.
 
         Returns:
-            One flat dictionary; keys start with `anchor`, `augmenting.NAME` or `cross`.
+            `[batch, cache length]` when decoding; as given for several new tokens, which are compiled apart anyway
+            (recurrent models read the mask's last columns as those of the new tokens).
         """
-        cache = past_key_values
-        parts: dict[str, tuple[PreTrainedModel, Cache]] = {"anchor": (self.anchor, cache.anchor)}
-        parts |= {f"augmenting.{name}": (self.augmenting[name], cache.augmenting[name]) for name in self.augmenting}
-        masks: dict[str, Tensor | None] = {}
-        for prefix, (base, base_cache) in parts.items():
-            make: Callable[..., Any] = getattr(base, "create_masks_for_generate", create_masks_for_generate)
-            made = make(
-                config=base.config,
-                inputs_embeds=inputs_embeds.to(base.dtype),
-                attention_mask=attention_mask,
-                past_key_values=base_cache,
-                position_ids=position_ids,
-                **kwargs,
-            )
-            masks |= {f"{prefix}.{k}": v for k, v in made.items()} if isinstance(made, dict) else {prefix: made}
-        length = inputs_embeds.shape[1]
-        alignment = self._align(
-            length,
-            cache.get_seq_length(),
-            attention_mask,
-            cache,
-            position_ids,
-            cache.prompt_length,
-            None,
-            inputs_embeds.device,
-        )
-        return masks | {"cross.bias": alignment.bias, "cross.sees": alignment.sees}
+        if attention_mask is None or inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
     # -- being frozen -------------------------------------------------------------------------------------------
 
@@ -540,6 +523,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Starting them at the embeddings would store and back-propagate everything below the first connection.
         """
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise CalmError(
+            "nn.DataParallel cannot run a composed model: its replicas' hooks would run the original's connections. "
+            "Use one process per GPU (torchrun or accelerate launch), or show this process one GPU only."
+        )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the bases are frozen.
@@ -693,14 +682,6 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         )
         model.name_or_path = name
         return model.eval()
-
-
-def _unflatten(masks: dict[str, Tensor], prefix: str) -> Any:
-    """Undo the flattening of `create_masks_for_generate` for one base."""
-    if prefix in masks:
-        return masks[prefix]
-    start = f"{prefix}."
-    return {key.removeprefix(start): value for key, value in masks.items() if key.startswith(start)}
 
 
 def _random_anchor(config: CalmConfig) -> PreTrainedModel:

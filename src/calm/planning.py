@@ -20,11 +20,17 @@ from rich.console import Group
 from rich.filesize import decimal, pick_unit_and_suffix
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from calm import backbones
 from calm.backbones import Source
@@ -96,8 +102,8 @@ class Plan:
         inference_bytes: `weight_bytes + cache_bytes`.
         gradient_bytes: Bytes of the connections' gradients.
         optimizer_bytes: Bytes of AdamW's two states of the connections.
-        activation_bytes: Bytes that a training step's forward pass keeps for its backward pass; nothing below the
-            first connection is kept.
+        activation_bytes: Bytes that a training step's forward pass keeps for its backward pass, with a padding mask;
+            nothing below the first connection is kept.
         training_bytes: Sum of weights, gradients, optimizer states and activations.
         forward_flops_per_token: FLOPs of a forward pass by token, at `sequence_length`.
         training_step_flops: FLOPs of one forward and backward pass over one batch. Gradients flow back to the first
@@ -149,9 +155,13 @@ class Plan:
             )
         batch = f"{self.batch_size} x {self.sequence_length} tokens"
         trained = self.connections.parameters / self.total_parameters
+        [f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs]
         totals = Table.grid(padding=(0, 2))
         for row in (
-            ("connections", ", ".join(f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs)),
+            (
+                "connections",
+                ", ".join(f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs),
+            ),
             ("attention", f"{self.attention}, {self.num_heads} heads"),
             ("trained", f"{self.connections.parameters:,} of {self.total_parameters:,} parameters ({trained:.2%})"),
             ("checkpoint", f"{decimal(self.checkpoint_bytes)} ({self.dtype})"),
@@ -226,7 +236,7 @@ def plan(
     models = {}
     for name, base in bases.items():
         # as in compose: one set of weights serves as both
-        if base is anchor and isinstance(base, PreTrainedModel) or sources.get(name, ()) == anchor_source:
+        if (base is anchor and isinstance(base, PreTrainedModel)) or sources.get(name, ()) == anchor_source:
             models[name] = anchor_model
         else:
             models[name] = _without_memory(AutoModel, base, sources.get(name), "augmenting model", DTYPES[dtype])
@@ -241,7 +251,14 @@ def plan(
             augmenting_tokenizer=tokenizers,
         )
     _check_length(composed, sequence_length)
-    return _count(composed, sequence_length, batch_size, dtype)
+    try:
+        return _count(composed, sequence_length, batch_size, dtype)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        architectures = {anchor_model.config.model_type, *(m.config.model_type for m in models.values())}
+        raise UnsupportedModelError(
+            f"This composition can be made but not planned: the code of {' or '.join(sorted(architectures))} looks at "
+            f"the contents of tensors ({error}). Compose it and measure."
+        ) from error
 
 
 def _without_memory(auto_class: Any, base: Any, source: Source | None, role: str, dtype: torch.dtype) -> Any:
@@ -257,7 +274,7 @@ def _without_memory(auto_class: Any, base: Any, source: Source | None, role: str
     backbones.check_supported(config, role)
     try:
         with torch.device("meta"):
-            return auto_class.from_config(config, dtype=dtype)
+            return auto_class.from_config(config, dtype=dtype).to("meta")  # some weights are made from arrays
     except ValueError as error:
         raise UnsupportedModelError(f"The {role} has the architecture {config.model_type!r}: {error}") from error
 
@@ -277,7 +294,7 @@ def _check_length(model: CalmForCausalLM, length: int) -> None:
 
 def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype: str) -> Plan:
     config = model.config
-    trainable, total = model.get_nb_trainable_parameters()
+    total_parameters = model.get_nb_trainable_parameters()[1]
     weights = {
         "anchor": list(model.anchor.parameters()),
         "connections": list(model.connections.parameters()),
@@ -291,20 +308,17 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         tokens = torch.empty(batch_size, sequence_length, dtype=torch.long)
         flops = {}
         with torch.no_grad():
+            with _flops() as composed:
+                cache = model(tokens, use_cache=True).past_key_values
             with _flops() as flops["anchor"], model.composition_disabled():
                 model(tokens, use_cache=True)
             for name, augmenting in model.augmenting.items():
                 with _flops() as flops[f"augmenting.{name}"]:
                     augmenting(input_ids=tokens, use_cache=True)
-        model.train()
-        # without a cache the models would look at the tokens' contents, to find packed documents
-        with _flops() as there, _activations(model) as kept:
-            outputs = model(tokens, labels=tokens, use_cache=True)
-        with _flops() as back:
-            outputs.loss.backward()
+        with _flops() as step, _activations(model.train()) as kept:
+            model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
 
-    cache = outputs.past_key_values
-    forward_flops, backward_flops = there.get_total_flops(), back.get_total_flops()
+    forward_flops = composed.get_total_flops()
     forward = {name: counter.get_total_flops() for name, counter in flops.items()}
     forward["connections"] = forward_flops - sum(forward.values())
     caches = {"anchor": cache.anchor, "connections": cache.cross}
@@ -339,7 +353,7 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         sequence_length=sequence_length,
         batch_size=batch_size,
         dtype=dtype,
-        total_parameters=total,
+        total_parameters=total_parameters,
         weight_bytes=weight_bytes,
         checkpoint_bytes=trained_bytes,
         cache_bytes=cache_bytes,
@@ -350,7 +364,7 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         activation_bytes=activation_bytes,
         training_bytes=weight_bytes + trained_bytes + optimizer_bytes + activation_bytes,
         forward_flops_per_token=forward_flops // (batch_size * sequence_length),
-        training_step_flops=forward_flops + backward_flops,
+        training_step_flops=step.get_total_flops(),
     )
 
 

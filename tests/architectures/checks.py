@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tiny import VOCAB
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import calm
 from calm import backbones
@@ -76,13 +76,17 @@ def _leak(model: nn.Module) -> float:
 def _cached_difference(model: nn.Module) -> float:
     ids = tokens()
     expected = _run(model, ids)
-    name = backbones.cache_argument(model) if not isinstance(model, calm.CalmForCausalLM) else "past_key_values"
-    start = LENGTH // 2
-    output = model(input_ids=ids[:, :start], use_cache=True)
-    found = [output.logits]
-    for step in range(start, LENGTH):
-        output = model(input_ids=ids[:, step : step + 1], use_cache=True, **{name: output[name]})
+    names = backbones.forward_parameters(model)
+    composed = isinstance(model, calm.CalmForCausalLM)
+    caches = {} if composed else {backbones.cache_argument(model): DynamicCache(config=model.config)}
+    bounds = [0, *range(LENGTH // 2, LENGTH + 1)]
+    found = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        positions = {"position_ids": torch.arange(start, end)[None]} if "position_ids" in names else {}
+        output = model(input_ids=ids[:, start:end], use_cache=True, **caches, **positions)
         found.append(output.logits)
+        if composed:
+            caches = {"past_key_values": output.past_key_values}
     return difference(torch.cat(found, 1), expected)
 
 
@@ -179,11 +183,11 @@ def check_truncated(anchor: PreTrainedModel, augmenting: PreTrainedModel) -> Non
 def check_saved(anchor: PreTrainedModel, augmenting: PreTrainedModel) -> None:
     """Bases loaded by path (truncated by configuration), and a composition saved and loaded, give the same logits."""
     ids = tokens()
-    expected = _run(compose(copy.deepcopy(anchor), augmenting), ids)
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / name) for name in ("anchor", "augmenting")]
         for model, path in zip((anchor, augmenting), paths, strict=True):
             model.save_pretrained(path)
+        expected = _run(compose(*(AutoModelForCausalLM.from_pretrained(path) for path in paths)), ids)
         loaded = compose(*paths)
         _same(_run(loaded, ids), expected, "bases loaded by path", 1e-5)
         loaded.save_pretrained(f"{folder}/composed")

@@ -69,7 +69,10 @@ _QWEN4 = lambda w, n, h: {  # noqa: E731
     "ngram_vocab_size_base": 101,
     "split_ngram_parts": 1,
 }
-_SHARING = lambda w, n, h: {"num_kv_shared_layers": 0, "laurel_rank": 8}  # noqa: E731
+_SHARING = lambda w, n, h: {  # noqa: E731
+    "layer_types": ["sliding_attention"] + ["full_attention"] * (n - 1),
+    "num_kv_shared_layers": 1,
+}
 OVERRIDES: dict[str, Any] = {
     "bamba": lambda w, n, h: _MAMBA2(w, n, h) | {"attn_layer_indices": list(range(1, n, 2))},
     "cohere_compass_text": lambda w, n, h: {
@@ -81,9 +84,11 @@ OVERRIDES: dict[str, Any] = {
     },
     "deepseek_v2": lambda w, n, h: {"num_experts_per_tok": 2},
     "dots1": lambda w, n, h: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio": lambda w, n, h: {"adapter_in_dim": w},
     "dots3_note_text": lambda w, n, h: {"num_key_value_heads": h},
     "falcon_h1": lambda w, n, h: {"mamba_n_heads": h, "mamba_d_ssm": 2 * w},
     "gemma3n_text": _SHARING,
+    "gemma4_text": _SHARING,
     "gpt_neo": lambda w, n, h: {"attention_types": [[["global", "local"], n // 2], [["global"], n % 2]]},
     "granitemoehybrid": lambda w, n, h: (
         _MAMBA2(w, n, h) | {"layer_types": _cover(["linear_attention", "full_attention"], n)}

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from bases import byte_tokenizer, save_base, sums, write_jsonl
+from bases import byte_tokenizer, sums, write_jsonl
 from typer.testing import CliRunner, Result
 
 import calm
@@ -43,7 +43,7 @@ def command(*arguments: Any, **options: Any) -> subprocess.Popen:
 def composed(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[str, str]) -> Path:
     """A composition whose connections say something, saved by `calm compose`."""
     folder = tmp_path_factory.mktemp("composed") / "out"
-    run("compose", tiny_bases["anchor"], tiny_bases["augmenting"], "--connections", "1:1,3:3", "--out", folder)
+    run("compose", tiny_bases["anchor"], tiny_bases["augmenting"], "--connections", "0:0,1:1", "--out", folder)
     model = calm.CalmForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     for connection in model.connections:
@@ -90,9 +90,11 @@ def test_connections_and_augmenting_models_are_parsed():
 def test_compose_saves_what_the_library_composes(tmp_path: Path, tiny_bases: dict[str, str]):
     out = tmp_path / "out"
     names = (f"one={tiny_bases['augmenting']}", f"two={tiny_bases['augmenting']}")
-    result = run("compose", tiny_bases["anchor"], *names, "--connections", "2", "--out", out, "--num-heads", 2, "--json")
+    result = run(
+        "compose", tiny_bases["anchor"], *names, "--connections", "2", "--out", out, "--num-heads", 2, "--json"
+    )
     printed = json.loads(result.stdout)
-    assert printed["connections"] == [["one", 1, 1], ["one", 3, 3], ["two", 1, 1], ["two", 3, 3]]
+    assert printed["connections"] == [["one", 0, 0], ["one", 1, 1], ["two", 0, 0], ["two", 1, 1]]
     model = calm.CalmForCausalLM.from_pretrained(out)
     assert model.config.num_heads == 2
     assert printed["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
@@ -103,7 +105,15 @@ def test_compose_saves_what_the_library_composes(tmp_path: Path, tiny_bases: dic
 
 def test_library_errors_are_a_message_and_code_1(tmp_path: Path, tiny_bases: dict[str, str]):
     """Also in a process of its own: the message is on standard error, without a stack trace."""
-    arguments = ("compose", tiny_bases["anchor"], tiny_bases["augmenting"], "--out", tmp_path / "x", "--connections", "9")
+    arguments = (
+        "compose",
+        tiny_bases["anchor"],
+        tiny_bases["augmenting"],
+        "--out",
+        tmp_path / "x",
+        "--connections",
+        "9",
+    )
     assert "error: connections=9" in run(*arguments, code=1).stderr
     process = command(*arguments)
     out, err = process.communicate()
@@ -128,7 +138,9 @@ def test_generate_streams_and_batches_what_the_library_generates(composed: Path)
 
 def test_generate_options(composed: Path):
     def generate(*options: Any) -> str:
-        return json.loads(run("generate", composed, "1+2=", "--max-new-tokens", 8, "--json", *options).stdout)[0]["completion"]
+        return json.loads(run("generate", composed, "1+2=", "--max-new-tokens", 8, "--json", *options).stdout)[0][
+            "completion"
+        ]
 
     assert generate("--off") == expected(composed, "1+2=", 8, off=True)
     assert generate("--num-beams", 3) == expected(composed, "1+2=", 8, num_beams=3)
@@ -212,13 +224,13 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(recipe: Path):
     recipe.write_text(recipe.read_text().replace("max_steps: 4", "max_steps: 20000"))
     out = Path(yaml.safe_load(recipe.read_text())["training"]["output_dir"])
     process = command("train", recipe, env=os.environ | {"TQDM_DISABLE": "1"})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not list(out.glob("checkpoint-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"go on with: calm train {recipe} --resume" in err
     assert "Traceback" not in err
@@ -231,12 +243,12 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_with_130(recipe: Path):
 
 def test_inspect_reads_the_files_only(tmp_path: Path, tiny_bases: dict[str, str]):
     anchor = shutil.copytree(tiny_bases["anchor"], tmp_path / "anchor")
-    run("compose", anchor, tiny_bases["augmenting"], "--out", tmp_path / "out", "--connections", "1:2")
+    run("compose", anchor, tiny_bases["augmenting"], "--out", tmp_path / "out", "--connections", "0:1")
     count = calm.CalmForCausalLM.from_pretrained(tmp_path / "out").get_nb_trainable_parameters()[0]
     shutil.rmtree(anchor)
     shown = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
     assert shown["composition_parameters"] == count
-    assert shown["connections"] == [{"augmenting": "augmenting", "augmenting_layer": 1, "anchor_layer": 2}]
+    assert shown["connections"] == [{"augmenting": "augmenting", "augmenting_layer": 0, "anchor_layer": 1}]
     assert shown["training"] is None
     assert f"{count:,}" in run("inspect", tmp_path / "out").stdout
     os.truncate(tmp_path / "out" / "model.safetensors", 100)
@@ -256,10 +268,18 @@ def test_plan_reads_configurations_only(tmp_path: Path, tiny_bases: dict[str, st
         (tmp_path / name).mkdir()
         for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(folder, file), tmp_path / name)
-    arguments = ("plan", tmp_path / "anchor", tmp_path / "augmenting", "--connections", "1:1,3:3", "--sequence-length", 32)
+    arguments = (
+        "plan",
+        tmp_path / "anchor",
+        tmp_path / "augmenting",
+        "--connections",
+        "0:0,1:1",
+        "--sequence-length",
+        32,
+    )
     planned = run(*arguments, "--json").stdout
     out = tmp_path / "out"
-    run("compose", *tiny_bases.values(), "--connections", "1:1,3:3", "--out", out)
+    run("compose", *tiny_bases.values(), "--connections", "0:0,1:1", "--out", out)
     count = json.loads(run("inspect", out, "--json").stdout)["composition_parameters"]
     assert str(count) in json.dumps(json.loads(planned))
     assert f"{count:,}" in run(*arguments).stdout
@@ -270,6 +290,5 @@ def test_demo_runs_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     module = ModuleType("calm.experiments.key_value_arithmetic.run")
     module.main = lambda **arguments: calls.append(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("calm.experiments.key_value_arithmetic.run", module, raising=False)
     run("demo", "--seed", 3, "--out", tmp_path)
     assert calls == [{"preset": "cpu", "seed": 3, "output_dir": tmp_path}]

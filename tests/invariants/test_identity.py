@@ -12,13 +12,19 @@ from factories import Mix, assert_identical
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import calm
 
 
+def bare_anchor(mix: Mix) -> PreTrainedModel:
+    """Frozen as in a composition: torch chooses other kernels for a weight that requires gradients."""
+    return mix.anchor_model().requires_grad_(False)
+
+
 def check_is_anchor(model: calm.CalmForCausalLM, mix: Mix, rows: list[Tensor], side: str) -> None:
     """The model's logits and loss are those of an anchor that no composition ever touched."""
-    anchor = mix.anchor_model()
+    anchor = bare_anchor(mix)
     ids, mask, positions = factories.padded(rows, side)
     labels = ids.masked_fill(mask == 0, -100)
     calls = [
@@ -38,14 +44,14 @@ def check_generates_like_anchor(model: calm.CalmForCausalLM, mix: Mix, rows: lis
     ids, mask, _ = factories.padded(rows, "left")
     kwargs |= {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
     found = model.generate(ids, attention_mask=mask, **kwargs)
-    expected = mix.anchor_model().generate(ids, attention_mask=mask, **kwargs)
+    expected = bare_anchor(mix).generate(ids, attention_mask=mask, **kwargs)
     assert_identical(found.sequences, expected.sequences)
     for step, expected_step in zip(found.logits, expected.logits, strict=True):
         assert_identical(step, expected_step)
 
 
 @pytest.mark.parametrize("anchor", factories.ANCHORS)
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_fresh_composition_is_the_anchor(anchor: str, data: st.DataObject) -> None:
     mix = data.draw(strategies.mixes(anchor))
@@ -69,7 +75,7 @@ def test_fresh_composition_generates_like_the_anchor(anchor: str) -> None:
 
 
 @pytest.mark.parametrize("anchor", factories.ANCHORS)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_disabled_composition_is_the_anchor(anchor: str, data: st.DataObject) -> None:
     mix = data.draw(strategies.mixes(anchor))
@@ -78,8 +84,9 @@ def test_disabled_composition_is_the_anchor(anchor: str, data: st.DataObject) ->
     with model.composition_disabled():
         check_is_anchor(model, mix, rows, side)
         check_generates_like_anchor(model, mix, rows, do_sample=False)
-    with pytest.raises(AssertionError):
-        check_is_anchor(model, mix, rows, side)  # and it is the composition again
+    ids, mask, _ = factories.padded(rows, side)
+    with pytest.raises(AssertionError, match="not bit for bit"):  # and it is the composition again
+        assert_identical(model(ids, attention_mask=mask).logits, bare_anchor(mix)(ids, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -153,8 +153,10 @@ def test_the_example_shows_every_field_with_its_default(tmp_path: Path, monkeypa
 
 def test_checking_needs_no_torch():
     """`calm.training.recipe` itself imports nothing heavy: what is imported beside it comes from `calm` alone."""
-    code = "import sys; sys.modules['calm'] = type(sys)('calm'); sys.modules['calm'].__path__ = [sys.argv[1]]; " \
+    code = (
+        "import sys; sys.modules['calm'] = type(sys)('calm'); sys.modules['calm'].__path__ = [sys.argv[1]]; "
         "import calm.training.recipe; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     package = str(Path(__file__).parents[2] / "src" / "calm")
     run = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]

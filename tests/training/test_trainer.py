@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +25,48 @@ from calm.training import Recipe, trainer
 from calm.training.recipe import check_recipe
 
 MakeRecipe = Callable[..., Recipe]
+DieAt = Callable[[int], AbstractContextManager[None]]
+
+
+def recipe_in(
+    folder: Path,
+    bases: dict[str, str],
+    out: str = "out",
+    *,
+    evaluates: bool = True,
+    top: dict[str, Any] | None = None,
+    **training: Any,
+) -> Recipe:
+    """A recipe of 12 steps of 2 x 2 examples over 22 (two epochs and a bit), every step logged."""
+    data = {"train": str(write_jsonl(folder / "train.jsonl", sums(22)))}
+    if evaluates:
+        data["eval"] = str(write_jsonl(folder / "eval.jsonl", sums(4, seed=1)))
+        training = {"eval_steps": 2} | training
+    settings = {
+        "output_dir": str(folder / out),
+        "max_steps": 12,
+        "per_device_batch_size": 2,
+        "gradient_accumulation": 2,
+        "log_steps": 1,
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+    }
+    fields = {"connections": 2, **bases, "data": data, "training": settings | training}
+    return check_recipe(fields | (top or {}))
 
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, tiny_bases: dict[str, str]) -> MakeRecipe:
-    """Makes a recipe of 12 steps of 2 x 2 examples over 22 (two epochs and a bit), every step logged."""
+    """Makes recipes (see `recipe_in`) in the test's own folder."""
+    return partial(recipe_in, tmp_path, tiny_bases)
 
-    def make(out: str = "out", *, evaluates: bool = True, top: dict[str, Any] | None = None, **training: Any) -> Recipe:
-        train = write_jsonl(tmp_path / "train.jsonl", sums(22))
-        data = {"train": str(train)}
-        if evaluates:
-            data["eval"] = str(write_jsonl(tmp_path / "eval.jsonl", sums(8, seed=1)))
-            training = {"eval_steps": 2} | training
-        settings = {
-            "output_dir": str(tmp_path / out),
-            "max_steps": 12,
-            "per_device_batch_size": 2,
-            "gradient_accumulation": 2,
-            "log_steps": 1,
-            "save_steps": 4,
-            "learning_rate": 1e-2,
-        }
-        composed = {"connections": 2, **tiny_bases}
-        return check_recipe({**composed, "data": data, "training": settings | training} | (top or {}))
 
-    return make
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[str, str]) -> Recipe:
+    """A recipe whose run went through without interruption."""
+    recipe = recipe_in(tmp_path_factory.mktemp("whole"), tiny_bases)
+    trainer.train(recipe)
+    return recipe
 
 
 def log_of(recipe: Recipe) -> dict[str, Any]:
@@ -76,19 +95,23 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def die_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def die_at(monkeypatch: pytest.MonkeyPatch) -> DieAt:
     """Makes training die within the given optimiser step."""
-    original = trainer._CompositionTrainer.training_step
 
-    def install(step: int) -> None:
+    @contextmanager
+    def dying(step: int) -> Iterator[None]:
+        original = trainer.CompositionTrainer.training_step
+
         def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.state.global_step == step - 1:
                 raise Killed
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(trainer._CompositionTrainer, "training_step", training_step)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.CompositionTrainer, "training_step", training_step)
+            yield
 
-    yield install
+    return dying
 
 
 def test_training_lowers_the_loss_and_changes_only_the_connections(make_recipe: MakeRecipe, tiny_bases: dict[str, str]):
@@ -111,19 +134,14 @@ def test_training_lowers_the_loss_and_changes_only_the_connections(make_recipe: 
 
 @pytest.mark.parametrize("died_in_step", [6, 11])  # within the first epoch (5.5 steps), and the second
 def test_resumed_run_is_exactly_the_uninterrupted_one(
-    make_recipe: MakeRecipe, die_at: Callable[[int], None], died_in_step: int, monkeypatch: pytest.MonkeyPatch
+    whole: Recipe, make_recipe: MakeRecipe, die_at: DieAt, died_in_step: int
 ):
-    whole, halves = make_recipe("whole"), make_recipe("halves")
-    trainer.train(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer._CompositionTrainer, "training_step", trainer._CompositionTrainer.training_step)
-        die_at(died_in_step)
-        with pytest.raises(Killed):
-            trainer.train(halves)
-    monkeypatch.undo()
+    halves = make_recipe()
+    with die_at(died_in_step), pytest.raises(Killed):
+        trainer.train(halves)
     assert not Path(halves.training.output_dir, "training_log.json").exists()
     result = trainer.train(halves, resume=True)
-    assert result.resumed_from == {6: 4, 11: 10}[died_in_step], "the last best model, between the regular saves"
+    assert result.resumed_from == {6: 4, 11: 10}[died_in_step], "10: a best model, between the regular saves"
     assert losses(halves) == losses(whole)
     assert list(losses(whole)["loss"]) == list(range(1, 13))
     first, second = weights(whole.training.output_dir), weights(halves.training.output_dir)
@@ -131,46 +149,36 @@ def test_resumed_run_is_exactly_the_uninterrupted_one(
 
 
 def test_the_resume_test_would_notice_lost_random_state_or_data_order(
-    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    whole: Recipe, make_recipe: MakeRecipe, die_at: DieAt, monkeypatch: pytest.MonkeyPatch
 ):
-    """Negative control: without the random state (dropout), or with skipped data, the losses differ."""
-    whole = make_recipe("whole")
-    trainer.train(whole)
-    die_at(6)
-    with pytest.raises(Killed):
-        trainer.train(make_recipe("halves"))
-    monkeypatch.undo()
-    shutil.copytree(make_recipe("halves").training.output_dir, make_recipe("order").training.output_dir)
+    """Negative control: without the random state (dropout), or with other data, the loss differs at once."""
+    halves = make_recipe()
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(halves)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer._CompositionTrainer, "_load_rng_state", lambda self, checkpoint: torch.manual_seed(1))
-        trainer.train(make_recipe("halves"), resume=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_arguments", _without_data_skip(trainer._arguments))
-        trainer.train(make_recipe("order"), resume=True)
-    for broken in ("halves", "order"):
-        assert losses(make_recipe(broken))["loss"][5] != losses(whole)["loss"][5]
+    def loss_of_step_5(name: str | None, broken: Any = None) -> float:
+        found: dict[int, float] = {}
+        with monkeypatch.context() as patch, die_at(6), pytest.raises(Killed):
+            patch.setattr(
+                trainer.CompositionTrainer, "log", lambda self, logs, *_: found.update({self.state.global_step: logs})
+            )
+            if name:
+                patch.setattr(name, broken)
+            trainer.train(halves, resume=True)
+        return found[5]["loss"]
 
-
-def _without_data_skip(arguments: Callable[..., Any]) -> Callable[..., Any]:
-    def changed(*args: Any) -> Any:
-        made = arguments(*args)
-        made.ignore_data_skip = True
-        return made
-
-    return changed
+    correct = losses(whole)["loss"][5]
+    assert loss_of_step_5(None) == correct
+    assert loss_of_step_5("transformers.Trainer._load_rng_state", lambda *_: None) != correct
+    assert loss_of_step_5("transformers.trainer.skip_first_batches", lambda loader, count: loader) != correct
 
 
-def test_logged_means_are_the_same_when_logging_is_coarser_than_saving(
-    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-):
+def test_logged_means_are_the_same_when_logging_is_coarser_than_saving(make_recipe: MakeRecipe, die_at: DieAt):
     settings = {"evaluates": False, "log_steps": 5, "save_steps": 4}
     whole, halves = make_recipe("whole", **settings), make_recipe("halves", **settings)
     trainer.train(whole)
-    die_at(6)
-    with pytest.raises(Killed):
+    with die_at(6), pytest.raises(Killed):
         trainer.train(halves)
-    monkeypatch.undo()
     trainer.train(halves, resume=True)
     assert losses(halves) == losses(whole)
     assert list(losses(whole)["loss"]) == [4, 5, 8, 10, 12]
@@ -183,7 +191,14 @@ def test_gradient_accumulation_is_one_large_batch(make_recipe: MakeRecipe, tmp_p
         for seed, name in enumerate(("anchor", "augmenting"))
     }
     recipes = [
-        make_recipe(f"{size}", top=folders, evaluates=False, max_steps=4, per_device_batch_size=size, gradient_accumulation=4 // size)
+        make_recipe(
+            f"{size}",
+            top=folders,
+            evaluates=False,
+            max_steps=4,
+            per_device_batch_size=size,
+            gradient_accumulation=4 // size,
+        )
         for size in (4, 1)
     ]
     for recipe in recipes:
@@ -192,47 +207,38 @@ def test_gradient_accumulation_is_one_large_batch(make_recipe: MakeRecipe, tmp_p
     assert large == pytest.approx(small, rel=1e-5)
 
 
-def overfitting(make_recipe: MakeRecipe, tmp_path: Path, **training: Any) -> Recipe:
-    """A run whose evaluation loss first falls (answers are digits) and then rises (they are others)."""
+def test_early_stop_keeps_the_best_model_and_its_patience_survives_a_resume(
+    make_recipe: MakeRecipe, tmp_path: Path, die_at: DieAt
+):
+    """The evaluation loss first falls (answers are digits) and then rises (they are other ones)."""
+    rows = {name: [{"prompt": f"{i}+1=", "completion": name} for i in range(20)] for name in "91"}
     data = {
-        "train": str(write_jsonl(tmp_path / "nines.jsonl", [{"prompt": f"{i}+1=", "completion": "9"} for i in range(20)])),
-        "eval": str(write_jsonl(tmp_path / "ones.jsonl", [{"prompt": f"{i}+1=", "completion": "1"} for i in range(8)])),
+        "train": str(write_jsonl(tmp_path / "9.jsonl", rows["9"])),
+        "eval": str(write_jsonl(tmp_path / "1.jsonl", rows["1"][:4])),
     }
-    return make_recipe(top={"data": data}, max_steps=60, **training)
-
-
-def test_early_stop_ends_the_run_and_the_best_model_is_kept_and_saved(make_recipe: MakeRecipe, tmp_path: Path):
-    recipe = overfitting(make_recipe, tmp_path, early_stopping_patience=3, keep_checkpoints=1, save_steps=60)
+    settings = {"top": {"data": data}, "max_steps": 60, "early_stopping_patience": 3, "keep_checkpoints": 1}
+    recipe = make_recipe(**settings, save_steps=60)
     result = trainer.train(recipe)
     evaluated = losses(recipe)["eval_loss"]
     best = min(evaluated, key=evaluated.__getitem__)
     assert result.stopped_early
     assert 2 < best == result.best_step == result.steps - 2 * 3
     assert f"checkpoint-{best}" in checkpoints(recipe), "though 60 steps lie between regular checkpoints"
+
     out = recipe.training.output_dir
     best_weights = weights(Path(out, f"checkpoint-{best}"))
     assert all(torch.equal(w, best_weights[k]) for k, w in weights(out).items())
     assert evaluated[result.steps] > evaluated[best] + 0.01, "the last model is worse, so it can be told apart"
     model, tokenizer = calm.CalmForCausalLM.from_pretrained(out), load_tokenizer(out)
-    rows = load_examples(recipe.data.eval, tokenizer, max_length=64)
     with torch.no_grad():
-        loss = model(**CompletionCollator.for_tokenizer(tokenizer)(rows)).loss
-    assert loss.item() == pytest.approx(evaluated[best], rel=1e-5)
+        batch = CompletionCollator.for_tokenizer(tokenizer)(load_examples(data["eval"], tokenizer, max_length=64))
+        assert model(**batch).loss.item() == pytest.approx(evaluated[best], rel=1e-5)
 
-
-def test_patience_survives_a_resume(
-    make_recipe: MakeRecipe, tmp_path: Path, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-):
-    settings = {"early_stopping_patience": 3, "save_steps": 2}
-    whole = overfitting(make_recipe, tmp_path, **settings)
-    expected = trainer.train(whole)
-    halves = overfitting(make_recipe, tmp_path, **settings | {"output_dir": str(tmp_path / "halves")})
-    die_at(expected.steps - 1)  # after two of the three evaluations without improvement
-    with pytest.raises(Killed):
+    halves = make_recipe("halves", **settings, save_steps=2)
+    with die_at(result.steps - 1), pytest.raises(Killed):  # after two of three evaluations without improvement
         trainer.train(halves)
-    monkeypatch.undo()
-    result = trainer.train(halves, resume=True)
-    assert (result.steps, result.best_step, result.eval_loss) == (expected.steps, expected.best_step, expected.eval_loss)
+    resumed = trainer.train(halves, resume=True)
+    assert (resumed.steps, resumed.best_step, resumed.eval_loss) == (result.steps, best, result.eval_loss)
 
 
 def full_disk_in_torch_save(patch: pytest.MonkeyPatch) -> None:
@@ -281,7 +287,9 @@ def test_disk_that_fills_while_saving_leaves_the_last_good_checkpoint(
     recipe = make_recipe(evaluates=False)
     with monkeypatch.context() as patch:
         fill(patch)
-        with pytest.raises(CalmError, match=r"step 8 could not be written.*No space left.*checkpoint-4 is whole.*--resume"):
+        with pytest.raises(
+            CalmError, match=r"step 8 could not be written.*No space left.*checkpoint-4 is whole.*--resume"
+        ):
             trainer.train(recipe)
     assert checkpoints(recipe) == ["checkpoint-4"]
     calm.CalmForCausalLM.from_pretrained(Path(recipe.training.output_dir, "checkpoint-4"))
@@ -319,19 +327,15 @@ def test_full_disk_at_the_very_end_names_the_checkpoint(make_recipe: MakeRecipe,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(trainer, "_write_log", write)
-    with pytest.raises(CalmError, match="training is done and .*checkpoint-12 holds the model, .*No space left"):
+    with pytest.raises(CalmError, match=r"training is done and .*checkpoint-12 holds the model, .*No space left"):
         trainer.train(make_recipe(evaluates=False))
 
 
-def test_what_a_kill_while_saving_leaves_is_not_resumed_from(
-    make_recipe: MakeRecipe, die_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-):
+def test_what_a_kill_while_saving_leaves_is_not_resumed_from(make_recipe: MakeRecipe, die_at: DieAt):
     recipe = make_recipe(evaluates=False)
-    die_at(6)
-    with pytest.raises(Killed):
+    with die_at(6), pytest.raises(Killed):
         trainer.train(recipe)
-    monkeypatch.undo()
-    half = Path(recipe.training.output_dir, ".saving-checkpoint-8", "checkpoint-8")
+    half = Path(recipe.training.output_dir, ".saving-checkpoint-6", "checkpoint-6")
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
     assert trainer.train(recipe, resume=True).resumed_from == 4
@@ -341,7 +345,7 @@ def test_what_a_kill_while_saving_leaves_is_not_resumed_from(
 
 def test_loss_that_is_not_a_number_stops_the_run(make_recipe: MakeRecipe):
     recipe = make_recipe(learning_rate=1e38, warmup=0, max_grad_norm=1e30)
-    with pytest.raises(CalmError, match=r"(loss|norm) is (nan|inf) at step \d+.*lower training.learning_rate"):
+    with pytest.raises(CalmError, match=r"not a number at step 2 .*norm is nan.*lower training.learning_rate"):
         trainer.train(recipe)
     assert not Path(recipe.training.output_dir, "model.safetensors").exists()
 
@@ -350,7 +354,7 @@ def test_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("nan")))
-    with pytest.raises(CalmError, match="gradient's norm is nan at step 1"):
+    with pytest.raises(CalmError, match="not a number at step 1 "):
         trainer.train(make_recipe())
 
 
@@ -365,8 +369,10 @@ def test_two_runs_are_not_mixed_in_one_directory(make_recipe: MakeRecipe, caplog
     assert trainer.train(make_recipe(max_steps=4), resume=True) == first
     assert "this run is finished" in caplog.text
     assert "the recipe has changed" not in caplog.text
-    assert trainer.train(make_recipe(max_steps=6), resume=True).steps == 6
-    assert "training.max_steps: 4 -> 6" in caplog.text
+    longer = make_recipe(max_steps=8, eval_steps=1)
+    assert trainer.train(longer, resume=True).steps == 8
+    assert "training.max_steps: 4 -> 8" in caplog.text
+    assert list(losses(longer)["eval_loss"]) == [2, 4, 5, 6, 7, 8], "what the recipe says now holds from now on"
 
 
 def test_run_that_was_killed_between_its_last_step_and_its_end_is_only_ended(make_recipe: MakeRecipe):
@@ -381,13 +387,15 @@ def test_run_that_was_killed_between_its_last_step_and_its_end_is_only_ended(mak
     assert all(torch.equal(w, final[k]) for k, w in weights(out).items())
 
 
-def test_a_base_that_changed_since_is_not_resumed_with(make_recipe: MakeRecipe, tmp_path: Path, tiny_bases: dict[str, str]):
+def test_a_base_that_changed_since_is_not_resumed_with(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_bases: dict[str, str]
+):
     anchor = shutil.copytree(tiny_bases["anchor"], tmp_path / "anchor")
     recipe = make_recipe(top={"anchor": str(anchor)}, max_steps=4)
     trainer.train(recipe)
     save_base(anchor, byte_tokenizer(), seed=7)
     with pytest.raises(CalmError, match="not those that this composition was trained against"):
-        trainer.train(recipe, resume=True)
+        trainer.train(make_recipe(top={"anchor": str(anchor)}, max_steps=6), resume=True)
 
 
 def test_examples_longer_than_the_smaller_context_are_dropped(
@@ -403,9 +411,9 @@ def test_examples_longer_than_the_smaller_context_are_dropped(
 
 @pytest.mark.parametrize("settings", [{"top": {"dtype": "bfloat16"}}, {"bf16": True}])
 def test_bfloat16(make_recipe: MakeRecipe, settings: dict[str, Any]):
-    recipe = make_recipe(max_steps=20, **settings)
+    recipe = make_recipe(max_steps=20, eval_steps=10, save_steps=20, **settings)
     trainer.train(recipe)
     evaluated = losses(recipe)["eval_loss"]
-    assert evaluated[20] < evaluated[2] - 0.05
+    assert evaluated[20] < evaluated[10] - 0.02
     dtype = torch.bfloat16 if "top" in settings else torch.float32
     assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {dtype}

@@ -49,5 +49,5 @@ app.command("inspect")(inspect_.inspect)
 
 
 def main() -> None:
-    """Runs the command line and exits."""
+    """Run the command line and exits."""
     app(prog_name="calm")

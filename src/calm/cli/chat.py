@@ -30,8 +30,10 @@ def chat(
     options = loading.sampling(temperature, top_p, top_k, seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     chats = tokenizer.chat_template is not None
-    console = Console(highlight=False)
-    console.print("a conversation" if chats else "no chat template: each line is a prompt, and is completed", style="dim")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        "a conversation" if chats else "no chat template: each line is a prompt, and is completed", style="dim"
+    )
     console.print(HELP, style="dim")
     messages: list[dict[str, str]] = []
     disabled = False

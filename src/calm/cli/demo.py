@@ -13,6 +13,6 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory for the models, results.json and the plot.")] = Path("runs/demo"),
 ) -> None:
     """Train two small models that each fail a task, compose them, and see them solve it (minutes on two CPU cores)."""
-    from calm.experiments.key_value_arithmetic import run
+    from calm.experiments.key_value_arithmetic.run import main
 
-    run.main(preset="cpu", seed=seed, output_dir=out)
+    main(preset="cpu", seed=seed, output_dir=out)

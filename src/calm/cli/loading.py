@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a composition.")]
 Anchor = Annotated[str | None, typer.Option(help="Where the anchor is now, if it has moved.")]
-Augmenting = Annotated[list[str] | None, typer.Option(help="Where the augmenting model is now (NAME=PATH for several).")]
+Augmenting = Annotated[
+    list[str] | None, typer.Option(help="Where the augmenting model is now (NAME=PATH for several).")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (the GPU if there is one).")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
@@ -28,7 +30,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 def load(
     model: str, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
 ) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
-    """Loads a composition, on the GPU if there is one, and its tokenizer, set to pad on the left.
+    """Load a composition, on the GPU if there is one, and its tokenizer, set to pad on the left.
 
     Raises:
         CalmError: If either cannot be loaded.

@@ -24,9 +24,9 @@ def plan(
 ) -> None:
     """Show what a composition will cost: parameters, memory and FLOPs. Reads configurations, no weights."""
     models, pairs = parse_augmenting(augmenting), parse_connections(connections)
-    from calm import planning
+    from calm.planning import plan as plan_composition
 
-    planned = planning.plan(
+    planned = plan_composition(
         anchor,
         models,
         connections=pairs,

@@ -35,7 +35,9 @@ def train(
         return
     console = Console(soft_wrap=True, highlight=False)
     ended = "stopped early" if result.stopped_early else "done"
-    console.print(f"{ended} after {result.steps} steps, {result.seconds:.0f} s; the model of step {result.best_step} is in")
+    console.print(
+        f"{ended} after {result.steps} steps, {result.seconds:.0f} s; the model of step {result.best_step} is in"
+    )
     console.print(f"  {result.output_dir}  (training loss {result.train_loss:.4f}", end="")
     console.print(")" if result.eval_loss is None else f", evaluation loss {result.eval_loss:.4f})")
     console.print(f"try it: calm chat {result.output_dir}")

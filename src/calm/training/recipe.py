@@ -44,9 +44,7 @@ class DataRecipe(_Section):
     max_length: PositiveInt = Field(
         1024, description="a whole number of tokens above 0; longer examples are dropped and counted"
     )
-    append_eos: bool = Field(
-        True, description="true or false: end prompt/completion completions with the EOS token"
-    )
+    append_eos: bool = Field(True, description="true or false: end prompt/completion completions with the EOS token")
 
     @field_validator("train", "eval")
     @classmethod
@@ -76,7 +74,8 @@ class TrainingRecipe(_Section):
     log_steps: PositiveInt = Field(10, description="a whole number of steps above 0")
     eval_steps: PositiveInt = Field(100, description="a whole number of steps above 0; needs data.eval")
     save_steps: PositiveInt | None = Field(
-        None, description="a whole number of steps above 0 (as eval_steps if not given), with data.eval a multiple of it"
+        None,
+        description="a whole number of steps above 0 (as eval_steps if not given), with data.eval a multiple of it",
     )
     keep_checkpoints: PositiveInt = Field(
         2, description="a whole number above 0; the best and the last checkpoint are always kept"
@@ -171,7 +170,7 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Reads and checks a recipe.
+    """Read and checks a recipe.
 
     Args:
         path: the YAML file. Paths in it are relative to the working directory.
@@ -195,7 +194,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def check_recipe(values: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Checks the fields of a recipe given as a dictionary.
+    """Check the fields of a recipe given as a dictionary.
 
     Args:
         values: the fields.
@@ -223,10 +222,11 @@ def _problem(details: Any, values: dict[str, Any]) -> str:
             break
         path.append(part)
         expected = known.description
-        is_section = isinstance(known.annotation, type) and issubclass(known.annotation, _Section)
+        annotation: Any = known.annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, _Section)
         if not is_section:
             break
-        model = known.annotation
+        model = annotation
     if details["type"] == "extra_forbidden":
         unknown = str(details["loc"][-1])
         similar = difflib.get_close_matches(unknown, model.model_fields, n=1)

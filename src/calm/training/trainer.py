@@ -1,36 +1,30 @@
-"""Trains a composition with the transformers Trainer: exact resume, only whole checkpoints, the best model at the end."""
+"""Trains a composition with the transformers Trainer: exact resume, whole checkpoints only, the best model kept."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
 from calm.backbones import Source, load_config
 from calm.config import context_of
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer
 from calm.errors import CalmError, CheckpointError
+from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
 from calm.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
+    from transformers import PreTrainedTokenizerBase
 
     from calm.model import CalmForCausalLM
 
@@ -75,7 +69,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
-    """Composes the recipe's models, trains the composition parameters and saves the best model.
+    """Compose the recipe's models, train the composition parameters and save the best model.
 
     Args:
         recipe: From `load_recipe`.
@@ -102,19 +96,19 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     set_seed(recipe.training.seed)  # the new connections' weights
     model = _load_model(recipe, checkpoint)
     (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
-    on_interrupt = _SaveAndStop()
-    trainer = _CompositionTrainer(
+    on_interrupt = SaveAndStop()
+    trainer = CompositionTrainer(
         model=model,
         args=_arguments(recipe, output_dir),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=CompletionCollator.for_tokenizer(tokenizer),
-        callbacks=[_LogBeforeSaving(), on_interrupt],
+        callbacks=[LogBeforeSaving(), on_interrupt],
     )
     patience = recipe.training.early_stopping_patience
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
-    with _saves_on_interrupt(on_interrupt):
+    with saves_on_interrupt(on_interrupt):
         output = trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
     if on_interrupt.requested and state.global_step < state.max_steps:
@@ -142,17 +136,23 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         _write_log(output_dir, recipe, result, state.log_history)
     except (CheckpointError, OSError) as error:
         best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
-        raise CalmError(f"training is done and {output_dir / best} holds the model, but saving it failed: {error}") from error
+        raise CalmError(
+            f"training is done and {output_dir / best} holds the model, but saving it failed: {error}"
+        ) from error
     return result
 
 
 def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | None:
-    """Makes `output_dir`, and finds the checkpoint to resume from; refuses to mix two runs in one directory."""
+    """Make `output_dir` and find the checkpoint to resume from; refuse to mix two runs in one directory."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
-        raise CalmError(f"training.output_dir = {recipe.training.output_dir!r} cannot be written to: {error}") from error
+        raise CalmError(
+            f"training.output_dir = {recipe.training.output_dir!r} cannot be written to: {error}"
+        ) from error
+    for stale in output_dir.glob(".saving-*"):  # of a run that was killed while it saved
+        shutil.rmtree(stale, ignore_errors=True)
     last = get_last_checkpoint(output_dir)
     if not resume:
         if last is not None:
@@ -173,8 +173,8 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
     fixed = [field for field in changed if not field.startswith(("training.", "data."))]
     if fixed:
         raise CalmError(
-            f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so its "
-            "checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
+            f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so "
+            "its checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
         )
     if changed:
         logger.warning(
@@ -208,11 +208,12 @@ def _step_of(checkpoint: str) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def _load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Row], list[Row] | None]:
-    """Reads and tokenizes the recipe's data, within the smallest context of the models; loads no weights."""
-    bases = [recipe.anchor, *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values())]
+def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[Row] | None]:
+    """Read and tokenize the recipe's data, within the smallest context of the models, before any weight is loaded."""
+    bases = [
+        recipe.anchor,
+        *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values()),
+    ]
     contexts = [context_of(load_config(Source.parse(base))) for base in bases]
     max_length = min([recipe.data.max_length, *(context for context in contexts if context is not None)])
     data = recipe.data
@@ -224,11 +225,16 @@ def _load_data(
 
 
 def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
-    """Composes the models anew, or loads a checkpoint, which also checks that the bases are still the same ones."""
+    """Compose the models anew, or load a checkpoint, which also checks that the bases are still the same ones.
+
+    What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
+    """
     dtype = getattr(torch, recipe.dtype)
     if checkpoint is not None:
-        return calm.CalmForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    return calm.compose(
+        model = calm.CalmForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        model.connections.float()
+        return model
+    model = calm.compose(
         recipe.anchor,
         recipe.augmenting,
         recipe.connections,
@@ -237,12 +243,14 @@ def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
         attend=recipe.attend,
         dtype=dtype,
     )
+    model.connections.float()
+    return model
 
 
 def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe in the words of the transformers Trainer."""
     training, evaluates = recipe.training, recipe.data.eval is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=training.epochs or 3.0,
         max_steps=training.max_steps or -1,
@@ -273,134 +281,10 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to="none",
     )
-
-
-class _CompositionTrainer(Trainer):
-    """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
-
-    _staging: str | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes a checkpoint beside its place and renames it, so that there are only whole ones.
-
-        A run that is killed, or whose disk fills, while it saves leaves a directory whose name no resume looks for.
-        """
-        run_dir = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = run_dir / f".saving-{name}"
-        try:
-            self._staging = str(staging)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                _flush(staging / name)
-                os.replace(staging / name, run_dir / name)
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError: it depends on the file
-            last = get_last_checkpoint(run_dir)
-            kept = f"{Path(last).name} is whole and stays" if last else "there is no earlier one"
-            raise CalmError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {run_dir}: {error}; {kept}; "
-                "make room (or fix the cause) and go on with --resume"
-            ) from error
-        finally:
-            self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Saves every new best model, also between the regular checkpoints."""
-        is_new_best: bool = super()._determine_best_metric(metrics, trial)
-        if is_new_best:
-            self.control.should_save = True
-        return is_new_best
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trains on, unless the checkpoint that was resumed from is already the end (one more step otherwise)."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            self._raise_not_finite("loss", loss)
-        return loss
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        if not torch.isfinite(torch.as_tensor(norm)):
-            self._raise_not_finite("gradient's norm", norm)
-        return norm
-
-    def _raise_not_finite(self, what: str, value: Any) -> None:
-        raise CalmError(
-            f"the {what} is {float(value)} at step {self.state.global_step + 1}, so training was stopped; lower "
-            "training.learning_rate or lengthen training.warmup, and if it happens at the first step, look for NaN in "
-            "the models or use dtype: float32"
-        )
-
-
-def _flush(directory: Path) -> None:
-    """Writes files through to the disk: some file systems say only then that they are full."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-class _LogBeforeSaving(TrainerCallback):
-    """Logs at each evaluation and checkpoint, so that no logged mean spans a step from which a run may be resumed."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        control.should_log = control.should_log or control.should_evaluate or control.should_save
-
-
-class _SaveAndStop(TrainerCallback):
-    """Once `requested`, saves a checkpoint after the current optimiser step and ends the training."""
-
-    requested = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.requested:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def _saves_on_interrupt(callback: _SaveAndStop) -> Iterator[None]:
-    """Within it the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
-    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield
-        return
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        callback.requested = True
-        signal.signal(signal.SIGINT, previous)
-        logger.warning("Ctrl-C: saving a checkpoint after this step (Ctrl-C again stops at once, without saving)")
-
-    previous = signal.signal(signal.SIGINT, request)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    # With several GPUs and one process the Trainer would wrap the model in DataParallel, whose copies of the model
+    # run hooks that belong to the original: it trains on the first GPU instead.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history: list[dict[str, float]]) -> None:

@@ -1,15 +1,14 @@
 """The key-value data: keys and their values, the three tasks, training lines, and the tokenizer they are written in."""
 
+from __future__ import annotations
+
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from calm.errors import CalmError
@@ -24,8 +23,10 @@ LARGEST_VOCABULARY = 65_536
 
 # One turn is one expression: earlier turns are not part of the task, and the equals sign asks for the answer.
 CHAT_TEMPLATE = (
-    "{% set text = messages[-1]['content'] | trim %}"
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list | last %}"
+    "{% set text = asked['content'] | trim %}"
     "{{ text if text.endswith('=') or text.endswith(':') else text + ' =' }}"
+    "{% if messages[-1]['role'] == 'assistant' %}{{ ' ' + messages[-1]['content'] + eos_token }}{% endif %}"
 )
 
 
@@ -41,8 +42,8 @@ class DataSettings:
         unique_values: every key has its own value, as in the paper.
         operands: fewest and most operands of an expression.
         operators: a selection of "+", "-" and "x".
-        answer: "restate" answers KV-MATH and NUM-MATH with the expression in numbers and then one reduction at a
-            time; "direct" with the result alone, as in the paper (KV-SUBS is then asked for with ":").
+        answer: "restate" answers with one reduction at a time, KV-MATH after restating the expression in numbers;
+            "direct" with the result alone, as in the paper (KV-SUBS is then asked for with ":").
         composition_share: share of the keys that the composition may see; evaluation uses the others.
 
     Raises:
@@ -86,7 +87,7 @@ class DataSettings:
             )
 
 
-Operand = str | int
+Operand: TypeAlias = "str | int"
 
 
 class Expression(NamedTuple):
@@ -109,12 +110,12 @@ class Expression(NamedTuple):
             parts += [operator, str(operand)]
         return " ".join(parts)
 
-    def substituted(self, values: dict[str, int]) -> "Expression":
+    def substituted(self, values: dict[str, int]) -> Expression:
         """The same expression with each key replaced by its value."""
         numbers = tuple(values[operand] if isinstance(operand, str) else operand for operand in self.operands)
         return Expression(numbers, self.operators)
 
-    def reductions(self) -> list["Expression"]:
+    def reductions(self) -> list[Expression]:
         """This expression in numbers and what is left after each reduction; the last one is the result.
 
         Products are reduced first, then sums and differences from left to right.
@@ -155,7 +156,7 @@ class Task:
     held_out_keys: tuple[str, ...]
 
     @classmethod
-    def draw(cls, settings: DataSettings, seed: int) -> "Task":
+    def draw(cls, settings: DataSettings, seed: int) -> Task:
         """Draw keys, values and the split.
 
         Args:
@@ -175,14 +176,16 @@ class Task:
         count = round(len(keys) * settings.composition_share)
         return cls(settings, dict(zip(keys, values, strict=True)), tuple(shuffled[:count]), tuple(shuffled[count:]))
 
-    def revalued(self, seed: int) -> "Task":
+    def revalued(self, seed: int) -> Task:
         """The same keys and split with values drawn anew: what a model knows that is no specialist on these keys."""
         rng = random.Random(f"key-value values {seed}")
         redrawn = rng.sample(list(self.values.values()), len(self.values))
         if not self.settings.unique_values:
             low, high = self.settings.values
             redrawn = [rng.randint(low, high) for _ in self.values]
-        return Task(self.settings, dict(zip(self.values, redrawn, strict=True)), self.composition_keys, self.held_out_keys)
+        return Task(
+            self.settings, dict(zip(self.values, redrawn, strict=True)), self.composition_keys, self.held_out_keys
+        )
 
     def expression(self, rng: random.Random, keys: Sequence[str] | None, operands: int | None = None) -> Expression:
         """Draw one expression.
@@ -215,7 +218,9 @@ class Task:
             return numbers.text()
         steps = numbers.reductions()
         if self.settings.answer == "direct":
-            return steps[-1].text()
+            steps = steps[-1:]
+        elif name == "NUM-MATH":
+            steps = steps[1:]  # already in numbers: nothing to restate
         return " = ".join(step.text() for step in steps)
 
     def examples(self, name: TaskName, keys: Sequence[str], count: int, seed: int) -> list[tuple[str, str]]:

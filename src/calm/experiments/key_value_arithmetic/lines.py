@@ -1,7 +1,9 @@
 """Training lines: what each model reads and which tokens it is asked to predict, drawn batch by batch."""
 
+from __future__ import annotations
+
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,15 +38,16 @@ def glossary_line(task: Task, rng: random.Random, entries: int) -> Line:
     return line
 
 
-def substitution_line(task: Task, rng: random.Random, with_numbers: float) -> Line:
+def substitution_line(task: Task, rng: random.Random, keys: Sequence[str], with_numbers: float) -> Line:
     """KV-SUBS with one operand or more; some expressions already hold numbers, which are copied.
 
     Args:
         task: keys and values.
         rng: where chance comes from.
+        keys: the keys to draw from.
         with_numbers: share of the lines in which operands may already be numbers.
     """
-    expression = task.expression(rng, list(task.values), rng.randint(1, task.settings.operands[1]))
+    expression = task.expression(rng, keys, rng.randint(1, task.settings.operands[1]))
     if rng.random() < with_numbers:
         known = tuple(rng.randint(*task.settings.values) if rng.random() < 0.5 else o for o in expression.operands)
         expression = Expression(known, expression.operators)
@@ -53,31 +56,31 @@ def substitution_line(task: Task, rng: random.Random, with_numbers: float) -> Li
 
 
 def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Line:
-    """NUM-MATH; in some lines operands are strings that mean nothing to the model, and their values are not learned.
+    """NUM-MATH; in some lines operands are strings that mean nothing to the model.
+
+    Such a line is restated before it is solved. What a string is worth cannot be known and is not learned, so that
+    the model learns to go on from whatever number stands there.
 
     Args:
-        task: settings of the expressions; its keys are not used.
+        task: the range of numbers and expressions; its keys are not used.
         rng: where chance comes from.
         with_unknowns: share of the lines in which operands may be meaningless strings.
     """
-    numbers = task.expression(rng, None)
-    asked = numbers
+    numbers = asked = task.expression(rng, None)
     if rng.random() < with_unknowns:
-        asked = Expression(
-            tuple(random_key(rng, task.settings) if rng.random() < 0.5 else n for n in numbers.operands),
-            numbers.operators,
-        )
-    line = Line().add([*asked.words(), task.question("NUM-MATH")], False)
-    reductions = numbers.reductions()
+        mixed = tuple(random_key(rng, task.settings) if rng.random() < 0.5 else n for n in numbers.operands)
+        asked = Expression(mixed, numbers.operators)
+    steps = numbers.reductions()
     if task.settings.answer == "direct":
-        return line.add([*reductions[-1].words(), "<end>"], asked == numbers)
-    for position, (operand, number) in enumerate(zip(asked.operands, numbers.operands, strict=True)):
-        if position:
-            line.add(numbers.operators[position - 1], True)
-        line.add([str(number)], not isinstance(operand, str))
-    for step in reductions[1:]:
-        line.add(["=", *step.words()], True)
-    return line.add(["<end>"], True)
+        line = Line().add([*asked.words(), task.question("NUM-MATH")], False)
+        return line.add([*steps[-1].words(), "<end>"], asked == numbers)
+    line = Line().add([*asked.words(), "="], False)
+    if asked != numbers:
+        for position, (operand, number) in enumerate(zip(asked.operands, numbers.operands, strict=True)):
+            line.add([numbers.operators[position - 1]] if position else [], True)
+            line.add([str(number)], not isinstance(operand, str))
+        line.add(["="], True)
+    return line.add([*joined(steps[1:]), "<end>"], True)
 
 
 def composition_line(task: Task, rng: random.Random, numeric: float) -> Line:
@@ -91,29 +94,40 @@ def composition_line(task: Task, rng: random.Random, numeric: float) -> Line:
     if rng.random() < numeric:
         return arithmetic_line(task, rng, with_unknowns=0.0)
     expression = task.expression(rng, task.composition_keys)
+    steps = expression.substituted(task.values).reductions()
     line = Line().add([*expression.words(), task.question("KV-MATH")], False)
-    reductions = expression.substituted(task.values).reductions()
-    for step in reductions[:-1] if task.settings.answer == "restate" else []:
-        line.add([*step.words(), "="], True)
-    return line.add([*reductions[-1].words(), "<end>"], True)
+    return line.add([*joined(steps if task.settings.answer == "restate" else steps[-1:]), "<end>"], True)
+
+
+def joined(steps: Sequence[Expression]) -> list[str]:
+    """The tokens of several expressions with equals signs between them."""
+    words = steps[0].words()
+    for step in steps[1:]:
+        words += ["=", *step.words()]
+    return words
+
+
+def packed(draw: Callable[[], Line], length: int) -> Line:
+    """One row of as many drawn lines as fit into `length` tokens, at least one."""
+    row = draw()
+    while len(row.words) + len((line := draw()).words) <= length:
+        row.words += line.words
+        row.learned += line.learned
+    return row
 
 
 class Batches(Dataset[dict[str, Tensor]]):
     """One item is one training step: a right-padded batch, drawn from the seed and the step alone.
 
     Args:
-        draw: makes the lines of a step from a source of chance and the progress of training, 0 to 1.
+        draw: makes the rows of a step from a source of chance and the number of the step.
         vocabulary: the index of every token.
         steps: how many items there are.
         seed: the same seed draws the same batches.
     """
 
     def __init__(
-        self,
-        draw: Callable[[random.Random, float], list[Line]],
-        vocabulary: Mapping[str, int],
-        steps: int,
-        seed: int,
+        self, draw: Callable[[random.Random, int], list[Line]], vocabulary: Mapping[str, int], steps: int, seed: str
     ) -> None:
         self.draw, self.vocabulary, self.steps, self.seed = draw, vocabulary, steps, seed
 
@@ -122,19 +136,23 @@ class Batches(Dataset[dict[str, Tensor]]):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """Input ids and labels, int64 [rows, longest]. Rows are padded at their right end, where causal attention
-        from the row's own tokens does not reach, so no mask is needed."""
+        """Input ids and labels of a step, as `encode` makes them."""
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        return self.encode(self.draw(random.Random(f"key-value batch {self.seed} {step}"), step / self.steps))
+        return encode(self.draw(random.Random(f"key-value batch {self.seed} {step}"), step), self.vocabulary)
 
-    def encode(self, lines: list[Line]) -> dict[str, Tensor]:
-        """Pad lines to one batch; labels are -100 where nothing is learned."""
-        longest = max(len(line.words) for line in lines)
-        input_ids = torch.full((len(lines), longest), self.vocabulary["<pad>"])
-        labels = torch.full((len(lines), longest), IGNORED)
-        for row, line in enumerate(lines):
-            ids = torch.tensor([self.vocabulary[word] for word in line.words])
-            input_ids[row, : len(ids)] = ids
-            labels[row, : len(ids)] = torch.where(torch.tensor(line.learned), ids, IGNORED)
-        return {"input_ids": input_ids, "labels": labels}
+
+def encode(lines: Sequence[Line], vocabulary: Mapping[str, int]) -> dict[str, Tensor]:
+    """Pad rows at their right end, where causal attention from a row's own tokens does not reach: no mask is needed.
+
+    Returns:
+        Input ids and labels, int64 [rows, longest]; labels are -100 where nothing is learned.
+    """
+    longest = max(len(line.words) for line in lines)
+    input_ids = torch.full((len(lines), longest), vocabulary["<pad>"])
+    labels = torch.full((len(lines), longest), IGNORED)
+    for row, line in enumerate(lines):
+        ids = torch.tensor([vocabulary[word] for word in line.words])
+        input_ids[row, : len(ids)] = ids
+        labels[row, : len(ids)] = torch.where(torch.tensor(line.learned), ids, IGNORED)
+    return {"input_ids": input_ids, "labels": labels}

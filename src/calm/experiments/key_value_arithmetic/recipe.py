@@ -1,0 +1,151 @@
+"""Recipes: sizes, learning rates and lengths of training for the whole experiment, as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from calm.errors import CalmError
+from calm.experiments.key_value_arithmetic.data import DataSettings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A Llama-style model.
+
+    Args:
+        width: hidden size.
+        feed_forward: inner width of the feed-forward layers.
+        layers: number of layers.
+        heads: number of attention heads.
+        initializer_range: standard deviation of new weights. Such small models memorise little from the usual 0.02.
+    """
+
+    width: int
+    feed_forward: int
+    layers: int = 3
+    heads: int = 4
+    initializer_range: float = 0.08
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """AdamW (0.9, 0.98) with a cosine schedule and gradients clipped at 1.
+
+    Args:
+        steps: number of steps, or their cap where training stops early.
+        rows: rows of a batch.
+        learning_rate: its peak, after `warmup_steps`.
+        warmup_steps: steps of linear warm-up.
+        stop_at: stop when the exact match on the validation expressions reaches this, in percent; None: never.
+        check_every: steps between two looks at the validation expressions.
+    """
+
+    steps: int
+    rows: int
+    learning_rate: float
+    warmup_steps: int = 30
+    stop_at: float | None = None
+    check_every: int = 50
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run depends on besides its seed.
+
+    Args:
+        data: keys, values and expressions.
+        augmenting_model: size of `m_A`.
+        augmenting_training: training of `m_A`, and of the vanilla `m_A` of the ablation.
+        anchor_model: size of `m_B`.
+        anchor_training: training of `m_B`.
+        composition_training: training of every composition.
+        connections: number of connections.
+        row_length: tokens of a packed row of `m_A`'s and `m_B`'s batches.
+        glossary_entries: `key = value` entries of a glossary line.
+        glossary_share: share of glossary lines in `m_A`'s batches at the first step and from `glossary_steps` on.
+        glossary_steps: steps over which the share changes.
+        first_keys: keys that substitution begins with; their number grows until all are in.
+        growing_steps: steps over which it grows.
+        with_numbers: share of `m_A`'s substitution lines in which operands may already be numbers.
+        with_unknowns: share of `m_B`'s lines in which operands may be strings that it cannot know.
+        numeric_share: share of NUM-MATH in `D_C`.
+        evaluation_examples: held-out expressions for each task.
+        validation_examples: expressions (over the composition keys) that early stopping looks at.
+        workers: processes that train at the same time, each on one thread; 1 trains in this process.
+    """
+
+    data: DataSettings
+    augmenting_model: ModelSettings
+    augmenting_training: TrainingSettings
+    anchor_model: ModelSettings
+    anchor_training: TrainingSettings
+    composition_training: TrainingSettings
+    connections: int = 3
+    row_length: int = 44
+    glossary_entries: int = 8
+    glossary_share: tuple[float, float] = (0.5, 0.12)
+    glossary_steps: int = 400
+    first_keys: int = 50
+    growing_steps: int = 200
+    with_numbers: float = 0.8
+    with_unknowns: float = 0.5
+    numeric_share: float = 0.25
+    evaluation_examples: int = 500
+    validation_examples: int = 300
+    workers: int = 2
+
+
+PRESETS = {
+    "cpu": Recipe(
+        data=DataSettings(),
+        augmenting_model=ModelSettings(width=64, feed_forward=256),
+        augmenting_training=TrainingSettings(steps=1300, rows=96, learning_rate=5e-3, stop_at=96.0),
+        anchor_model=ModelSettings(width=96, feed_forward=384),
+        anchor_training=TrainingSettings(steps=800, rows=64, learning_rate=6e-3, stop_at=99.0),
+        composition_training=TrainingSettings(steps=400, rows=64, learning_rate=6e-3),
+    ),
+    # Proves that everything runs, not that anything is learned.
+    "tiny": Recipe(
+        data=DataSettings(keys=40, syllables=20, values=(1, 5)),
+        augmenting_model=ModelSettings(width=16, feed_forward=32, layers=2),
+        augmenting_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, stop_at=96.0, check_every=10),
+        anchor_model=ModelSettings(width=24, feed_forward=48, layers=2),
+        anchor_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, stop_at=99.0, check_every=10),
+        composition_training=TrainingSettings(steps=10, rows=8, learning_rate=5e-3),
+        connections=2,
+        glossary_entries=4,
+        first_keys=10,
+        evaluation_examples=20,
+        validation_examples=10,
+        workers=1,
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        CalmError: there is none.
+    """
+    if name not in PRESETS:
+        raise CalmError(f"preset={name!r}: expected one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def fingerprint(*parts: Any) -> str:
+    """Tell whether two results come from the same settings, seeds and library versions.
+
+    Args:
+        parts: dataclasses, strings and numbers.
+    """
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
+    versions = [torch.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps([plain, versions], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,111 @@
+"""fit(): one model on drawn batches with the transformers Trainer, nothing saved on the way, early stop if asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches
+from calm.experiments.key_value_arithmetic.recipe import TrainingSettings
+
+Report = Callable[[int, int, str], None]
+"""What progress is told to: steps done, steps at most, a word on how it goes."""
+
+REPORT_EVERY = 10
+
+
+def fit(
+    model: PreTrainedModel,
+    batches: Batches,
+    settings: TrainingSettings,
+    seed: int,
+    report: Report,
+    validation: Mapping[str, Tensor] | None = None,
+) -> int:
+    """Train what requires gradients.
+
+    Args:
+        model: trained in place, left in evaluation mode.
+        batches: one item for each step.
+        settings: learning rate, schedule and early stop.
+        seed: of the Trainer.
+        report: is told about progress.
+        validation: `input_ids` and `labels` that the early stop looks at.
+
+    Returns:
+        The number of steps.
+    """
+    with tempfile.TemporaryDirectory() as nothing_is_written_here:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=nothing_is_written_here,
+                max_steps=len(batches),
+                per_device_train_batch_size=1,  # an item is a whole batch already
+                train_sampling_strategy="sequential",
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=settings.warmup_steps,
+                adam_beta2=0.98,
+                max_grad_norm=1.0,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=seed,
+                use_cpu=True,
+            ),
+            train_dataset=batches,
+            data_collator=_only_item,
+            callbacks=[_Watch(settings, report, validation)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return trainer.state.global_step
+
+
+def exact_match(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> float:
+    """Percent of rows whose learned tokens are all the likeliest ones: what greedy decoding would then write.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids` and `labels`, int64 [rows, length], one example to a row.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        predicted = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].argmax(-1)
+    model.train(was_training)
+    labels = batch["labels"][:, 1:]
+    return 100 * ((predicted == labels) | (labels == IGNORED)).all(-1).float().mean().item()
+
+
+class _Watch(TrainerCallback):
+    """Reports progress and stops when the validation expressions are right."""
+
+    def __init__(self, settings: TrainingSettings, report: Report, validation: Mapping[str, Tensor] | None) -> None:
+        self.settings, self.report, self.validation = settings, report, validation
+        self.seen = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if self.validation is not None and step % self.settings.check_every == 0:
+            accuracy = exact_match(kwargs["model"], self.validation)
+            self.seen = f"{accuracy:.0f}%"
+            if self.settings.stop_at is not None and accuracy >= self.settings.stop_at:
+                control.should_training_stop = True
+        if step % REPORT_EVERY == 0 or control.should_training_stop:
+            self.report(step, state.max_steps, self.seen)
+
+
+def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return items[0]

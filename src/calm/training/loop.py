@@ -1,0 +1,151 @@
+"""The training loop: the transformers Trainer with whole checkpoints, no NaN, and a Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from calm.errors import CalmError
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState
+
+logger = logging.getLogger(__name__)
+
+
+class CompositionTrainer(Trainer):
+    """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
+
+    _staging: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it, so that there are only whole ones.
+
+        A run that is killed, or whose disk fills, while it saves leaves a directory whose name no resume looks for.
+        """
+        run_dir = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = run_dir / f".saving-{name}"
+        try:
+            self._staging = str(staging)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                _flush(staging / name)
+                os.replace(staging / name, run_dir / name)
+        except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError: it depends on the file
+            last = get_last_checkpoint(run_dir)
+            kept = f"{Path(last).name} is whole and stays" if last else "there is no earlier one"
+            raise CalmError(
+                f"the checkpoint of step {self.state.global_step} could not be written to {run_dir}: {error}; {kept}; "
+                "make room (or fix the cause) and go on with --resume"
+            ) from error
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save every new best model, also between the regular checkpoints."""
+        is_new_best: bool = super()._determine_best_metric(metrics, trial)
+        if is_new_best:
+            self.control.should_save = True
+        return is_new_best
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train on, unless the resumed checkpoint is the end already: the Trainer would go one step beyond."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Take the steps between logs, evaluations and saves from the recipe, not from a resumed checkpoint."""
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
+        """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights."""
+        norm: torch.Tensor | float = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):
+            raise CalmError(
+                f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
+                f"is {float(norm)}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
+                "if it happens at the first step, look for extreme weights in the models or use dtype: float32"
+            )
+        return norm
+
+
+def _flush(directory: Path) -> None:
+    """Write files through to the disk: some file systems say only then that they are full."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+class LogBeforeSaving(TrainerCallback):
+    """Log at each evaluation and checkpoint, so that no logged mean spans a step from which a run may be resumed."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the Trainer after each optimiser step."""
+        control.should_log = control.should_log or control.should_evaluate or control.should_save
+
+
+class SaveAndStop(TrainerCallback):
+    """Save a checkpoint and end the training after the current optimiser step, once `requested`."""
+
+    requested = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the Trainer after each optimiser step."""
+        if self.requested:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def saves_on_interrupt(callback: SaveAndStop) -> Iterator[None]:
+    """Within this context the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
+    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield
+        return
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        callback.requested = True
+        signal.signal(signal.SIGINT, previous)
+        logger.warning("Ctrl-C: saving a checkpoint after this step (Ctrl-C again stops at once, without saving)")
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
