@@ -42,7 +42,9 @@ def mixes(draw: st.DrawFn, anchor: str, attend: str | None = None, augmenting: t
 
 
 @st.composite
-def rows(draw: st.DrawFn, min_rows: int = 1, max_rows: int = 3, min_length: int = 1, max_length: int = 14) -> list[Tensor]:
+def rows(
+    draw: st.DrawFn, min_rows: int = 1, max_rows: int = 3, min_length: int = 1, max_length: int = 14
+) -> list[Tensor]:
     """Rows of random tokens, of different lengths."""
     lengths = draw(st.lists(st.integers(min_length, max_length), min_size=min_rows, max_size=max_rows))
     seed = draw(st.integers(0, 1000))

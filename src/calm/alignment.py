@@ -73,6 +73,12 @@ class Alignment:
             return self
         return Alignment(self.bias.to(device), None if self.sees is None else self.sees.to(device))
 
+    def last(self, count: int) -> Alignment:
+        """That of the last `count` query positions (an anchor may drop the others before its last layers)."""
+        if self.bias.shape[2] == count:
+            return self
+        return Alignment(self.bias[:, :, -count:], None if self.sees is None else self.sees[:, -count:])
+
 
 def align(
     visible: Tensor,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_MAPPING,
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from calm.config import CalmConfig, depth_of, text_config, width_of
 from calm.errors import CheckpointError, TokenizerMismatchError, UnsupportedModelError
@@ -45,6 +46,7 @@ UNSUPPORTED: dict[str, str] = {
     "hrm_text": "it runs its layers several times a token",
     "longcat_flash": "each of its layers counts as two in its configuration and in its cache",
     "minimax": _OWN_CACHE,
+    "mllama": "its cross-attention layers run on images only, so that a connection there would do nothing",
     "openai-gpt": _NO_CACHE,
     "prophetnet": "it predicts several tokens at once, with several streams of positions",
     "reformer": "it hashes positions into buckets, so that a token changes what earlier ones see",
@@ -78,6 +80,9 @@ _OWN_POSITIONS = {
 
 # Their own masks take the length of the cache for that of the sequence.
 NO_STATIC_CACHE = {"gpt_neo"}
+
+# They count ALiBi distances on the mask, and so want it as long as a static cache.
+MASK_OF_CACHE_LENGTH = {"bloom"}
 
 # Causal whatever their configuration's `is_decoder` says (it is False by default).
 _CAUSAL_ANYWAY = {"gpt_neox", "gpt_neox_japanese"}
@@ -194,7 +199,7 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
             model, info = auto_class.from_pretrained(
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
     if missing := sorted(info.get("missing_keys", ())):
         raise _IncompleteError(
@@ -217,10 +222,17 @@ def _quiet() -> Iterator[None]:
 def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
     """Load a base's tokenizer, `None` where it has none beside its weights."""
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
+    arguments = source.arguments() | hub_kwargs
     try:
-        return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
+    if source.gguf_file is None:  # where there are no files, transformers makes up an empty tokenizer
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if not any(cached_file(source.name_or_path, file, **arguments, **lenient) for file in sorted(files)):
+            return None
+    return tokenizer
 
 
 def check_same_tokenizer(
@@ -358,12 +370,21 @@ def add_to_residual(output: Any, injection: Tensor, config: PreTrainedConfig) ->
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def runs_whole(config: PreTrainedConfig) -> bool:
+    """Whether an augmenting model cannot be cut after a layer: what its layers compute depends on how many there are.
+
+    They share keys and values, or have embeddings of their own, or the architecture is known for it.
+    """
+    text = text_config(config)
+    fields = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+    return text.model_type in _UNCUTTABLE or any(getattr(text, field, None) for field in fields)
+
+
 def kept_depth(config: PreTrainedConfig, depth: int) -> int:
     """How many layers an augmenting model keeps when it is wanted up to layer `depth`.
 
-    Mostly `depth`. All, where layers depend on how many there are (they share keys and values, have embeddings of
-    their own, or are known to). A few more, where all layers with attention, or all without, would be cut off from a
-    model that has both: its forward pass asks the cache of either kind for its state.
+    Mostly `depth`. All, if it `runs_whole`. A few more, where all layers with attention, or all without, would be cut
+    off from a model that has both: its forward pass asks the cache of either kind for its state.
 
     Args:
         config: The whole model's configuration.
@@ -374,8 +395,7 @@ def kept_depth(config: PreTrainedConfig, depth: int) -> int:
     """
     text = text_config(config)
     full = depth_of(config)
-    fields = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-    if text.model_type in _UNCUTTABLE or any(getattr(text, field, None) for field in fields):
+    if runs_whole(config):
         return full
     layers = DynamicCache(config=text).layers
     for kind in (CacheLayerMixin, LinearAttentionCacheLayerMixin):
@@ -477,9 +497,10 @@ def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
         data = weight.detach() if dtype is None else weight.detach().to(dtype)
         data = data.contiguous()
         bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
-        rows = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1).sum(-1, dtype=torch.int64)
-        weighted = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
-        digest.update(f"{name}{tuple(weight.shape)}{int(rows.sum())},{int(weighted)}".encode())
+        bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
+            digest.update(f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},".encode())
     return digest.hexdigest()[:32]
 
 

@@ -75,8 +75,9 @@ def write(
 
 def _move_over(staging: Path, target: Path) -> None:
     written = {path.name for path in staging.iterdir()}
+    for name in written:  # safetensors lets nobody else read what it writes
+        shutil.copymode(staging / "config.json", staging / name)
     for name in sorted(written):
-        shutil.copymode(staging / "config.json", staging / name)  # safetensors lets nobody else read what it writes
         os.replace(staging / name, target / name)
     for stale in target.glob("model*.safetensors*"):  # shards of an earlier save with another shard size
         if stale.name not in written:
@@ -94,6 +95,8 @@ def read_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> CalmConfig:
         values, _ = CalmConfig.get_config_dict(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name!r} holds no composition: {error}") from error
+    if not values:
+        raise CheckpointError(f"{name!r} holds no composition: there is no config.json.")
     if values.get("model_type") != CalmConfig.model_type:
         raise CheckpointError(
             f"{name!r} holds a model of type {values.get('model_type')!r}, not a composition ('calm'). "

@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -214,6 +214,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             self._run_augmenting(input_ids, attention_mask, position_ids, cache)
             outputs = self.anchor(
                 **self._base_arguments(
+                    self.anchor,
                     self._anchor_parameters,
                     input_ids,
                     attention_mask,
@@ -243,6 +244,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         for name, model in self.augmenting.items():
             arguments = self._base_arguments(
+                model,
                 self._augmenting_parameters[name],
                 input_ids,
                 attention_mask,
@@ -254,12 +256,16 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _base_arguments(
+        base: PreTrainedModel,
         parameters: frozenset[str],
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
     ) -> dict[str, Any]:
+        if attention_mask is not None and base.config.model_type in backbones.MASK_OF_CACHE_LENGTH:
+            missing = cache.get_max_length() - attention_mask.shape[1] if cache is not None else 0
+            attention_mask = nn.functional.pad(attention_mask, (0, max(missing, 0)))
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -354,7 +360,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         if state is None:
             return None
         hidden = backbones.residual_of(output, self.anchor.config)
-        alignment = state.alignment.to(hidden.device)
+        alignment = state.alignment.to(hidden.device).last(hidden.shape[1])
         pairs = self._pairs
         # all connections of a layer ask with the same hidden state, so that their order does not matter
         injections = []
@@ -446,10 +452,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         self._check_length(max_cache_length)
         mask = model_kwargs.get("attention_mask")
-        prompt_length = mask.shape[1] if mask is not None else generation_config._mask_length
-        if self.config.attend == "prompt" and model_kwargs.get("prompt_length") is None:
-            model_kwargs["prompt_length"] = prompt_length
+        length = mask.shape[1] if mask is not None else generation_config._mask_length
         if generation_config.use_cache is False:
+            if self.config.attend == "prompt":
+                model_kwargs.setdefault("prompt_length", length)
             return
         cache = model_kwargs.get("past_key_values")
         kind = generation_config.cache_implementation
@@ -470,7 +476,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             cache = model_kwargs["past_key_values"] = self._new_cache(static_length, "offloaded" in (kind or ""))
         elif kind is not None:
             raise CalmError(f"Pass either past_key_values or cache_implementation={kind!r}, not both.")
-        cache.prompt_length = model_kwargs.get("prompt_length")
+        if self.config.attend == "prompt":  # the cache says it from here on: an assistant model would not know the word
+            given = model_kwargs.pop("prompt_length", cache.prompt_length)  # a continued cache keeps its own
+            cache.prompt_length = length if given is None else given
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
@@ -681,6 +689,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
         )
         model.name_or_path = name
+        with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
 
 

@@ -73,6 +73,9 @@ _SHARING = lambda w, n, h: {  # noqa: E731
     "layer_types": ["sliding_attention"] + ["full_attention"] * (n - 1),
     "num_kv_shared_layers": 1,
 }
+_NO_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+# Without these a configuration cannot be made at all.
+NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"model_type": "gemma4_text"} | _NO_INPUT}}
 OVERRIDES: dict[str, Any] = {
     "bamba": lambda w, n, h: _MAMBA2(w, n, h) | {"attn_layer_indices": list(range(1, n, 2))},
     "cohere_compass_text": lambda w, n, h: {
@@ -84,10 +87,13 @@ OVERRIDES: dict[str, Any] = {
     },
     "deepseek_v2": lambda w, n, h: {"num_experts_per_tok": 2},
     "dots1": lambda w, n, h: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_audio": lambda w, n, h: {"adapter_in_dim": w},
+    "dots3_note_audio_encoder": lambda w, n, h: {"adapter_input_size": w, "adapter_out_dim": w},
+    "dots3_note_vision_encoder": lambda w, n, h: {"adapter_in_dim": w, "adapter_out_dim": w},
     "dots3_note_text": lambda w, n, h: {"num_key_value_heads": h},
     "falcon_h1": lambda w, n, h: {"mamba_n_heads": h, "mamba_d_ssm": 2 * w},
     "gemma3n_text": _SHARING,
+    "gemma4_assistant": lambda w, n, h: NEEDED["gemma4_assistant"],
+    "gemma4_unified_text": lambda w, n, h: {"layer_types": _cover(["full_attention", "sliding_attention"], n)},
     "gemma4_text": _SHARING,
     "gpt_neo": lambda w, n, h: {"attention_types": [[["global", "local"], n // 2], [["global"], n % 2]]},
     "granitemoehybrid": lambda w, n, h: (
@@ -163,7 +169,7 @@ def tiny_config(model_type: str, width: int = 32, layers: int = 3, heads: int = 
         heads: Number of attention heads.
     """
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_fields(config_class(), width, layers, heads))
+    return config_class(**_fields(config_class(**NEEDED.get(model_type, {})), width, layers, heads))
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

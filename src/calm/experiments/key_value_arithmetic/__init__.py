@@ -1,1 +1,1 @@
-"""The paper's key-value arithmetic (section 4.1) at a size that two CPU cores carry: data, bases, compositions, table."""
+"""The paper's key-value arithmetic (section 4.1) at a size for two CPU cores: data, bases, compositions, table."""

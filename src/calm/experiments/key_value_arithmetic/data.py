@@ -16,7 +16,7 @@ from calm.errors import CalmError
 TaskName = Literal["KV-SUBS", "NUM-MATH", "KV-MATH"]
 TASKS: tuple[TaskName, ...] = ("KV-SUBS", "NUM-MATH", "KV-MATH")
 
-ONSETS = "b d f g h j k l m n p r s t v w z ch sh th br dr gr kr pr tr".split()
+ONSETS = (*"bdfghjklmnprstvwz", "ch", "sh", "th", "br", "dr", "gr", "kr", "pr", "tr")
 SYLLABLES = tuple(onset + vowel + coda for coda in ("", "n") for onset in ONSETS for vowel in "aeiou")
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
 LARGEST_VOCABULARY = 65_536
@@ -196,11 +196,8 @@ class Task:
             operands: how many; None draws it from the settings.
         """
         count = operands or rng.randint(*self.settings.operands)
-        drawn: Sequence[Operand]
-        if keys is None:
-            drawn = [rng.randint(*self.settings.values) for _ in range(count)]
-        else:
-            drawn = rng.sample(keys, count)
+        numbers = [rng.randint(*self.settings.values) for _ in range(count)]
+        drawn: Sequence[Operand] = numbers if keys is None else rng.sample(keys, count)
         return Expression(tuple(drawn), tuple(rng.choices(self.settings.operators, k=count - 1)))
 
     def prompt(self, name: TaskName, expression: Expression) -> str:

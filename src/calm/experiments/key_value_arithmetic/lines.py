@@ -22,7 +22,7 @@ class Line:
     words: list[str] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
 
-    def add(self, words: Iterable[str], learned: bool) -> "Line":
+    def add(self, words: Iterable[str], learned: bool) -> Line:
         """Append tokens that all count, or all do not."""
         for word in words:
             self.words.append(word)
@@ -38,19 +38,15 @@ def glossary_line(task: Task, rng: random.Random, entries: int) -> Line:
     return line
 
 
-def substitution_line(task: Task, rng: random.Random, keys: Sequence[str], with_numbers: float) -> Line:
-    """KV-SUBS with one operand or more; some expressions already hold numbers, which are copied.
+def substitution_line(task: Task, rng: random.Random, keys: Sequence[str]) -> Line:
+    """KV-SUBS with one operand or more.
 
     Args:
         task: keys and values.
         rng: where chance comes from.
         keys: the keys to draw from.
-        with_numbers: share of the lines in which operands may already be numbers.
     """
     expression = task.expression(rng, keys, rng.randint(1, task.settings.operands[1]))
-    if rng.random() < with_numbers:
-        known = tuple(rng.randint(*task.settings.values) if rng.random() < 0.5 else o for o in expression.operands)
-        expression = Expression(known, expression.operators)
     line = Line().add([*expression.words(), task.question("KV-SUBS")], False)
     return line.add([*expression.substituted(task.values).words(), "<end>"], True)
 

@@ -67,13 +67,9 @@ class Recipe:
         anchor_training: training of `m_B`.
         composition_training: training of every composition.
         connections: number of connections.
-        row_length: tokens of a packed row of `m_A`'s and `m_B`'s batches.
+        row_length: tokens of a packed row of `m_B`'s batches.
         glossary_entries: `key = value` entries of a glossary line.
-        glossary_share: share of glossary lines in `m_A`'s batches at the first step and from `glossary_steps` on.
-        glossary_steps: steps over which the share changes.
-        first_keys: keys that substitution begins with; their number grows until all are in.
-        growing_steps: steps over which it grows.
-        with_numbers: share of `m_A`'s substitution lines in which operands may already be numbers.
+        glossary_share: share of glossary lines in `m_A`'s batches at the first and at the last step.
         with_unknowns: share of `m_B`'s lines in which operands may be strings that it cannot know.
         numeric_share: share of NUM-MATH in `D_C`.
         evaluation_examples: held-out expressions for each task.
@@ -89,12 +85,8 @@ class Recipe:
     composition_training: TrainingSettings
     connections: int = 3
     row_length: int = 44
-    glossary_entries: int = 8
-    glossary_share: tuple[float, float] = (0.5, 0.12)
-    glossary_steps: int = 400
-    first_keys: int = 50
-    growing_steps: int = 200
-    with_numbers: float = 0.8
+    glossary_entries: int = 4
+    glossary_share: tuple[float, float] = (0.5, 0.2)
     with_unknowns: float = 0.5
     numeric_share: float = 0.25
     evaluation_examples: int = 500
@@ -104,11 +96,11 @@ class Recipe:
 
 PRESETS = {
     "cpu": Recipe(
-        data=DataSettings(),
+        data=DataSettings(syllables_per_key=(2, 2)),
         augmenting_model=ModelSettings(width=64, feed_forward=256),
-        augmenting_training=TrainingSettings(steps=1300, rows=96, learning_rate=5e-3, stop_at=96.0),
+        augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3, stop_at=98.0),
         anchor_model=ModelSettings(width=96, feed_forward=384),
-        anchor_training=TrainingSettings(steps=800, rows=64, learning_rate=6e-3, stop_at=99.0),
+        anchor_training=TrainingSettings(steps=1000, rows=64, learning_rate=6e-3, stop_at=98.0),
         composition_training=TrainingSettings(steps=400, rows=64, learning_rate=6e-3),
     ),
     # Proves that everything runs, not that anything is learned.
@@ -120,8 +112,6 @@ PRESETS = {
         anchor_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, stop_at=99.0, check_every=10),
         composition_training=TrainingSettings(steps=10, rows=8, learning_rate=5e-3),
         connections=2,
-        glossary_entries=4,
-        first_keys=10,
         evaluation_examples=20,
         validation_examples=10,
         workers=1,

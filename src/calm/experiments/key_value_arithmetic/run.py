@@ -76,7 +76,7 @@ def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] 
     content = {
         "table": table,
         "held_out_keys": len(task.held_out_keys),
-        "seconds": clock.total() if missing else clock.before,
+        "seconds": clock.save() if missing else clock.before,
         "seed": seed,
         "preset": preset,
         "kept_stages": kept_stages,
@@ -116,11 +116,10 @@ class _Clock:
         self.path, self.started = path, time.perf_counter()
         self.before = float(stages.read_json(path, {"seconds": 0})["seconds"]) if go_on else 0.0
 
-    def total(self) -> float:
-        return round(self.before + time.perf_counter() - self.started, 1)
-
-    def save(self) -> None:
-        stages.write_json(self.path, {"seconds": self.total()})
+    def save(self) -> float:
+        total = round(self.before + time.perf_counter() - self.started, 1)
+        stages.write_json(self.path, {"seconds": total})
+        return total
 
 
 if __name__ == "__main__":

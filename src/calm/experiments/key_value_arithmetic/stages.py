@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 import calm
-from calm.experiments.key_value_arithmetic import bases, recipe as recipes
+from calm.experiments.key_value_arithmetic import bases
+from calm.experiments.key_value_arithmetic import recipe as recipes
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import evaluate, percent_right
 from calm.experiments.key_value_arithmetic.lines import Batches, Line, composition_line
@@ -157,7 +158,7 @@ def compose_and_train(
     if name == "random_m_A":
         augmenting = folders[name] / "augmenting"
         tokenizer = build_tokenizer(recipe.data)
-        bases.new_model(recipe.augmenting_model, tokenizer, seed).save_pretrained(augmenting)
+        bases.new_augmenting(recipe.augmenting_model, tokenizer, seed).save_pretrained(augmenting)
         tokenizer.save_pretrained(augmenting)
     torch.manual_seed(seed)
     model = calm.compose(

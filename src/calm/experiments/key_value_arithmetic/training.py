@@ -1,4 +1,4 @@
-"""fit(): one model on drawn batches with the transformers Trainer, nothing saved on the way, early stop if asked for."""
+"""fit(): one model on drawn batches with the transformers Trainer, with an early stop and nothing saved on the way."""
 
 from __future__ import annotations
 

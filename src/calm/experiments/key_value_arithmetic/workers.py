@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool

@@ -1,0 +1,444 @@
+"""The key-value experiment: the data say what they claim, nothing leaks from the held-out keys, a run resumes."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import calm
+from calm.experiments.key_value_arithmetic import bases, evaluate, recipe, run, stages, workers
+from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection
+from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Expression, Task, build_tokenizer
+from calm.experiments.key_value_arithmetic.lines import (
+    IGNORED,
+    Batches,
+    Line,
+    arithmetic_line,
+    composition_line,
+    encode,
+    glossary_line,
+    packed,
+    substitution_line,
+)
+from calm.experiments.key_value_arithmetic.stages import STAGES
+from calm.experiments.key_value_arithmetic.training import exact_match
+
+SETTINGS = DataSettings()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task.draw(SETTINGS, 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(SETTINGS)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_split_and_values(task):
+    assert len(task.values) == 1000
+    assert len(task.composition_keys) == 200
+    assert set(task.composition_keys) | set(task.held_out_keys) == set(task.values)
+    assert not set(task.composition_keys) & set(task.held_out_keys)
+    assert {min(task.values.values()), max(task.values.values())} == {1, 19}
+    assert {key.count("-") for key in task.values} == {1, 2}
+
+
+def test_seed_decides_everything(task):
+    assert Task.draw(SETTINGS, 0) == task
+    assert Task.draw(SETTINGS, 1) != task
+    assert task.examples("KV-MATH", task.held_out_keys, 5, 0) == task.examples("KV-MATH", task.held_out_keys, 5, 0)
+    assert task.examples("KV-MATH", task.held_out_keys, 5, 0) != task.examples("KV-MATH", task.held_out_keys, 5, 1)
+
+
+def test_revalued_keeps_keys_and_split(task):
+    other = task.revalued(0)
+    assert other.values.keys() == task.values.keys() and other.held_out_keys == task.held_out_keys
+    same = sum(other.values[key] == value for key, value in task.values.items())
+    assert same < 100  # 1 in 19 by chance
+
+
+def test_unique_values_as_in_the_paper():
+    task = Task.draw(DataSettings(keys=500, values=(1, 500), unique_values=True, operands=(3, 6)), 0)
+    assert sorted(task.values.values()) == list(range(1, 501))
+    assert sorted(task.revalued(0).values.values()) == list(range(1, 501))
+
+
+@pytest.mark.parametrize(
+    ("answer", "name", "expected"),
+    [
+        ("restate", "KV-SUBS", ("a + b - c =", "10 + 12 - 4")),
+        ("restate", "NUM-MATH", ("10 + 12 - 4 =", "22 - 4 = 18")),
+        ("restate", "KV-MATH", ("a + b - c =", "10 + 12 - 4 = 22 - 4 = 18")),
+        ("direct", "KV-SUBS", ("a + b - c :", "10 + 12 - 4")),
+        ("direct", "NUM-MATH", ("10 + 12 - 4 =", "18")),
+        ("direct", "KV-MATH", ("a + b - c =", "18")),
+    ],
+)
+def test_the_three_tasks(answer, name, expected):
+    values = {"a": 10, "b": 12, "c": 4}
+    task = Task(dataclasses.replace(SETTINGS, answer=answer), values, (), tuple(values))
+    expression = Expression(("a", "b", "c"), ("+", "-"))
+    if name == "NUM-MATH":
+        expression = expression.substituted(values)
+    assert (task.prompt(name, expression), task.answer(name, expression)) == expected
+
+
+@given(st.lists(st.integers(1, 19), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_reductions_end_in_what_python_says(numbers, rng):
+    operators = tuple(rng.choices("+-x", k=len(numbers) - 1))
+    steps = Expression(tuple(numbers), operators).reductions()
+    results = {eval(step.text().replace("x", "*").replace("--", "+")) for step in steps}
+    assert results == {steps[-1].operands[0]}
+    assert [len(step.operands) for step in steps] == list(range(len(numbers), 0, -1))
+
+
+def test_examples_are_distinct_and_held_out(task):
+    examples = task.examples("KV-MATH", task.held_out_keys, 500, 0)
+    assert len(set(examples)) == 500
+    seen = {word for prompt, _ in examples for word in prompt.split() if word[0].isalpha()}
+    assert seen and not seen & set(task.composition_keys)
+
+
+def test_too_few_expressions_is_an_error():
+    task = Task.draw(DataSettings(values=(1, 2), operands=(1, 1)), 0)
+    with pytest.raises(calm.CalmError, match="fewer than 10 different"):
+        task.examples("NUM-MATH", (), 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("keys", 2),
+        ("keys", 10**9),
+        ("syllables", 0),
+        ("syllables_per_key", (3, 2)),
+        ("values", (5, 1)),
+        ("operands", (0, 2)),
+        ("operators", ("/",)),
+        ("operators", ()),
+        ("answer", "guess"),
+        ("composition_share", 1.0),
+        ("unique_values", True),
+    ],
+)
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(calm.CalmError, match=rf"DataSettings\.{name} is"):
+        DataSettings(**{name: value})
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6))
+def test_text_round_trips(seed):
+    rng, task, tokenizer = random.Random(seed), Task.draw(SETTINGS, 0), build_tokenizer(SETTINGS)
+    expression = task.expression(rng, list(task.values))
+    for name in TASKS:
+        asked = expression.substituted(task.values) if name == "NUM-MATH" else expression
+        text = f"{task.prompt(name, asked)} {task.answer(name, asked)}"
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+
+
+def test_one_token_each(tokenizer):
+    assert tokenizer.tokenize("ba-du - ki = -7 - 12") == ["ba", "du", "-", "ki", "=", "-7", "-", "12"]
+    assert tokenizer.decode(tokenizer("ba x du")["input_ids"]) == "ba x du"
+    assert tokenizer("qu 5000")["input_ids"] == [tokenizer.unk_token_id] * 2
+
+
+def test_every_reachable_number_is_a_token():
+    tokenizer = build_tokenizer(DataSettings(values=(1, 4), operands=(2, 3), operators=("+", "-", "x")))
+    for a in range(1, 5):
+        for b in range(1, 5):
+            for c in range(1, 5):
+                for operators in ("--", "-x", "x-", "xx", "++", "x+"):
+                    for step in Expression((a, b, c), tuple(operators)).reductions():
+                        assert tokenizer.unk_token_id not in tokenizer(step.text())["input_ids"]
+
+
+def test_too_many_numbers_are_refused():
+    with pytest.raises(calm.CalmError, match="one token an integer"):
+        build_tokenizer(DataSettings(values=(1, 25_000), operators=("+", "x")))
+
+
+def test_chat_asks_for_the_last_expression_only(tokenizer):
+    messages = [{"role": "user", "content": "ba + du ="}, {"role": "assistant", "content": "1 + 2"}]
+    again = [*messages, {"role": "user", "content": " ki - ba"}]
+    assert tokenizer.apply_chat_template(again, add_generation_prompt=True, tokenize=False) == "ki - ba ="
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "ba + du = 1 + 2<end>"
+
+
+# -- training lines ----------------------------------------------------------------------------------------------------
+
+
+def learned(line):
+    return [word for word, counts in zip(line.words, line.learned, strict=True) if counts]
+
+
+def keys_in(line, task):
+    """All keys of a line, read back from its words."""
+    names, current = [], []
+    for word in [*line.words, "+"]:
+        if word.isalpha() and word != "x":
+            current.append(word)
+        elif current:
+            names.append("-".join(current))
+            current = []
+    return names
+
+
+def test_glossary_learns_the_values_only(task):
+    line = glossary_line(task, random.Random(0), 8)
+    assert learned(line) == [str(task.values[key]) for key in keys_in(line, task)]
+    assert len(learned(line)) == 8
+
+
+def test_substitution_learns_answer_and_end(task):
+    rng = random.Random(0)
+    lengths = set()
+    for _ in range(200):
+        line = substitution_line(task, rng, task.held_out_keys[:10], with_numbers=0.5)
+        prompt, answer = " ".join(line.words).split(" = ")
+        assert " ".join(learned(line)) == answer
+        assert answer.endswith("<end>") and len(answer.split()) <= len(prompt.split()) + 1
+        assert set(keys_in(line, task)) <= set(task.held_out_keys[:10])
+        lengths.add(len(answer.split()) // 2)
+    assert lengths == {1, 2, 3}
+
+
+def test_unknown_values_are_not_learned(task):
+    rng = random.Random(0)
+    for _ in range(200):
+        line = arithmetic_line(task, rng, with_unknowns=1.0)
+        if not keys_in(line, task):
+            continue
+        asked, restated = " ".join(line.words).split(" = ")[:2]
+        operands = asked.replace(" - ", " + ").split(" + ")
+        start = line.words.index("=") + 1
+        for index, operand in enumerate(operands):
+            known = operand.isdigit()
+            assert line.learned[start + 2 * index] == known
+            assert not known or line.words[start + 2 * index] == operand
+        assert all(line.learned[start + 2 * len(operands) - 1 :])
+        assert eval(restated) == int(line.words[-2])
+
+
+def test_composition_sees_no_held_out_key(task):
+    rng = random.Random(0)
+    lines = [composition_line(task, rng, numeric=0.25) for _ in range(400)]
+    seen = {key for line in lines for key in keys_in(line, task)}
+    assert seen and seen <= set(task.composition_keys)
+    numeric = sum(not keys_in(line, task) for line in lines) / len(lines)
+    assert 0.15 < numeric < 0.35
+
+
+def test_packed_rows_fit(task):
+    rng = random.Random(0)
+    for _ in range(50):
+        row = packed(lambda: arithmetic_line(task, rng, 0.5), 44)
+        assert row.words.count("<end>") >= 1 and len(row.words) <= 44
+
+
+def test_encode_pads_and_masks(tokenizer):
+    lines = [Line().add(["ba", "="], False).add(["3", "<end>"], True), Line().add(["4"], True)]
+    batch = encode(lines, tokenizer.get_vocab())
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 4)
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][1]) == ["4", "<pad>", "<pad>", "<pad>"]
+    assert batch["labels"][0, :2].tolist() == [IGNORED, IGNORED] and batch["labels"][1, 1:].eq(IGNORED).all()
+
+
+def test_a_step_is_drawn_from_seed_and_step_alone(task, tokenizer):
+    def draw(rng, step):
+        return [composition_line(task, rng, 0.25) for _ in range(4)]
+
+    one = Batches(draw, tokenizer.get_vocab(), 5, "D_C 0")
+    two = Batches(draw, tokenizer.get_vocab(), 5, "D_C 0")
+    [one[i] for i in range(3)]
+    assert torch.equal(one[3]["input_ids"], two[3]["input_ids"])
+    other = Batches(draw, tokenizer.get_vocab(), 5, "D_C 1")[3]["input_ids"]
+    assert other.shape != two[3]["input_ids"].shape or not torch.equal(other, two[3]["input_ids"])
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_exact_match_agrees_with_generation(task, tokenizer):
+    """Early stopping looks at teacher-forced argmax; it must say what greedy generation says."""
+    torch.manual_seed(0)
+    model = bases.new_model(recipe.preset("tiny").augmenting_model, tokenizer, 0)
+    prompts = [prompt for prompt, _ in task.examples("KV-SUBS", task.held_out_keys, 8, 0)]
+    written = evaluate.generate(model, tokenizer, prompts, 4)
+    lines = [
+        Line().add(tokenizer.tokenize(prompt), False).add(tokenizer.tokenize(text), True)
+        for prompt, text in zip(prompts, written, strict=True)
+    ]
+    # special tokens are left out of the text; rows without them are what the model wrote
+    whole = [line for line in lines if sum(line.learned) == 4]
+    assert len(whole) >= 4
+    assert exact_match(model, encode(whole, tokenizer.get_vocab())) == 100
+    whole[0].words[-1] = "1" if whole[0].words[-1] != "1" else "2"
+    assert exact_match(model, encode(whole, tokenizer.get_vocab())) == pytest.approx(100 - 100 / len(whole))
+
+
+class Scripted:
+    """Stands in for `generate`: answers right, except where told."""
+
+    def __init__(self, task, wrong):
+        self.right = {
+            prompt: answer for name in TASKS for prompt, answer in task.examples(name, task.held_out_keys, 20, 0)
+        }
+        self.wrong = wrong
+
+    def __call__(self, model, tokenizer, prompts, max_new_tokens):
+        return [self.right[prompt] + (" 1" if index < self.wrong else "") for index, prompt in enumerate(prompts)]
+
+
+def test_exact_match_is_of_the_full_answer(task, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", Scripted(task, wrong=5))
+    answers = evaluate.evaluate(None, tokenizer, task, 20, 0)
+    assert evaluate.percent_right(answers["KV-MATH"]) == 75.0
+    assert evaluate.percent_right(answers["NUM-MATH"]) == 75.0
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny")
+    return out, run.main("tiny", 0, out)
+
+
+def test_results_file(finished):
+    out, returned = finished
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    assert list(results["table"]) == ["m_A", "m_B", "composed", "random_m_A", "vanilla_m_A", "encoder_m_A"]
+    assert all(list(row) == list(TASKS) and max(row.values()) <= 100 for row in results["table"].values())
+    assert results["held_out_keys"] == 32 and results["seed"] == 0 and results["seconds"] > 0
+    assert (out / "table.png").stat().st_size > 10_000
+
+
+def test_what_is_left_can_be_used(finished, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = finished
+    composed = calm.CalmForCausalLM.from_pretrained(out / "composed")
+    assert len(composed.connections) == 2
+    typed = AutoTokenizer.from_pretrained(out / "composed")("ba + du =", return_tensors="pt")
+    assert composed(**typed).logits.shape == (1, 4, len(AutoTokenizer.from_pretrained(out / "anchor")))
+    anchor = AutoModelForCausalLM.from_pretrained(out / "anchor")
+    with composed.composition_disabled():
+        assert torch.equal(composed(**typed).logits, anchor(**typed).logits)
+    assert not torch.equal(composed(**typed).logits, anchor(**typed).logits)
+    encoder = calm.CalmForCausalLM.from_pretrained(out / "ablations/encoder")
+    assert encoder.config.attend == "prompt"
+
+
+def test_ablations_differ_from_the_composition_in_one_thing(finished):
+    out, _ = finished
+    vanilla = calm.CalmConfig.from_pretrained(out / "ablations/vanilla")
+    random_ = calm.CalmConfig.from_pretrained(out / "ablations/random")
+    composed = calm.CalmConfig.from_pretrained(out / "composed")
+    references = [c.augmenting_references["augmenting"] for c in (vanilla, random_, composed)]
+    assert len({str(reference["fingerprint"]) for reference in references}) == 3
+    assert len({str(c.anchor_reference["fingerprint"]) for c in (vanilla, random_, composed)}) == 1
+    assert len({c.attend for c in (vanilla, random_, composed)}) == 1
+
+
+def test_finished_stages_are_kept(finished, monkeypatch):
+    out, first = finished
+    monkeypatch.setattr(workers, "run_stage", lambda *_: pytest.fail("trained again"))
+    again = run.main("tiny", 0, out)
+    assert again["table"] == first["table"] and again["seconds"] == pytest.approx(first["seconds"], abs=2)
+    assert again["kept_stages"] == [stage.name for stage in STAGES]
+
+
+def test_only_what_is_missing_is_trained(finished, monkeypatch):
+    out, _ = finished
+    (out / "composed" / stages.RESULT_FILE).unlink()
+    trained = []
+    real = workers.run_stage
+    monkeypatch.setattr(workers, "run_stage", lambda stage, *rest: trained.append(stage.name) or real(stage, *rest))
+    run.main("tiny", 0, out)
+    assert trained == ["composed"]
+
+
+def test_other_settings_are_not_kept(finished):
+    out, _ = finished
+    tiny = recipe.preset("tiny")
+    longer = dataclasses.replace(
+        tiny, composition_training=dataclasses.replace(tiny.composition_training, steps=11), workers=2
+    )
+    still = [stage.name for stage in STAGES if stages.kept(stage, longer, 0, out)]
+    assert still == ["m_A", "m_B", "vanilla_base"]
+    assert not any(stages.kept(stage, tiny, 1, out) for stage in STAGES)
+
+
+def test_unknown_preset_and_unwritable_folder(tmp_path):
+    with pytest.raises(calm.CalmError, match="preset='huge': expected one of cpu"):
+        run.main("huge", 0, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(calm.CalmError, match="cannot be written to"):
+        run.main("tiny", 0, tmp_path / "file")
+
+
+def test_failure_in_a_worker_is_a_clear_error(tmp_path):
+    """A real process: the anchor's folder is a file, so that its stage fails."""
+    tiny = dataclasses.replace(recipe.preset("tiny"), workers=2)
+    (tmp_path / "anchor").write_text("")
+    with (
+        workers.new_progress() as progress,
+        pytest.raises(workers.StageFailed, match="Training m_B failed: FileExistsError"),
+    ):
+        workers.run_stages(STAGES[1:2], tiny, 0, tmp_path, progress, lambda stage, result: pytest.fail("finished"))
+
+
+# -- attention variants ------------------------------------------------------------------------------------------------
+
+
+def test_default_variant_is_the_librarys_connection(finished):
+    out, _ = finished
+    torch.manual_seed(0)
+    reference = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2)
+    variant = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2, attention="paper")
+    for index, connection in enumerate(reference.connections):
+        torch.nn.init.normal_(connection.w_o.weight, std=0.2)
+        variant.connections[index] = VariantConnection(16, 24, 4, Variant())
+        variant.connections[index].load_state_dict(connection.state_dict())
+    ids = torch.randint(3, 20, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for arguments in ({}, {"attention_mask": mask}):
+        torch.testing.assert_close(
+            variant(ids, **arguments).logits[mask.bool()], reference(ids, **arguments).logits[mask.bool()]
+        )
+    for index, changed in enumerate((Variant(position="none"), Variant(position="rotary"), Variant(normalize=False))):
+        variant.connections[0] = VariantConnection(16, 24, 4, changed)
+        variant.connections[0].load_state_dict(reference.connections[0].state_dict())
+        assert not torch.allclose(variant(ids).logits, reference(ids).logits), index
+
+
+@pytest.mark.parametrize("position", ["steep", "alibi", "rotary", "none"])
+def test_variants_decode_with_a_cache_as_without(finished, position):
+    out, _ = finished
+    torch.manual_seed(0)
+    model = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2, attention="paper")
+    for index in range(2):
+        model.connections[index] = VariantConnection(16, 24, 4, Variant(position=position, zero_output=False))
+    ids = torch.randint(3, 20, (2, 8))
+    whole = model(ids, use_cache=False).logits
+    first = model(ids[:, :5], use_cache=True)
+    rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-5, rtol=1e-4)
