@@ -23,8 +23,9 @@ ROLES = ("anchor", "augmenting model")
 PAGE = Path(__file__).with_name("support-matrix.md")
 HEADER = """# Supported architectures
 
-Every causal language model of transformers {version}, tried by `python docs/support_matrix.py` with tiny random weights:
-composed as the anchor with a Llama as the augmenting model, and as the augmenting model with a Llama as the anchor.
+Every causal language model of transformers {version}, tried by `python docs/support_matrix.py` with tiny random
+weights: composed as the anchor with a Llama as the augmenting model, and as the augmenting model with a Llama as the
+anchor.
 **yes** means that all of this holds, compared on logits:
 
 - a fresh composition is its anchor bit for bit, and so is any within `composition_disabled()`;
@@ -66,7 +67,7 @@ def try_one(architecture: str, role: str) -> tuple[str, list[str]]:
         The verdict ("yes", "refused", "not tried" or "fails") and notes.
     """
     from checks import CheckFailed, examine, measure_bare
-    from tiny import tiny_config, tiny_model
+    from tiny import as_decoder, tiny_config, tiny_model
 
     from calm import UnsupportedModelError, backbones
 
@@ -87,6 +88,8 @@ def try_one(architecture: str, role: str) -> tuple[str, list[str]]:
     except Exception as error:  # one architecture's failure, whatever it is, must not end the others' trial
         return "fails", [f"as {role}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
     notes = [f"{name}: as the bare model" for name in lacking if name != "loading by name"]
+    if flags := as_decoder(architecture):
+        notes.append("with " + " and ".join(f"`{flag}={value}`" for flag, value in flags.items()))
     if "loading by name" in lacking:
         notes.append("only as a loaded model: transformers' Auto classes do not load what it saves")
     if role != "anchor" and backbones.runs_whole(config):
@@ -137,7 +140,9 @@ def main() -> None:
     from tiny import architectures
 
     if unknown := sorted(set(only or ()) - set(architectures())):
-        parser.error(f"--only {unknown}: not among the causal language models of transformers {transformers.__version__}")
+        parser.error(
+            f"--only {unknown}: not among the causal language models of transformers {transformers.__version__}"
+        )
     workers: Queue[Worker] = Queue()
     for _ in range(WORKERS):
         workers.put(Worker())

@@ -226,7 +226,8 @@ def perturb(model: calm.CalmForCausalLM, share: float = 0.2, seed: int = 7) -> c
     """Random output matrices, scaled so that each injection has `share` of the norm of what it is added to."""
     generator = torch.Generator().manual_seed(seed)
     for connection in model.connections:
-        connection.w_o.weight.data = torch.randn(connection.w_o.weight.shape, generator=generator)
+        weight = connection.w_o.weight
+        weight.data = torch.randn(weight.shape, generator=generator).to(weight)
 
     def scale(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         factor = share * args[0].norm() / output.norm()

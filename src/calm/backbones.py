@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ _UNCUTTABLE = {"gpt_neox_japanese", "minicpm3", "zamba"}
 # side by side or stacked (hyper-connections).
 _STREAMS = {"deepseek_v4": "hc_mult", "hy_v4": "hc_mult", "qwen4_exp_text": "hc_count"}
 
-# Positions start after the padding token's index and are counted from the tokens themselves; those that transformers'
-# generation passes start at 0, which is not how these models are trained.
-_OWN_POSITIONS = {
+# Positions start after the padding token's index; those that transformers' generation passes start at 0, which is not
+# how these models count in training.
+_OFFSET_POSITIONS = {
     "camembert",
     "data2vec-text",
     "roberta",
@@ -85,7 +86,7 @@ NO_STATIC_CACHE = {"gpt_neo"}
 MASK_OF_CACHE_LENGTH = {"bloom"}
 
 # Causal whatever their configuration's `is_decoder` says (it is False by default).
-_CAUSAL_ANYWAY = {"gpt_neox", "gpt_neox_japanese"}
+CAUSAL_ANYWAY = {"git", "gpt_neox", "gpt_neox_japanese", "trocr"}
 
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
@@ -289,7 +290,12 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
     reason = reasons.get(config.model_type) or reasons.get(text.model_type)
     if reason is None and config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoder-only models are supported"
-    if reason is None and getattr(text, "is_decoder", True) is False and text.model_type not in _CAUSAL_ANYWAY:
+    both_ways = getattr(text, "is_causal", True) is False or (
+        getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    )
+    if reason is None and both_ways:
+        reason = "its configuration makes it attend in both directions, so a composition would see future tokens"
+    if reason is None and getattr(text, "is_decoder", True) is False and text.model_type not in CAUSAL_ANYWAY:
         reason = "it attends in both directions (is_decoder=False), so a composition would see future tokens"
     if reason is not None:
         raise UnsupportedModelError(f"The {role} has the architecture {config.model_type!r}: {reason}.")
@@ -417,6 +423,14 @@ def truncate_config(config: PreTrainedConfig, depth: int) -> None:
         text.decoder_layers = depth
 
 
+class CompositionHook(partial[Any]):
+    """A forward hook of a composition on its anchor or augmenting model; a copy of the base leaves it behind."""
+
+
+def _no_hook(*args: Any) -> None:
+    """Stand for a `CompositionHook` in a copy."""
+
+
 def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """The first layers of a loaded model's decoder: new modules around the same weights, frozen.
 
@@ -431,6 +445,8 @@ def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """
     decoder = decoder_of(model)
     shared: dict[int, Any] = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
+    hooks = (hook for module in decoder.modules() for hook in module._forward_hooks.values())
+    shared |= {id(hook): _no_hook for hook in hooks if isinstance(hook, CompositionHook)}
     copied: PreTrainedModel = copy.deepcopy(decoder, shared)
     del layers_of(copied)[kept_depth(copied.config, depth) :]
     truncate_config(copied.config, depth)
@@ -448,13 +464,15 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """The names of a model's forward parameters, `**` for arbitrary further ones.
-
-    Without `position_ids` for models that are to count their positions themselves.
-    """
+    """The names of a model's forward parameters, `**` for arbitrary further ones."""
     parameters = inspect.signature(model.forward).parameters.values()
-    names = frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
-    return names - {"position_ids"} if text_config(model.config).model_type in _OWN_POSITIONS else names
+    return frozenset("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+
+
+def position_offset(config: PreTrainedConfig) -> int:
+    """The position of a model's first token, in the way it counts when it is given no positions."""
+    text = text_config(config)
+    return text.pad_token_id + 1 if text.model_type in _OFFSET_POSITIONS else 0
 
 
 def check_finite(model: nn.Module, name: str) -> None:

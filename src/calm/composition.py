@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm import backbones
@@ -63,8 +64,11 @@ def compose(
     if not bases:
         raise CalmError("augmenting={}: expected at least one augmenting model.")
     for name in bases:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise CalmError(f"The augmenting model's name {name!r}: expected letters, digits and underscores.")
+        if not isinstance(name, str) or not name.isidentifier() or name in dir(nn.ModuleDict()):
+            raise CalmError(
+                f"The augmenting model's name {name!r}: expected letters, digits and underscores, and no word that "
+                "torch.nn.ModuleDict uses."
+            )
 
     anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", load_kwargs)
     if isinstance(anchor, PreTrainedModel) and not anchor.can_generate():

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -116,10 +115,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self._context, self._context_of = min(contexts) if contexts else (None, "")
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
-            anchor_layers[layer_index].register_forward_hook(partial(self._inject, here))
+            anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self._inject, here))
         for name, layer_index in sorted({(pair.augmenting, pair.augmenting_layer) for pair in pairs}):
             layer = backbones.layers_of(self.augmenting[name])[layer_index]
-            layer.register_forward_hook(partial(self._capture, name, layer_index))
+            layer.register_forward_hook(backbones.CompositionHook(self._capture, name, layer_index))
 
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
@@ -279,7 +278,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             if input_ids.shape[1] == 1:
                 arguments["attention_mask"] = None
         if "position_ids" in parameters:
-            arguments["position_ids"] = position_ids
+            offset = backbones.position_offset(base.config)
+            arguments["position_ids"] = position_ids + offset if offset and position_ids is not None else position_ids
         return arguments
 
     def _anchor_kwargs(self, **kwargs: Any) -> dict[str, Any]:

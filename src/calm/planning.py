@@ -43,7 +43,7 @@ from calm.model import CalmForCausalLM
 Base: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAMW_STATES = 2  # running means of the gradient and of its square, in the parameters' dtype
+ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameters' size
 
 aten = torch.ops.aten
 
@@ -90,16 +90,18 @@ class Plan:
         attention: `"normalized"` or `"paper"`.
         sequence_length: Tokens in a sequence.
         batch_size: Sequences in a batch.
-        dtype: Of weights, caches, gradients and optimizer states.
+        dtype: Of weights and caches. In training the connections, and with them their gradients and optimizer states,
+            are in float32 whatever the bases are in (`calm.training`).
         total_parameters: Parameters of all parts; weights that an augmenting model shares with the anchor, because
             both are the same base, count once.
-        weight_bytes: Bytes that these take.
-        checkpoint_bytes: Bytes of the composition parameters in a checkpoint; its headers and configuration add a few
-            KB.
+        weight_bytes: Bytes that these take, to run.
+        checkpoint_bytes: Bytes of the composition parameters in a checkpoint, as training saves them; headers and
+            configuration add a few KB.
         cache_bytes: Bytes of all caches for one batch.
         cache_bytes_per_token: `cache_bytes` by token; with sliding windows or recurrent states it falls as sequences
             get longer.
         inference_bytes: `weight_bytes + cache_bytes`.
+        training_weight_bytes: Bytes of all weights in training.
         gradient_bytes: Bytes of the connections' gradients.
         optimizer_bytes: Bytes of AdamW's two states of the connections.
         activation_bytes: Bytes that a training step's forward pass keeps for its backward pass, with a padding mask;
@@ -125,6 +127,7 @@ class Plan:
     cache_bytes: int
     cache_bytes_per_token: int
     inference_bytes: int
+    training_weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
@@ -164,7 +167,7 @@ class Plan:
             ),
             ("attention", f"{self.attention}, {self.num_heads} heads"),
             ("trained", f"{self.connections.parameters:,} of {self.total_parameters:,} parameters ({trained:.2%})"),
-            ("checkpoint", f"{decimal(self.checkpoint_bytes)} ({self.dtype})"),
+            ("checkpoint", f"{decimal(self.checkpoint_bytes)} (float32)"),
             (
                 "memory to run",
                 f"{decimal(self.inference_bytes)}: weights {decimal(self.weight_bytes)}, cache "
@@ -172,7 +175,7 @@ class Plan:
             ),
             (
                 "memory to train",
-                f"{decimal(self.training_bytes)}: weights {decimal(self.weight_bytes)}, gradients "
+                f"{decimal(self.training_bytes)}: weights {decimal(self.training_weight_bytes)}, gradients "
                 f"{decimal(self.gradient_bytes)}, AdamW {decimal(self.optimizer_bytes)}, activations "
                 f"{decimal(self.activation_bytes)} ({batch})",
             ),
@@ -300,8 +303,8 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         "connections": list(model.connections.parameters()),
         **{f"augmenting.{name}": list(m.parameters()) for name, m in model.augmenting.items()},
     }
-    trained_bytes = _bytes(weights["connections"])
-    weight_bytes = _bytes(list(model.parameters()))
+    weight_bytes = _bytes(model.parameters())
+    trained_bytes = sum(weight.numel() for weight in weights["connections"]) * torch.float32.itemsize
 
     with _shapes_only():
         model.to_empty(device="cpu")
@@ -315,6 +318,9 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
             for name, augmenting in model.augmenting.items():
                 with _flops() as flops[f"augmenting.{name}"]:
                     augmenting(input_ids=tokens, use_cache=True)
+        for linear in model.connections.modules():  # as `calm.training` does; Module.float() refuses such tensors
+            for name, weight in list(linear.named_parameters(recurse=False)):
+                setattr(linear, name, nn.Parameter(weight.float()))
         with _flops() as step, _activations(model.train()) as kept:
             model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
 
@@ -340,6 +346,7 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
     activation_bytes = sum(kept.values())
     cache_bytes = sum(cached.values())
     optimizer_bytes = ADAMW_STATES * trained_bytes
+    training_weight_bytes = weight_bytes - _bytes(weights["connections"]) + trained_bytes
     return Plan(
         anchor=part("anchor", config.anchor_config, depth_of(config.anchor_config)),
         augmenting={
@@ -359,10 +366,11 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         cache_bytes=cache_bytes,
         cache_bytes_per_token=cache_bytes // (batch_size * sequence_length),
         inference_bytes=weight_bytes + cache_bytes,
+        training_weight_bytes=training_weight_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activation_bytes,
-        training_bytes=weight_bytes + trained_bytes + optimizer_bytes + activation_bytes,
+        training_bytes=training_weight_bytes + trained_bytes + optimizer_bytes + activation_bytes,
         forward_flops_per_token=forward_flops // (batch_size * sequence_length),
         training_step_flops=step.get_total_flops(),
     )

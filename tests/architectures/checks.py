@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,18 +71,25 @@ def _leak(model: nn.Module) -> float:
     return worst
 
 
+def _positions(model: nn.Module, positions: Tensor) -> dict[str, Tensor]:
+    """Positions that count from 0, as a model takes them."""
+    if "position_ids" not in backbones.forward_parameters(model):
+        return {}
+    composed = isinstance(model, calm.CalmForCausalLM)
+    return {"position_ids": positions if composed else positions + backbones.position_offset(model.config)}
+
+
 @torch.no_grad()
 def _cached(model: nn.Module) -> float:
     """By how much decoding with a cache, half of the tokens at once and then one by one, differs from one pass."""
     ids = tokens()
     expected = logits_of(model, ids)
-    names = backbones.forward_parameters(model)
     composed = isinstance(model, calm.CalmForCausalLM)
     caches = {} if composed else {backbones.cache_argument(model): DynamicCache(config=model.config)}
     bounds = [0, *range(LENGTH // 2, LENGTH + 1)]
     found = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        positions = {"position_ids": torch.arange(start, end).expand(len(ids), -1)} if "position_ids" in names else {}
+    for start, end in itertools.pairwise(bounds):
+        positions = _positions(model, torch.arange(start, end).expand(len(ids), -1))
         output = model(input_ids=ids[:, start:end], use_cache=True, **caches, **positions)
         found.append(output.logits)
         if composed:
@@ -94,13 +102,11 @@ def _padded(model: nn.Module) -> float:
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    kwargs = {"attention_mask": mask}
-    if "position_ids" in backbones.forward_parameters(model):
-        kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    found = logits_of(model, ids.masked_fill(mask == 0, 0), **kwargs)[:1, PADDING:]
+    positions = _positions(model, (mask.cumsum(-1) - 1).clamp(min=0))
+    found = logits_of(model, ids.masked_fill(mask == 0, 0), attention_mask=mask, **positions)[:1, PADDING:]
     single = ids[:1, PADDING:]
-    kwargs = {key: torch.arange(single.shape[1])[None] for key in kwargs if key == "position_ids"}
-    return difference(found, logits_of(model, single, attention_mask=torch.ones_like(single), **kwargs))
+    positions = _positions(model, torch.arange(single.shape[1])[None])
+    return difference(found, logits_of(model, single, attention_mask=torch.ones_like(single), **positions))
 
 
 def _reloaded(model: PreTrainedModel) -> float:
@@ -161,7 +167,13 @@ def check_cached(anchor: PreTrainedModel, augmenting: PreTrainedModel, tolerance
         raise CheckFailed(f"cached decoding: logits differ by {by:.1e}")
     ids = tokens(length=LENGTH // 2)
     output = model.generate(
-        ids, max_new_tokens=4, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+        ids,
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=[0],  # some models take the padding token for padding wherever it stands
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     expected = logits_of(model, output.sequences[:, :-1])[:, ids.shape[1] - 1 :]
     if (by := difference(torch.stack(output.logits, 1), expected)) > tolerance:

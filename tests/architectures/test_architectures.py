@@ -1,4 +1,4 @@
-"""Architectures in both roles, in mixes: all checks on each, the rules for single architectures, and the docs' table."""
+"""Architectures in both roles, in mixes: all checks on each, rules for single architectures, and the docs' table."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_mix(mix: tuple[str, str]) -> None:
 
 
 # One of each kind that has a rule of its own: layers that depend on their number and a prefill that drops positions;
-# recurrent and attention layers of which a cut must leave both; several residual streams; positions counted by the
-# model itself; a head called `decoder`; a decoder out of an encoder-decoder.
+# recurrent and attention layers of which a cut must leave both; several residual streams; positions that do not start
+# at 0; a head called `decoder`; a decoder out of an encoder-decoder.
 @pytest.mark.parametrize(
     "mix",
     [
@@ -74,8 +74,8 @@ def test_mix_of_peculiar_architectures(mix: tuple[str, str]) -> None:
 
 
 def test_checks_notice_positions_that_are_not_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_OWN_POSITIONS", set())
-    with pytest.raises(CheckFailed, match="generate"):
+    monkeypatch.setattr(backbones, "_OFFSET_POSITIONS", set())
+    with pytest.raises(CheckFailed, match="cached decoding"):
         check_cached(anchor("roberta"), augmenting("llama"), 1e-4)
 
 
@@ -120,6 +120,25 @@ def test_page_says_what_is_refused() -> None:
                     backbones.check_supported(config, role)
             else:
                 backbones.check_supported(config, role)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field", "value"),
+    [
+        ("llama", "is_causal", False),
+        ("gemma3_text", "use_bidirectional_attention", True),
+        ("bert", "is_decoder", False),
+        ("bart", "is_encoder_decoder", True),
+    ],
+)
+def test_configurations_that_see_the_future_are_refused(architecture: str, field: str, value: bool) -> None:
+    config = tiny_config(architecture)
+    backbones.check_supported(config, "anchor")
+    setattr(config, field, value)
+    if not config.is_encoder_decoder:
+        assert measure_bare(tiny_model(config))["causality"] > 1e-2  # the refusal is not for nothing
+    with pytest.raises(calm.UnsupportedModelError, match=architecture):
+        backbones.check_supported(config, "anchor")
 
 
 def test_compose_refuses_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from calm import backbones
+
 VOCAB = 64
 CONTEXT = 64
 WINDOW = 4  # of sliding-window attention: shorter than any sequence of the checks
@@ -35,7 +37,10 @@ RULES: list[tuple[str, Any]] = [
     (r"linear_num_key_heads", lambda w, n, h: h // 2),
     (r"hidden_size|d_model|n_embd|embedding_(dim|size)|emb_dim|word_embed_proj_dim", lambda w, n, h: w),
     (r"lru_width|(pronunciation|shape)_embed_dim|.*put_embedding_size", lambda w, n, h: w),
-    (r".*intermediate_size(_mlp)?|(.*_)?ffn_dim|.*ffn_hidden_size|dim_ff|dff|feed_forward_size|d_inner", lambda w, n, h: 2 * w),
+    (
+        r".*intermediate_size(_mlp)?|(.*_)?ffn_dim|.*ffn_hidden_size|dim_ff|dff|feed_forward_size|d_inner",
+        lambda w, n, h: 2 * w,
+    ),
     (r"(swa_)?head_dim|dim_head|d_head|kv_channels|v_head_dim|qk_(nope|rope)_head_dim", lambda w, n, h: w // h),
     (r"index_head_dim|attention_head_(size|dim)|linear_(key_|value_)?head_dim", lambda w, n, h: w // h),
     (r"qk_head_dim", lambda w, n, h: 2 * (w // h)),
@@ -56,8 +61,8 @@ RULES: list[tuple[str, Any]] = [
 # Lists with one entry a layer: the tiny model gets every kind of entry, in order of appearance.
 PER_LAYER = r"layer_types|.*_layer_types|layers_block_type|block_types|indexer_types|attn_layers"
 
-# What the rules cannot know, by model type: (width, layers, heads) -> fields. Kinds of layers are put where a model that
-# is cut after its second layer still has each of them.
+# What the rules cannot know, by model type: (width, layers, heads) -> fields. Kinds of layers are put where a model
+# that is cut after its second layer still has each of them.
 _MAMBA2 = lambda w, n, h: {"mamba_n_heads": h, "mamba_d_head": 2 * w // h}  # noqa: E731
 _QWEN4 = lambda w, n, h: {  # noqa: E731
     "layer_types": _cover(["linear_attention", "indexed_attention"], n),
@@ -89,7 +94,16 @@ OVERRIDES: dict[str, Any] = {
     "dots1": lambda w, n, h: {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_audio_encoder": lambda w, n, h: {"adapter_input_size": w, "adapter_out_dim": w},
     "dots3_note_vision_encoder": lambda w, n, h: {"adapter_in_dim": w, "adapter_out_dim": w},
-    "dots3_note_text": lambda w, n, h: {"num_key_value_heads": h},
+    "dots3_note_text": lambda w, n, h: {
+        "num_key_value_heads": h,
+        "swa_num_attention_heads": h,
+        "swa_num_key_value_heads": h,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 2 * (w // h),
+        "swa_qk_nope_head_dim": w // h,
+        "swa_v_head_dim": w // h,
+    },
     "falcon_h1": lambda w, n, h: {"mamba_n_heads": h, "mamba_d_ssm": 2 * w},
     "gemma3n_text": _SHARING,
     "gemma4_assistant": lambda w, n, h: NEEDED["gemma4_assistant"],
@@ -149,14 +163,23 @@ def _fields(config: PreTrainedConfig, width: int, layers: int, heads: int) -> di
                 break
     if "kv_lora_rank" in fields:  # multi-head latent attention has as many key as query heads
         fields["num_key_value_heads"] = heads
-    if "is_decoder" in vars(config) and config.is_encoder_decoder is False:
-        fields["is_decoder"] = True
-    if config.is_encoder_decoder and any(key.endswith("decoder_layers") for key in fields):
-        # an encoder-decoder whose decoder also exists on its own
-        fields |= {"is_decoder": True, "is_encoder_decoder": False}
+    if config.is_encoder_decoder:
         fields |= {key: layers for key in fields if key.endswith("encoder_layers")}
+    if config.model_type in CONFIG_MAPPING:
+        fields |= as_decoder(config.model_type)
     override = OVERRIDES.get(config.model_type)
     return fields | (override(width, layers, heads) if override else {})
+
+
+def as_decoder(model_type: str) -> dict[str, bool]:
+    """What a configuration has to say beside its defaults for the model to be a causal decoder."""
+    config = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+    fields = vars(config)
+    if config.is_encoder_decoder and any(key.endswith("decoder_layers") for key in fields):
+        return {"is_encoder_decoder": False, "is_decoder": True}  # its decoder also exists on its own
+    if fields.get("is_decoder") is False and model_type not in backbones.CAUSAL_ANYWAY:
+        return {"is_decoder": True}
+    return {}
 
 
 def tiny_config(model_type: str, width: int = 32, layers: int = 3, heads: int = 4) -> PreTrainedConfig:

@@ -208,7 +208,7 @@ def test_substitution_learns_answer_and_end(task):
     rng = random.Random(0)
     lengths = set()
     for _ in range(200):
-        line = substitution_line(task, rng, task.held_out_keys[:10], with_numbers=0.5)
+        line = substitution_line(task, rng, task.held_out_keys[:10])
         prompt, answer = " ".join(line.words).split(" = ")
         assert " ".join(learned(line)) == answer
         assert answer.endswith("<end>") and len(answer.split()) <= len(prompt.split()) + 1
@@ -276,7 +276,7 @@ def test_a_step_is_drawn_from_seed_and_step_alone(task, tokenizer):
 def test_exact_match_agrees_with_generation(task, tokenizer):
     """Early stopping looks at teacher-forced argmax; it must say what greedy generation says."""
     torch.manual_seed(0)
-    model = bases.new_model(recipe.preset("tiny").augmenting_model, tokenizer, 0)
+    model = bases.new_augmenting(recipe.preset("tiny").augmenting_model, tokenizer, 0)
     prompts = [prompt for prompt, _ in task.examples("KV-SUBS", task.held_out_keys, 8, 0)]
     written = evaluate.generate(model, tokenizer, prompts, 4)
     lines = [

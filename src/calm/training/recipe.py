@@ -84,7 +84,7 @@ class TrainingRecipe(_Section):
         None, description="a whole number of evaluations without improvement, above 0; needs data.eval"
     )
     seed: NonNegativeInt = Field(0, description="a whole number from 0")
-    bf16: bool = Field(False, description="true or false: compute in bfloat16 (autocast), keep the weights in `dtype`")
+    bf16: bool = Field(False, description="true or false: compute in bfloat16 (autocast)")
 
     @field_validator("warmup")
     @classmethod

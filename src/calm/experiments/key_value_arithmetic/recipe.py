@@ -98,7 +98,7 @@ PRESETS = {
     "cpu": Recipe(
         data=DataSettings(syllables_per_key=(2, 2)),
         augmenting_model=ModelSettings(width=64, feed_forward=256),
-        augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3, stop_at=98.0),
+        augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3),
         anchor_model=ModelSettings(width=96, feed_forward=384),
         anchor_training=TrainingSettings(steps=1000, rows=64, learning_rate=6e-3, stop_at=98.0),
         composition_training=TrainingSettings(steps=400, rows=64, learning_rate=6e-3),

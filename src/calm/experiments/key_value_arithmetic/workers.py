@@ -80,6 +80,7 @@ def run_stages(
                 except Exception as error:
                     raise StageFailed(f"Training {stage.name} failed: {type(error).__name__}: {error}") from error
                 done.add(stage.name)
+                progress.update(bars[stage.name], completed=result.steps, total=result.steps)  # stops its clock
                 finished(stage, result)
             _show(messages, bars, progress)
     finally:

@@ -1,0 +1,126 @@
+"""alignment.py: who sees what and from how far, against a count by hand over every single position."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calm.alignment import Alignment, align, document_ids, visible_same_tokenizer
+from calm.attention import alibi_slopes
+
+INFINITY = float("inf")
+
+
+def by_hand(
+    past: int,
+    length: int,
+    key_length: int,
+    prompt: list[int] | None,
+    mask: list[list[int]] | None,
+    documents: list[list[int]] | None,
+    slopes: list[float] | None,
+    rows: int,
+) -> tuple[list, list]:
+    """Bias and sight of every row, head, query and key, position by position."""
+    bias, sight = [], []
+    for row in range(rows):
+        row_bias: list = [[] for _ in slopes or [0.0]]
+        row_sight = []
+        for query in range(past, past + length):
+            count = query + 1 if prompt is None else min(query + 1, prompt[row])
+            seen = [
+                key < count
+                and (mask is None or (key < len(mask[row]) and mask[row][key] == 1))
+                and (documents is None or documents[row][key] == documents[row][query])
+                for key in range(key_length)
+            ]
+            row_sight.append(any(seen))
+            for head, slope in enumerate(slopes or [0.0]):
+                between = [  # tokens after this key, up to the last position that is looked at
+                    sum(mask is None or (k < len(mask[row]) and mask[row][k] == 1) for k in range(key + 1, count))
+                    for key in range(key_length)
+                ]
+                row_bias[head].append([-slope * n if s else -INFINITY for n, s in zip(between, seen, strict=True)])
+        bias.append(row_bias)
+        sight.append(row_sight)
+    return bias, sight
+
+
+def check(alignment: Alignment, bias: list, sight: list, rows: int) -> None:
+    found = alignment.bias.expand(rows, *alignment.bias.shape[1:])
+    sees = torch.ones(rows, found.shape[2], 1, dtype=torch.bool) if alignment.sees is None else alignment.sees
+    assert sees.expand(rows, -1, -1).squeeze(-1).tolist() == sight
+    assert found.dtype == torch.float32
+    for row in range(rows):
+        for query in range(found.shape[2]):
+            if sight[row][query]:
+                expected = torch.tensor([head[query] for head in bias[row]])
+                torch.testing.assert_close(found[row, :, query], expected)
+            else:  # a softmax over nothing would be NaN
+                assert found[row, :, query].isfinite().all()
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_against_a_count_by_hand(data: st.DataObject) -> None:
+    rows, length, past = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6)), data.draw(st.integers(0, 5))
+    total = past + length
+    empty = data.draw(st.integers(0, 3))  # places of a static cache that are not filled yet
+    prompt = data.draw(st.none() | st.lists(st.integers(0, total), min_size=rows, max_size=rows))
+    bits = st.lists(st.integers(0, 1), min_size=total, max_size=total)
+    mask = data.draw(st.none() | st.lists(bits, min_size=rows, max_size=rows))
+    slopes = data.draw(st.none() | st.sampled_from(([1.0, 0.25], [0.5])))
+    visible = visible_same_tokenizer(
+        length,
+        torch.tensor(past) if empty else past,
+        None if prompt is None else torch.tensor(prompt),
+        torch.device("cpu"),
+    )
+    alignment = align(
+        visible,
+        total + empty,
+        None if mask is None else torch.tensor(mask),
+        None,
+        None if slopes is None else torch.tensor(slopes),
+        may_be_blind=prompt is not None,
+    )
+    check(alignment, *by_hand(past, length, total + empty, prompt, mask, None, slopes, rows), rows)
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_packed_documents_against_a_count_by_hand(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    documents = document_ids(positions)
+    assert documents[0].tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    total, slopes = sum(lengths), [1.0, 0.5]
+    visible = visible_same_tokenizer(total, 0, None, torch.device("cpu"))
+    alignment = align(visible, total, None, documents, torch.tensor(slopes))
+    check(alignment, *by_hand(0, total, total, None, None, documents.tolist(), slopes, 1), 1)
+
+
+def test_one_prompt_length_for_all_rows() -> None:
+    visible = visible_same_tokenizer(3, 2, 4, torch.device("cpu"))
+    assert visible.tolist() == [[3, 4, 4]]
+    assert visible_same_tokenizer(3, 2, torch.tensor([4, 1]), torch.device("cpu")).tolist() == [[3, 4, 4], [1, 1, 1]]
+
+
+def test_last_rows() -> None:
+    alignment = align(visible_same_tokenizer(4, 0, 2, torch.device("cpu")), 4, torch.tensor([[0, 1, 1, 1]]))
+    last = alignment.last(2)
+    assert torch.equal(last.bias, alignment.bias[:, :, -2:]) and torch.equal(last.sees, alignment.sees[:, -2:])
+    assert alignment.last(4) is alignment
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8, 16, 32])
+def test_slopes(heads: int) -> None:
+    """Geometric, falling, starting at two; no two heads alike."""
+    slopes = alibi_slopes(heads)
+    assert slopes.tolist() == pytest.approx([2 * 2 ** (-8 * i / max(heads, 8)) for i in range(heads)])
+    assert all(math.isclose(b / a, 2 ** (-8 / max(heads, 8)), rel_tol=1e-5) for a, b in itertools.pairwise(slopes))

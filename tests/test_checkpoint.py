@@ -1,0 +1,127 @@
+"""checkpoint.py: the folder that is uploaded and its model card (saving itself: invariants/test_saving.py)."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+
+import factories
+import pytest
+import yaml
+from factories import Mix
+from huggingface_hub import ModelCard
+
+import calm
+from calm import checkpoint
+
+
+def composition(**references: str) -> calm.CalmForCausalLM:
+    """As if composed from the hub."""
+    model = Mix(anchor="gemma3_text", augmenting=("gpt2", "mamba"), connections=(((1, 1), (3, 3)), ((0, 2),))).build()
+    model.config.anchor_reference |= {"name_or_path": "someone/anchor-1b", "revision": "v2"}
+    model.config.augmenting_references["m0"] |= {"name_or_path": "other/expert", "gguf_file": "expert-q8.gguf"}
+    return model
+
+
+def check_card(text: str, model: calm.CalmForCausalLM) -> None:
+    _, header, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(header)
+    assert metadata["base_model"] == ["someone/anchor-1b", "other/expert"]
+    assert metadata["library_name"] == "calm-lm"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert {"calm", "composition"} <= set(metadata["tags"])
+    assert "# A composition of 3 language models" in body
+    assert "`someone/anchor-1b` at `v2` (gemma3_text)" in body
+    assert "`m0`: `other/expert` file `expert-q8.gguf` (gpt2)" in body
+    assert "`m1`: `given by hand` (mamba)" in body or "`m1`: given by hand (mamba)" in body
+    assert f"{sum(p.numel() for p in model.connections.parameters()):,} composition parameters" in body
+    assert "3 connections (4 heads" in body
+    for pair in model.config.layer_pairs:
+        assert f"| {pair.augmenting} | {pair.augmenting_layer} | {pair.anchor_layer} |" in body
+
+
+def test_card() -> None:
+    model = composition()
+    count = sum(p.numel() for p in model.connections.parameters())
+    check_card(str(checkpoint.model_card(model.config, count)), model)
+
+
+def test_card_without_names_names_no_base_model() -> None:
+    card = str(checkpoint.model_card(Mix().shared().config, 5))
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+
+
+def test_card_does_not_publish_local_folders(tmp_path: Path) -> None:
+    model = Mix().build()
+    model.config.anchor_reference["name_or_path"] = str(tmp_path)
+    assert "base_model" not in yaml.safe_load(str(checkpoint.model_card(model.config, 5)).split("---\n")[1])
+
+
+def test_files_can_be_read_by_others(tmp_path: Path) -> None:
+    Mix().shared().save_pretrained(tmp_path)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "one file is kept from readers of the others"
+
+
+def test_a_card_that_was_edited_is_kept(tmp_path: Path) -> None:
+    model = Mix().shared()
+    (tmp_path / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
+def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a hub that only writes down what it is sent."""
+    sent: dict[str, object] = {}
+    model = composition()
+
+    class Hub:
+        def __init__(self, token: str | None = None) -> None:
+            sent["token"] = token
+
+        def create_repo(self, repo_id: str, **kwargs: object) -> SimpleNamespace:
+            sent["created"] = (repo_id, kwargs)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: object) -> str:
+            sent["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            sent["uploaded"] = (repo_id, kwargs)
+            return "commit"
+
+    monkeypatch.setattr(calm.model, "HfApi", Hub)
+    if through == "push_to_hub":
+        answer = model.push_to_hub("mine", private=True, token="secret", commit_message="First", revision="dev")
+        assert answer == "commit"
+        assert sent["token"] == "secret"
+        assert sent["created"] == ("mine", {"private": True, "exist_ok": True})
+        assert sent["uploaded"] == ("me/mine", {"revision": "dev", "create_pr": False, "commit_message": "First"})
+    else:
+        model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+        assert sent["created"][0] == "mine" and sent["uploaded"][0] == "me/mine"
+    files: dict[str, bytes] = sent["files"]
+    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    check_card(files["README.md"].decode(), model)
+    ModelCard(files["README.md"].decode())
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = calm.CalmForCausalLM.from_pretrained(
+        tmp_path, anchor=Mix(anchor="gemma3_text").anchor_model(), augmenting=_augmenting()
+    )
+    ids = factories.tokens(2, 8)
+    factories.assert_identical(loaded(ids).logits, model(ids).logits)
+
+
+def _augmenting() -> dict:
+    return Mix(augmenting=("gpt2", "mamba")).augmenting_models()
+
+
+def test_negative_control_a_card_of_another_composition_is_noticed() -> None:
+    model = composition()
+    for wrong in (
+        checkpoint.model_card(model.config, 5),
+        checkpoint.model_card(Mix().shared().config, sum(p.numel() for p in model.connections.parameters())),
+    ):
+        with pytest.raises((AssertionError, KeyError)):
+            check_card(str(wrong), model)
