@@ -136,7 +136,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: CalmCache | None = None,
@@ -181,7 +181,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 logits_to_keep,
                 kwargs,
             )
-        self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
+        input_ids = self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
         if use_cache is None:
             use_cache = not self.training and labels is None
         cache = past_key_values
@@ -288,7 +288,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _forward_anchor_alone(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
@@ -372,7 +372,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- checks of input ----------------------------------------------------------------------------------------
 
-    def _check_inputs(self, input_ids: Tensor, attention_mask: Any, cache: Any, kwargs: dict[str, Any]) -> None:
+    def _check_inputs(
+        self, input_ids: Tensor | None, attention_mask: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
         if kwargs.get("inputs_embeds") is not None or input_ids is None:
             raise CalmError(
                 "A composed model needs input_ids: each of its models embeds the tokens itself, so inputs_embeds "
@@ -393,6 +395,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}: expected a CalmCache, as a composed model returns it "
                 "(it holds the augmenting models' and the connections' keys and values too)."
             )
+        return input_ids
 
     def _check_length(self, length: int) -> None:
         if self._context is not None and length > self._context:

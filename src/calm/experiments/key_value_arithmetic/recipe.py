@@ -88,7 +88,7 @@ class Recipe:
     glossary_entries: int = 4
     glossary_share: tuple[float, float] = (0.5, 0.2)
     with_unknowns: float = 0.5
-    numeric_share: float = 0.25
+    numeric_share: float = 0.35
     evaluation_examples: int = 500
     validation_examples: int = 300
     workers: int = 2
@@ -101,7 +101,7 @@ PRESETS = {
         augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3),
         anchor_model=ModelSettings(width=96, feed_forward=384),
         anchor_training=TrainingSettings(steps=1000, rows=64, learning_rate=6e-3, stop_at=98.0),
-        composition_training=TrainingSettings(steps=400, rows=64, learning_rate=6e-3),
+        composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
     ),
     # Proves that everything runs, not that anything is learned.
     "tiny": Recipe(

@@ -1,0 +1,516 @@
+"""model.py: a composed model against plain recomputation, and as the transformers model that it is to everyone else."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import factories
+import numpy as np
+import peft
+import pytest
+import torch
+from factories import Mix, assert_identical, assert_same
+from test_attention import formula
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+
+import calm
+from calm import CalmError, backbones
+
+IDS = factories.tokens(2, 10)
+
+
+def capture(model: torch.nn.Module, layer: int, ids: Tensor, **kwargs: Any) -> Tensor:
+    """What a layer of a bare model puts out."""
+    found = []
+    handle = backbones.layers_of(model)[layer].register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        model(input_ids=ids, **kwargs)
+    handle.remove()
+    return found[0][0] if isinstance(found[0], tuple) else found[0]
+
+
+# -- one forward pass -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["paper", "normalized"])
+@pytest.mark.parametrize("augmenting", ["gpt2", "gemma3_text", "falcon", "mamba"])
+def test_recomputed_from_bare_models(attention: str, augmenting: str) -> None:
+    """The paper's equation end to end: untouched bases, the formula in numpy, the anchor's own norm and head.
+
+    A connection at layer 1 and one at the last: the second asks with what the first has changed.
+    """
+    mix = Mix(augmenting=(augmenting,), connections=(((0, 1), (2, 3)),), attention=attention)
+    model, anchor, (other,) = mix.shared(), mix.anchor_model(), mix.augmenting_models().values()
+
+    def inject(index: int, layer: int) -> Any:
+        context = capture(other, layer, IDS)
+
+        def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+            connection = model.connections[index]
+            added = [formula(connection, output[row], context[row], 4, attention == "normalized") for row in range(2)]
+            return output + torch.from_numpy(np.stack(added)).float()
+
+        return hook
+
+    anchor.model.layers[1].register_forward_hook(inject(0, 0))
+    anchor.model.layers[3].register_forward_hook(inject(1, 2))
+    with torch.no_grad():
+        assert_same(model(IDS).logits, anchor(IDS).logits, 1e-4)
+        assert (model(IDS).logits - mix.anchor_model()(IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16])
+def test_number_of_heads(heads: int) -> None:
+    model = Mix(num_heads=heads, connections=(((3, 3),),)).shared()
+    mix = Mix()
+    hidden = capture(mix.anchor_model(), 3, IDS)
+    context = capture(mix.augmenting_models()["m0"], 3, IDS)
+    inputs = []
+    handle = model.anchor.model.norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model(IDS)
+    handle.remove()
+    expected = formula(model.connections[0], hidden[0], context[0], heads, True)
+    np.testing.assert_allclose((inputs[0] - hidden)[0].detach().numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("anchor", ["llama", "gemma3_text", "gpt2", "bloom", "opt"])
+@pytest.mark.parametrize("attend", ["causal", "prompt"])
+def test_the_loss_is_that_of_the_logits(anchor: str, attend: str) -> None:
+    model = Mix(anchor=anchor, attend=attend).shared()
+    labels = IDS.clone()
+    labels[0, :4], labels[1, :7] = -100, -100
+    output = model(IDS, labels=labels)
+    logits = model(IDS, prompt_length=torch.tensor([4, 7])).logits
+    assert_same(output.logits, logits)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_same(output.loss, expected)
+
+
+def test_tokens_in_a_batch_count() -> None:
+    """`num_items_in_batch`, as a trainer with gradient accumulation passes it, reaches the anchor's loss."""
+    model = Mix().shared()
+    assert model.accepts_loss_kwargs
+    mean = model(IDS, labels=IDS).loss
+    assert_same(model(IDS, labels=IDS, num_items_in_batch=36).loss, mean / 2)
+
+
+def test_outputs_that_are_asked_for() -> None:
+    model = Mix().shared()
+    whole = model(IDS)
+    assert_same(model(IDS, logits_to_keep=3).logits, whole.logits[:, -3:])
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 5
+    plain = model(IDS, return_dict=False)
+    assert isinstance(plain, tuple) and torch.equal(plain[0], whole.logits)
+    assert isinstance(whole.past_key_values, calm.CalmCache)
+    assert model(IDS, use_cache=False).past_key_values is None
+    model.train()
+    assert model(IDS).past_key_values is None
+    model.eval()
+
+
+@pytest.mark.parametrize("anchor", ["llama", "gemma3_text", "qwen3", "mistral", "gpt2", "mixtral"])
+@pytest.mark.parametrize("attention", ["paper", "normalized"])
+def test_packed_rows(anchor: str, attention: str) -> None:
+    """Documents one after another in a row, positions that restart, no mask: each has the logits it has alone."""
+    model = Mix(anchor=anchor, augmenting=("llama", "gemma2"), attention=attention).shared()
+    documents = [factories.tokens(1, n, seed=n) for n in (5, 1, 7, 3)]
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(document).logits for document in documents], 1)
+        assert_same(packed, alone)
+        connected = model(torch.cat(documents, 1), use_cache=False).logits
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same(connected, alone)  # negative control: as one document
+
+
+def test_packed_rows_in_training() -> None:
+    """A trainer packs in training mode, where there is no cache."""
+    model = Mix(augmenting=("llama",)).build().train()
+    documents = [factories.tokens(1, n, seed=n) for n in (5, 7)]
+    ids, positions = torch.cat(documents, 1), torch.cat([torch.arange(5), torch.arange(7)])[None]
+    labels = ids.clone()
+    labels[0, 5] = -100
+    packed = model(ids, position_ids=positions, labels=labels).loss
+    alone = sum(model(d, labels=d).loss * (d.shape[1] - 1) for d in documents) / 10
+    assert_same(packed, alone)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_wrong_input_is_refused(call: str) -> None:
+    model = Mix().shared()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs) if call == "forward" else model.generate(*args, **kwargs | {"max_new_tokens": 2})
+
+    with pytest.raises(CalmError, match=r"\(1, 0\).*at least one token.*beginning-of-sequence"):
+        run(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(CalmError, match=r"needs input_ids.*inputs_embeds"):
+        run(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions: expected 2|must be 2D"):
+        run(IDS, attention_mask=torch.ones(2, 1, 10, 10))
+    with pytest.raises(CalmError, match=r"65 tokens do not fit.*64 tokens"):
+        run(factories.tokens(1, 65 if call == "forward" else 64))  # the last new token is not read
+
+
+def test_the_smaller_context_counts() -> None:
+    config = factories.config("gpt2", 24, 4, 2)
+    config.n_positions = 12
+    other = AutoModelForCausalLM.from_config(config)
+    model = calm.compose(factories.base("llama"), {"short": other}, 2)
+    model(factories.tokens(1, 12))
+    with pytest.raises(CalmError, match=r"13 tokens do not fit: the context of short is 12 tokens"):
+        model(factories.tokens(1, 13))
+    with pytest.raises(CalmError, match=r"13 tokens do not fit.*short"):
+        model.generate(factories.tokens(1, 9), max_new_tokens=5)
+    model.generate(factories.tokens(1, 9), max_new_tokens=4)  # nothing reads the last one
+    cache = model(factories.tokens(1, 10)).past_key_values
+    with pytest.raises(CalmError, match=r"13 tokens"):
+        model(factories.tokens(1, 3), past_key_values=cache)
+    with model.composition_disabled():
+        model(factories.tokens(1, 13))
+    reversed_roles = calm.compose(other, factories.base("llama"), 2)
+    with pytest.raises(CalmError, match=r"the context of the anchor is 12"):
+        reversed_roles(factories.tokens(1, 13))
+
+
+def test_what_cannot_work_says_so() -> None:
+    model = Mix().shared()
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        with pytest.raises(CalmError, match=r"continuous batching.*generate\(\).*vLLM"):
+            getattr(model, name)([[3, 4]])
+    with pytest.raises(CalmError, match="resize them before composing"):
+        model.resize_token_embeddings(70)
+
+
+# -- pipelines and streams --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words() -> PreTrainedTokenizerFast:
+    return factories.word_tokenizer()
+
+
+def test_pipeline(words: PreTrainedTokenizerFast) -> None:
+    """In batches, of prompts of different lengths; each as alone."""
+    model = Mix(augmenting=("gpt2", "mamba")).build()
+    generator = pipeline("text-generation", model=model, tokenizer=words, device="cpu")
+    prompts = ["w5 w9 w33 w7", "w8", "w20 w21 w22 w23 w24 w25 w26"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    batched = [row[0]["generated_text"] for row in generator(prompts, batch_size=3, **settings)]
+    single = [generator(prompt, **settings)[0]["generated_text"] for prompt in prompts]
+    assert batched == single
+    ids = words(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    expected = words.decode(model.generate(**ids, max_new_tokens=5, do_sample=False)[0, 4:], skip_special_tokens=True)
+    assert single[0].strip() == expected.strip() and len(set(single)) == 3
+
+
+def test_pipeline_from_a_folder(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    factories.base("llama").save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    model = factories.perturb(calm.compose(tmp_path / "base", tmp_path / "base", 2))
+    model.save_pretrained(tmp_path / "out")
+    words.save_pretrained(tmp_path / "out")
+    generator = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+    assert isinstance(generator.model, calm.CalmForCausalLM)
+    text = generator("w5 w9 w33", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    ids = words("w5 w9 w33", return_tensors="pt", return_token_type_ids=False)
+    new = words.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0, 3:])
+    assert text.endswith(new) and len(new.split()) == 3
+
+
+def test_streaming(words: PreTrainedTokenizerFast) -> None:
+    model = Mix().shared()
+    streamer = TextIteratorStreamer(words, skip_prompt=True, timeout=60)
+    kwargs = {"max_new_tokens": 6, "do_sample": False}
+    thread = threading.Thread(target=model.generate, args=(IDS[:1],), kwargs=kwargs | {"streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    expected = words.decode(model.generate(IDS[:1], **kwargs)[0, 10:])
+    assert "".join(pieces).split() == expected.split()
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def mostly_slow(first: int, *cases: tuple) -> list:
+    """Compiling takes seconds: the first cases run always, the others with the slow tests."""
+    return [pytest.param(*case, marks=() if i < first else pytest.mark.slow) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "attend"),
+    mostly_slow(
+        0, ("gemma3_text", "prompt"), ("llama", "causal"), ("gpt2", "causal"), ("gpt2", "prompt"), ("qwen3", "causal")
+    ),
+)
+def test_compiled_without_a_break(anchor: str, attend: str) -> None:
+    torch._dynamo.reset()
+    model = Mix(anchor=anchor, augmenting=("llama", "gemma3_text"), attend=attend).build()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for kwargs in ({}, {"attention_mask": mask, "position_ids": positions}):
+            kwargs |= {"use_cache": False, "prompt_length": 5}
+            assert_same(compiled(IDS, **kwargs).logits, model(IDS, **kwargs).logits)
+
+
+def test_compiled_training_step() -> None:
+    torch._dynamo.reset()
+    model = Mix(augmenting=("llama",)).build().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (model, compiled):
+        loss = run(IDS, labels=IDS).loss
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.connections.parameters())])
+        model.zero_grad()
+    for found, expected in zip(*reversed(grads), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "attend", "padding"),
+    mostly_slow(
+        1,
+        ("llama", "causal", 3),
+        ("llama", "prompt", 3),
+        ("llama", "causal", 0),
+        ("gemma3_text", "causal", 3),
+        ("gemma3_text", "prompt", 0),
+        ("bloom", "causal", 3),
+        ("bloom", "prompt", 0),
+    ),
+)
+def test_compiled_decoding_compiles_twice(anchor: str, attend: str, padding: int) -> None:
+    """With a static cache: one graph for the prompt and one for every further token, whatever the padding."""
+    torch._dynamo.reset()
+    model = Mix(anchor=anchor, augmenting=("llama", "bloom"), attend=attend).build()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    ids, mask, _ = factories.padded([IDS[0], IDS[1, padding:]], "left")
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "output_logits": True}
+    kwargs |= {"return_dict_in_generate": True}
+    expected = model.generate(ids, **kwargs)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=count)
+    found = model.generate(ids, cache_implementation="static", disable_compile=True, **kwargs)
+    for step, expected_step in zip(found.logits, expected.logits, strict=True):
+        assert_same(step, expected_step)
+    assert len(graphs) == 2
+
+
+# -- training as others do it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("attend", ["causal", "prompt"])
+def test_activation_checkpointing(anchor: str, attend: str) -> None:
+    """Same loss and same gradients; and the connections are what is recomputed."""
+    model = Mix(anchor=anchor, augmenting=("gpt2", "mamba"), attend=attend).build().train()
+    labels = IDS.clone()
+    labels[:, :4] = -100
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+            assert all(c.gradient_checkpointing for c in model.connections)
+        calls = []
+        handle = model.connections[0].w_q.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        loss = model(IDS, labels=labels).loss
+        loss.backward()
+        handle.remove()
+        results.append([loss.detach(), *(p.grad for p in model.connections.parameters())])
+        model.zero_grad()
+        assert len(calls) == (2 if checkpointing else 1)
+    for found, expected in zip(*reversed(results), strict=True):
+        assert_same(found, expected)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+def test_nothing_is_back_propagated_below_the_first_connection() -> None:
+    """Not even where a trainer asks the inputs for gradients, as it does with checkpointing and with adapters."""
+    model = Mix(connections=(((1, 2),),)).build().train()
+    model.enable_input_require_grads()
+    states = []
+    for layer in model.anchor.model.layers:
+        layer.register_forward_hook(lambda module, args, output: states.append(output.requires_grad))
+    model(IDS, labels=IDS).loss.backward()
+    assert states == [False, False, True, True]
+    assert all(p.grad is None for p in model.anchor.parameters())
+
+
+def lora(**kwargs: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_alpha=64, init_lora_weights=False, **kwargs)
+
+
+def test_lora_on_the_anchor_before_composing(tmp_path: Path) -> None:
+    """The adapter stays where it is: its weights, its effect, and its place in the checkpoint's fingerprint."""
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(factories.base("llama"), lora(target_modules=["q_proj", "up_proj"])).eval()
+    adapted.requires_grad_(False)
+    before, expected = factories.digests(adapted), adapted(IDS).logits
+    assert (expected - factories.base("llama")(IDS).logits).abs().max() > 0.1
+    for anchor in (adapted, adapted.get_base_model()):
+        model = calm.compose(anchor, factories.base("gpt2"), 2)
+        assert_identical(model(IDS).logits, expected)
+        assert factories.digests(adapted) == before
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all(name.startswith("connections.") for name in trainable) and trainable
+    factories.perturb(model)
+    assert not torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path)
+    loaded = calm.CalmForCausalLM.from_pretrained(
+        tmp_path, anchor=adapted.get_base_model(), augmenting=factories.base("gpt2")
+    )
+    assert_identical(loaded(IDS).logits, model(IDS).logits)
+    with pytest.raises(calm.CheckpointError, match=r"the anchor.*trained against"):
+        calm.CalmForCausalLM.from_pretrained(
+            tmp_path, anchor=factories.base("llama"), augmenting=factories.base("gpt2")
+        )
+
+
+def test_lora_on_the_anchor_after_composing(tmp_path: Path) -> None:
+    """Adapter and connections train together; the bases stay."""
+    torch.manual_seed(0)
+    model = Mix().build()
+    plain = model(IDS).logits
+    bases = factories.digests(model.anchor)
+    matrices = ["f_proj", "w_q", "w_k", "w_v", "w_o"]
+    config = peft.LoraConfig(r=4, target_modules=r"anchor\..*q_proj", modules_to_save=matrices)
+    adapted = peft.get_peft_model(model, config)
+    assert_identical(adapted(IDS).logits, plain)  # LoRA starts as the identity
+    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert sum("lora_" in name for name in trainable) == 8
+    assert sum("connections" in name for name in trainable) == 5 * len(model.connections)
+    adapted.train()
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = factories.digests(model.anchor)
+    assert all(
+        after[name.replace(".q_proj.", ".q_proj.base_layer.")] == bits if "q_proj" in name else after[name] == bits
+        for name, bits in bases.items()
+    )
+    adapted.eval()
+    trained = adapted(IDS).logits
+    sequences = adapted.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+    assert sequences.shape == (2, 13)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(Mix().build(), tmp_path).eval()
+    assert_same(again(IDS).logits, trained)
+    with adapted.disable_adapter():
+        assert_identical(adapted(IDS).logits, plain)
+
+
+def test_one_adapter_cached_and_uncached() -> None:
+    """LoRA on both bases of a composition, decoded with a cache."""
+    torch.manual_seed(0)
+    model = Mix(augmenting=("llama",)).build()
+    adapted = peft.get_peft_model(model, lora(target_modules=r"(anchor|augmenting)\..*(q|v)_proj")).eval()
+    output = adapted.generate(
+        input_ids=IDS, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    expected = adapted(output.sequences, use_cache=False).logits
+    assert (expected - Mix(augmenting=("llama",)).shared()(output.sequences).logits).abs().max() > 0.1
+    for step, found in enumerate(output.logits):
+        assert_same(found, expected[:, 9 + step])
+
+
+# -- being looked at and moved ----------------------------------------------------------------------------------------
+
+
+def test_built_from_its_configuration_alone() -> None:
+    """Random weights, the right shapes; on the meta device no memory: what planning and engines do."""
+    model = Mix(anchor="gemma3_text", augmenting=("gpt2", "mamba"), attention="paper").build()
+    config = copy.deepcopy(model.config)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert {name: weight.shape for name, weight in empty.state_dict().items()} == shapes
+    random = calm.CalmForCausalLM(copy.deepcopy(model.config)).eval()
+    assert {name: weight.shape for name, weight in random.state_dict().items()} == shapes
+    assert random(IDS).logits.isfinite().all()
+
+
+def test_configurations_of_the_bases_are_not_touched() -> None:
+    """Known trap: a live configuration inside another one loses its attention implementation."""
+    anchor, other = factories.base("gemma2"), factories.base("llama")
+    anchor.set_attn_implementation("eager")
+    before = [model.config._attn_implementation for model in (anchor, other)]
+    assert before == ["eager", "sdpa"]
+    model = calm.compose(anchor, other, 2)
+    assert [m.config._attn_implementation for m in (anchor, other)] == before
+    assert model.augmenting["augmenting"].config._attn_implementation == "sdpa"
+    assert model.anchor.config is anchor.config
+    changed = IDS.clone()
+    changed[:, 5] = 2 + (IDS[:, 5] - 1) % 60
+    assert_identical(anchor(changed).logits[:, :5], anchor(IDS).logits[:, :5])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_of_the_bases(implementation: str) -> None:
+    mix = Mix(anchor="llama", augmenting=("gemma3_text",))
+    expected = mix.shared()(IDS).logits
+    anchor, (other,) = mix.anchor_model(), mix.augmenting_models().values()
+    for base in (anchor, other):
+        base.set_attn_implementation(implementation)
+    model = calm.compose(anchor, {"m0": other}, mix.connections)
+    model.connections.load_state_dict(mix.shared().connections.state_dict())
+    assert_same(model(IDS).logits, expected)
+
+
+def test_embeddings_are_the_anchors() -> None:
+    model = Mix().shared()
+    assert model.get_input_embeddings() is model.anchor.model.embed_tokens
+    assert model.get_output_embeddings() is model.anchor.lm_head
+    assert model.device == torch.device("cpu") and model.dtype == torch.float32
+    assert model.can_generate()
+
+
+def test_state_dict_round_trip() -> None:
+    """The names of the bases' weights are their own, after a prefix."""
+    mix = Mix(augmenting=("gpt2", "mamba"))
+    model = mix.build()
+    names = set(model.state_dict())
+    assert {f"anchor.{name}" for name in mix.anchor_model().state_dict()} <= names
+    other = mix.fresh()
+    other.load_state_dict(model.state_dict())
+    assert_identical(other(IDS).logits, model(IDS).logits)
+
+
+def test_a_composition_that_is_thrown_away_is_gone() -> None:
+    """With its bases: nothing outside holds it."""
+    model = Mix().build()
+    model.generate(IDS, max_new_tokens=2)
+    gone = weakref.ref(model)
+    del model
+    import gc
+
+    gc.collect()
+    assert gone() is None
