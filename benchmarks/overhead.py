@@ -215,8 +215,8 @@ def memory(bench: Bench) -> Result:
 def peak_bytes(run: Callable[[], None]) -> int:
     """Peak of the bytes that PyTorch's CPU allocator holds during a call, beyond what it held before.
 
-    Not the peak of resident memory: that moves by tens of MB from run to run with the C allocator's habits, as much as
-    what is measured here, while these are exact and the same each time.
+    Not the peak of resident memory, which also counts what the C allocator keeps after it was freed: these are the
+    tensors' own bytes, exact and the same each time.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -285,7 +285,7 @@ def show(report: dict[str, Any], results: list[Result]) -> None:
         f"connections, {settings['tokens']} tokens, {settings['dtype']}; {machine['cpu']}, {machine['threads']} threads"
     )
     for column in ("", "composed", "parts", "ratio", "quartiles", "target", "met"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     for result in results:
         scale, unit = (1e3, "ms") if result.unit == "s" else (1e-6, "MB")
         table.add_row(
@@ -297,7 +297,7 @@ def show(report: dict[str, Any], results: list[Result]) -> None:
             f"{result.target:.4f}",
             "yes" if result.met else "[bold red]no[/]",
         )
-    Console().print(table)
+    Console(width=max(120, console.width)).print(table)
 
 
 def main(

@@ -61,6 +61,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         anchor: The frozen anchor.
         augmenting: `nn.ModuleDict` of the frozen, truncated augmenting decoders.
         connections: `nn.ModuleList` of `Connection`, in the order of `config.layer_pairs`.
+        context_length: The smallest context of the composed models in tokens, `None` where none states a limit.
     """
 
     config_class = CalmConfig
@@ -107,12 +108,15 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
         contexts: list[tuple[int, str]] = [
             (limit, name)
-            for name, base in (("the anchor", config.anchor_config), *config.augmenting_configs.items())
+            for name, base in (
+                ("the anchor", config.anchor_config),
+                *((f"the augmenting model {name!r}", base) for name, base in config.augmenting_configs.items()),
+            )
             if (limit := context_of(base)) is not None
         ]
-        self._context: int | None
+        self.context_length: int | None
         self._context_of: str
-        self._context, self._context_of = min(contexts) if contexts else (None, "")
+        self.context_length, self._context_of = min(contexts) if contexts else (None, "")
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self._inject, here))
@@ -398,10 +402,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         return input_ids
 
     def _check_length(self, length: int) -> None:
-        if self._context is not None and length > self._context:
+        if self.context_length is not None and length > self.context_length:
             raise CalmError(
-                f"{length} tokens do not fit: the context of {self._context_of} is {self._context} tokens, and the "
-                "smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
+                f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
+                "the smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
 
     def _check_static_cache(self) -> None:

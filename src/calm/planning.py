@@ -142,7 +142,7 @@ class Plan:
     def __rich__(self) -> Group:
         """The plan as two tables: its parts, and what they come to."""
         tokens = self.batch_size * self.sequence_length
-        parts = Table("", "architecture", "layers", "width", "parameters", "weights", "cache/token", "FLOPs/token")
+        parts = Table("", "type", "layers", "parameters", "weights", "cache/token", "FLOPs/token", box=None)
         for column in parts.columns[2:]:
             column.justify = "right"
         for name, part in (("anchor", self.anchor), *self.augmenting.items(), ("connections", self.connections)):
@@ -150,7 +150,6 @@ class Plan:
                 name,
                 part.architecture,
                 str(part.layers) if part.layers == part.layers_in_full else f"{part.layers} of {part.layers_in_full}",
-                str(part.width),
                 f"{part.parameters:,}",
                 decimal(part.weight_bytes),
                 decimal(part.cache_bytes // tokens),

@@ -93,6 +93,7 @@ def test_a_new_composition_is_the_anchor_bit_for_bit(composed: Composed) -> None
     assert_identical(composed.logits(), alone)
 
 
+@pytest.mark.parametrize("composed", ["smollm2+specialist"], indirect=True)  # Gemma's base does not answer
 def test_a_new_composition_knows_what_its_anchor_knows(composed: Composed) -> None:
     prompt = composed.tokenizer("The capital of France is", return_tensors="pt")
     arguments = {**prompt, "max_new_tokens": 8, "do_sample": False}

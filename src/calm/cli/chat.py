@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from rich.console import Console
 
 from calm.cli import loading
+from calm.errors import CalmError
 
 HELP = "/quit ends, /reset forgets the conversation, /off and /on switch the composition off and on, /help shows this"
 
 
 def chat(
     model: loading.Model,
-    max_new_tokens: loading.MaxNewTokens = 256,
+    max_new_tokens: loading.MaxNewTokens = None,
     temperature: loading.Temperature = 0.0,
     top_p: loading.TopP = 1.0,
     top_k: loading.TopK = 0,
@@ -64,13 +65,18 @@ def chat(
             else:
                 inputs = tokenizer(line, return_tensors="pt")
             inputs = inputs.to(composed.device)
-            with composed.composition_disabled() if disabled else nullcontext():
-                outputs = composed.generate(
-                    **inputs,
-                    **options,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=streamer,
-                )
+            try:
+                with composed.composition_disabled() if disabled else nullcontext():
+                    outputs = composed.generate(
+                        **inputs,
+                        **options,
+                        max_new_tokens=loading.length(composed, inputs["input_ids"].shape[1], max_new_tokens),
+                        pad_token_id=tokenizer.pad_token_id,
+                        streamer=streamer,
+                    )
+            except CalmError as error:  # a conversation that no longer fits is not lost
+                console.print(f"{error} (/reset forgets the conversation)", style="red", markup=False)
+                messages = messages[:-1]
+                continue
             answer = tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer})

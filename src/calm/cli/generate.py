@@ -17,7 +17,7 @@ from calm.errors import CalmError
 def generate(
     model: loading.Model,
     prompt: Annotated[list[str], typer.Argument(help="Prompts; - reads one from standard input.")],
-    max_new_tokens: loading.MaxNewTokens = 128,
+    max_new_tokens: loading.MaxNewTokens = None,
     temperature: loading.Temperature = 0.0,
     top_p: loading.TopP = 1.0,
     top_k: loading.TopK = 0,
@@ -44,7 +44,7 @@ def generate(
             outputs = composed.generate(
                 **inputs,
                 **loading.sampling(temperature, top_p, top_k, seed),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=loading.length(composed, inputs["input_ids"].shape[1], max_new_tokens),
                 num_beams=num_beams,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None,

@@ -20,7 +20,9 @@ Augmenting = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (the GPU if there is one).")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens to generate; by default 256, or what fits into the context.")
+]
 Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; above: sample.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")]
@@ -49,6 +51,13 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return composed, tokenizer
+
+
+def length(composed: CalmForCausalLM, prompt_length: int, max_new_tokens: int | None) -> int:
+    """How many tokens to generate at most: as many as asked for, by default 256 within the smallest context."""
+    if max_new_tokens is not None or composed.context_length is None:
+        return max_new_tokens or 256
+    return max(1, min(256, composed.context_length - prompt_length + 1))
 
 
 def sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, object]:
