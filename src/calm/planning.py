@@ -142,7 +142,9 @@ class Plan:
     def __rich__(self) -> Group:
         """The plan as two tables: its parts, and what they come to."""
         tokens = self.batch_size * self.sequence_length
-        parts = Table("", "type", "layers", "parameters", "weights", "cache/token", "FLOPs/token", box=None)
+        parts = Table(
+            "", "type", "layers", "parameters", "weights", "cache/token", "FLOPs/token", box=None, padding=(0, 1, 0, 0)
+        )
         for column in parts.columns[2:]:
             column.justify = "right"
         for name, part in (("anchor", self.anchor), *self.augmenting.items(), ("connections", self.connections)):
