@@ -167,7 +167,9 @@ def test_the_smaller_context_counts() -> None:
     other = AutoModelForCausalLM.from_config(config)
     model = calm.compose(factories.base("llama"), {"short": other}, 2)
     model(factories.tokens(1, 12))
-    with pytest.raises(CalmError, match=r"13 tokens do not fit: the context of the augmenting model 'short' is 12 tokens"):
+    with pytest.raises(
+        CalmError, match=r"13 tokens do not fit: the context of the augmenting model 'short' is 12 tokens"
+    ):
         model(factories.tokens(1, 13))
     with pytest.raises(CalmError, match=r"13 tokens do not fit.*short"):
         model.generate(factories.tokens(1, 9), max_new_tokens=5)

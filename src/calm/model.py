@@ -157,8 +157,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: `[batch, past + length]`, 1 for a token and 0 for padding (longer, up to the cache's length,
                 with a static cache).
             position_ids: Int64 `[batch, length]`. Without it the anchor counts as it does on its own; models with
-                absolute positions want it for left-padded rows (`generate` passes it). Positions that restart mark
-                packed documents, which do not see one another.
+                absolute positions want it for left-padded rows (`generate` passes it). Without a mask and a
+                cache, positions that restart mark packed documents, which do not see one another.
             past_key_values: The cache of earlier tokens.
             labels: Int64 `[batch, length]`, -100 where no loss is wanted.
             use_cache: Return a cache; by default outside of training and without labels.
