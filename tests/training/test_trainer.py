@@ -415,5 +415,5 @@ def test_bfloat16(make_recipe: MakeRecipe, settings: dict[str, Any]):
     trainer.train(recipe)
     evaluated = losses(recipe)["eval_loss"]
     assert evaluated[20] < evaluated[10] - 0.02
-    dtype = torch.bfloat16 if "top" in settings else torch.float32
-    assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {dtype}
+    # the frozen models may be in bfloat16; what is trained and saved never is
+    assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {torch.float32}
