@@ -42,7 +42,7 @@ test-slow: $(DEV) ## the slow tests
 	$(PYTEST) -m "slow and not real" --timeout 1800 $(PYTEST_ARGS)
 
 test-real: $(DEV) ## the tests on real checkpoints
-	$(PYTEST) -m real --timeout 1800 $(PYTEST_ARGS)
+	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real --timeout 1800 $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: lint and format, checked
 	$(BIN)/ruff check .
