@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import calm
+from calm import sources
 from calm.backbones import layers_of, truncated
 from calm.planning import plan
 
@@ -86,8 +87,8 @@ class Bench:
 
     def __init__(self, specialist_layers: int, connections: int, tokens: int):
         torch.manual_seed(0)
-        anchor = calm.backbones.Source.parse(SMOLLM2_135M.fetch())
-        anchor_model = calm.backbones.load_anchor(anchor, calm.backbones.load_config(anchor), dtype=torch.float32)
+        anchor = sources.Source.parse(SMOLLM2_135M.fetch())
+        anchor_model = sources.load_anchor(anchor, sources.load_config(anchor), dtype=torch.float32)
         specialist = copy.deepcopy(truncated(anchor_model, specialist_layers))
         self.model = calm.compose(anchor_model, specialist, connections)
         for connection in self.model.connections:  # as after training: nothing is multiplied by zeros

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import factories
@@ -11,7 +15,7 @@ import pytest
 import torch
 import transformers
 from factories import Mix, assert_identical, assert_same
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import calm
@@ -141,7 +145,7 @@ def test_an_error_in_a_forward_pass_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         model(IDS)
     handle.remove()
-    assert model._pass is None
+    assert model._running() is None
     assert_identical(model.anchor(IDS).logits, bare)
     with pytest.raises(ZeroDivisionError), model.composition_disabled():
         raise ZeroDivisionError
@@ -191,8 +195,8 @@ def test_a_composed_anchor_as_augmenting_model_brings_no_hooks_along() -> None:
     expected = first(IDS).logits
     second = calm.compose(factories.base("qwen3"), anchor, [(2, 1)])
     hooks = [hook for module in second.augmenting.modules() for hook in module._forward_hooks.values()]
-    owners = [hook.func.__self__ for hook in hooks if isinstance(hook, backbones.CompositionHook)]
-    assert owners == [second], "hooks of another composition were copied"
+    owners = [hook.model and hook.model() for hook in hooks if isinstance(hook, backbones.CompositionHook)]
+    assert owners.count(second) == 1 and first not in owners, "hooks of another composition were copied"
     assert_identical(first(IDS).logits, expected)
 
 
@@ -209,9 +213,55 @@ def test_deepcopy() -> None:
     assert not torch.equal(copied(IDS).logits, expected)
     copied(IDS, labels=IDS).loss.backward()
     assert all(weight.grad is None for weight in model.parameters())
-    assert copied._pass is None and model._pass is None
+    assert copied._running() is None and model._running() is None
     owned = {id(p) for p in model.parameters()}
     assert not any(id(p) in owned for p in copied.parameters())
+
+
+def test_a_pickled_composition_is_a_composition() -> None:
+    """What starting a process with a model does to it."""
+    model = Mix(augmenting=("gpt2",)).build()
+    copied = pickle.loads(pickle.dumps(model))
+    assert_identical(copied(IDS).logits, model(IDS).logits)
+    with torch.no_grad():
+        copied.connections[0].w_o.weight.mul_(-1.5)
+    assert not torch.equal(copied(IDS).logits, model(IDS).logits)
+
+
+def test_an_anchor_outlives_its_compositions() -> None:
+    """A sweep composes one anchor many times: what is thrown away is freed and leaves the anchor as it was."""
+    anchor = factories.base("llama")
+    expected = anchor(IDS).logits
+    for _ in range(2):
+        model = factories.perturb(calm.compose(anchor, factories.base("gpt2"), 2))
+        assert not torch.equal(model(IDS).logits, expected)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+        assert_identical(anchor(IDS).logits, expected)
+
+
+def test_threads_do_not_disturb_one_another() -> None:
+    """Several threads run one composition, and two compositions of one anchor, at the same time."""
+    anchor = factories.base("llama")
+    models = [
+        factories.perturb(calm.compose(anchor, factories.base(name), 2), seed)
+        for seed, name in enumerate(("gpt2", "qwen3"))
+    ]
+    inputs = [factories.tokens(1, length, seed=length) for length in range(3, 11)]
+    jobs = [(model, ids) for ids in inputs for model in models]
+
+    def logits(job: tuple[calm.CalmForCausalLM, Tensor]) -> Tensor:
+        model, ids = job
+        with torch.no_grad():
+            return model.generate(ids, max_new_tokens=6, output_logits=True, return_dict_in_generate=True).logits[-1]
+
+    alone = [logits(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(logits, jobs))
+    for found, expected in zip(together, alone, strict=True):
+        assert_identical(found, expected)
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------

@@ -1,38 +1,24 @@
-"""Bases: load, freeze, truncate and fingerprint them, and find their layers."""
+"""Bases: which architectures can be composed, where their layers and residual streams are, and how to cut them."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+import weakref
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file, logging
 
-from calm.config import CalmConfig, depth_of, text_config, width_of
-from calm.errors import CheckpointError, TokenizerMismatchError, UnsupportedModelError
+from calm.config import depth_of, text_config
+from calm.errors import UnsupportedModelError
 
 # Architectures that the rules below accept or cannot judge, but that break an invariant. Found by
 # docs/support_matrix.py, which tries every causal language model of the installed transformers.
@@ -87,192 +73,6 @@ MASK_OF_CACHE_LENGTH = {"bloom"}
 
 # Causal whatever their configuration's `is_decoder` says (it is False by default).
 CAUSAL_ANYWAY = {"git", "gpt_neox", "gpt_neox_japanese", "trocr"}
-
-FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
-_FLOATS = set(FINGERPRINT_DTYPES.values())
-
-
-class _IncompleteError(CheckpointError):
-    """Weights that a model needs are not among a checkpoint's."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a base comes from, as a user wrote it: a hub name, a folder, or a GGUF file.
-
-    Attributes:
-        name_or_path: What transformers' `from_pretrained` takes.
-        gguf_file: File within it, for GGUF.
-        revision: Branch, tag or commit of a hub repository.
-    """
-
-    name_or_path: str
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    @classmethod
-    def parse(cls, name: str | os.PathLike[str], revision: str | None = None) -> Source:
-        """Read `folder/model.gguf` (a file) and `owner/repository/model.gguf` (on a hub) apart from names and folders.
-
-        Raises:
-            CheckpointError: If a path that can only be local does not exist.
-        """
-        text = os.fspath(name)
-        if text.endswith(".gguf"):
-            path = Path(text)
-            if path.is_file():
-                return cls(str(path.parent), path.name, revision)
-            parts = text.split("/")
-            if len(parts) == 3 and not text.startswith((".", "~")):
-                return cls("/".join(parts[:2]), parts[2], revision)
-            raise CheckpointError(f"{text!r}: no such GGUF file. Give its path, or OWNER/REPOSITORY/FILE.gguf.")
-        if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-            raise CheckpointError(f"{text!r}: no such folder. Give the folder that holds config.json, or a hub name.")
-        return cls(text, None, revision)
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of every `from_pretrained`."""
-        return {key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value}
-
-
-def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
-    """Load a base's configuration.
-
-    Args:
-        source: Where it is.
-        load_kwargs: Those of the weights; the ones that concern finding files are used.
-
-    Raises:
-        CheckpointError: If there is none, or its architecture is unknown to the installed transformers.
-    """
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
-    try:
-        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"No usable configuration for {source.name_or_path!r}: {error}") from error
-
-
-def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
-    """Load a whole causal language model.
-
-    Args:
-        source: Where it is.
-        config: From `load_config`.
-        load_kwargs: For `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
-
-    Raises:
-        CheckpointError: If it is missing, unreadable or incomplete.
-    """
-    return freeze(_load(AutoModelForCausalLM, source, config, **load_kwargs))
-
-
-def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load_kwargs: Any) -> PreTrainedModel:
-    """Load the first `depth` layers of a decoder; later layers and the head are never built.
-
-    Args:
-        source: Where it is.
-        config: From `load_config`.
-        depth: How many layers to keep.
-        load_kwargs: For `from_pretrained`.
-
-    Returns:
-        The frozen, truncated decoder.
-
-    Raises:
-        CheckpointError: If it is missing, unreadable or incomplete.
-    """
-    if source.gguf_file is not None:  # the names of a GGUF file's weights are mapped by the whole configuration
-        return truncated(load_anchor(source, config, **load_kwargs), depth)
-    config = copy.deepcopy(config)
-    truncate_config(config, depth)
-    if type(config) in MODEL_MAPPING:
-        try:
-            return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
-        except _IncompleteError:
-            pass  # the plain model has parts that a causal language model's checkpoint has not: poolers, encoders
-    return freeze(decoder_of(_load(AutoModelForCausalLM, source, config, **load_kwargs)))
-
-
-def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
-    try:
-        with _quiet():  # the later layers' weights are unexpected on purpose
-            model, info = auto_class.from_pretrained(
-                source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
-    if missing := sorted(info.get("missing_keys", ())):
-        raise _IncompleteError(
-            f"{source.name_or_path!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among "
-            "them: its files are incomplete, or of another architecture."
-        )
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """Load a base's tokenizer, `None` where it has none beside its weights."""
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
-    arguments = source.arguments() | hub_kwargs
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-        return None
-    if source.gguf_file is None:  # where there are no files, transformers makes up an empty tokenizer
-        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if not any(cached_file(source.name_or_path, file, **arguments, **lenient) for file in sorted(files)):
-            return None
-    return tokenizer
-
-
-def check_same_tokenizer(
-    anchor: PreTrainedTokenizerBase | None,
-    augmenting: PreTrainedTokenizerBase | None,
-    anchor_config: PreTrainedConfig,
-    augmenting_config: PreTrainedConfig,
-    names: tuple[str, str],
-) -> None:
-    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes.
-
-    Args:
-        anchor: The anchor's tokenizer, if known.
-        augmenting: The augmenting model's tokenizer, if known.
-        anchor_config: For the vocabulary size.
-        augmenting_config: The same.
-        names: What to call the two in the error.
-
-    Raises:
-        TokenizerMismatchError: Naming both.
-    """
-    advice = "Compose models that share a tokenizer; different tokenizers are not supported yet."
-    if anchor is not None and augmenting is not None:
-        ours, theirs = anchor.get_vocab(), augmenting.get_vocab()
-        if ours != theirs:
-            shared = len(ours.items() & theirs.items())
-            raise TokenizerMismatchError(
-                f"The anchor {names[0]} and the augmenting model {names[1]} have different tokenizers "
-                f"({type(anchor).__name__} with {len(ours)} tokens, {type(augmenting).__name__} with {len(theirs)}; "
-                f"{shared} tokens have the same id in both). {advice}"
-            )
-        return
-    ours, theirs = (getattr(text_config(c), "vocab_size", None) for c in (anchor_config, augmenting_config))
-    if ours != theirs:
-        raise TokenizerMismatchError(
-            f"The anchor {names[0]} has {ours} tokens and the augmenting model {names[1]} has {theirs}, so their "
-            f"tokenizers seem to differ. {advice} If they do share one (only padding the embedding differently), pass "
-            "anchor_tokenizer= and augmenting_tokenizer=."
-        )
 
 
 def check_supported(config: PreTrainedConfig, role: str) -> None:
@@ -423,12 +223,32 @@ def truncate_config(config: PreTrainedConfig, depth: int) -> None:
         text.decoder_layers = depth
 
 
-class CompositionHook(partial[Any]):
-    """A forward hook of a composition on its anchor or augmenting model; a copy of the base leaves it behind."""
+class CompositionHook:
+    """A forward hook that a composition has on a layer of a base.
 
+    It does not keep the composition alive, and a copy of the base alone leaves the composition behind.
 
-def _no_hook(*args: Any) -> None:
-    """Stand for a `CompositionHook` in a copy."""
+    Args:
+        model: The composed model.
+        method: Name of its method that is called with `arguments` and the layer's output.
+        arguments: First arguments of the method.
+    """
+
+    def __init__(self, model: nn.Module | None, method: str, *arguments: Any):
+        self.model = weakref.ref(model) if model is not None else None
+        self.method, self.arguments = method, arguments
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Return the layer's output with what the composition makes of it; `None` leaves it as it is."""
+        model = self.model() if self.model is not None else None
+        return getattr(model, self.method)(*self.arguments, output) if model is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompositionHook:
+        model = self.model() if self.model is not None else None
+        return CompositionHook(memo.get(id(model)) if model is not None else None, self.method, *self.arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompositionHook, (self.model() if self.model is not None else None, self.method, *self.arguments)
 
 
 def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
@@ -445,8 +265,6 @@ def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """
     decoder = decoder_of(model)
     shared: dict[int, Any] = {id(t): t for t in (*decoder.parameters(), *decoder.buffers())}
-    hooks = (hook for module in decoder.modules() for hook in module._forward_hooks.values())
-    shared |= {id(hook): _no_hook for hook in hooks if isinstance(hook, CompositionHook)}
     copied: PreTrainedModel = copy.deepcopy(decoder, shared)
     del layers_of(copied)[kept_depth(copied.config, depth) :]
     truncate_config(copied.config, depth)
@@ -473,183 +291,3 @@ def position_offset(config: PreTrainedConfig) -> int:
     """The position of a model's first token, in the way it counts when it is given no positions."""
     text = text_config(config)
     return text.pad_token_id + 1 if text.model_type in _OFFSET_POSITIONS else 0
-
-
-def check_finite(model: nn.Module, name: str) -> None:
-    """Refuse a base with a NaN or an infinity among its weights: everything downstream would be NaN.
-
-    Raises:
-        CheckpointError: Naming the weight.
-    """
-    for key, weight in model.named_parameters():
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
-            raise CheckpointError(
-                f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
-            )
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digest every weight of a base, so that another one is told apart at loading.
-
-    Integer checksums of the raw bits, which do not depend on device or order of summation. One digest for each dtype
-    that the weights may be loaded in, because casting to a lower precision is deterministic.
-
-    Args:
-        model: The base.
-
-    Returns:
-        Digests by dtype name; a single one under `"stored"` for weights that are not plain floats (quantized); empty
-        for weights that are not materialised.
-    """
-    weights = dict(model.named_parameters())
-    if any(weight.is_meta for weight in weights.values()):
-        return {}
-    if not all(weight.dtype in _FLOATS for weight in weights.values()):
-        return {"stored": _digest(weights, None)}
-    return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
-
-
-def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        data = weight.detach() if dtype is None else weight.detach().to(dtype)
-        data = data.contiguous()
-        bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
-        bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
-            digest.update(f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},".encode())
-    return digest.hexdigest()[:32]
-
-
-def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> None:
-    """Refuse a base that is not the one a composition was trained against.
-
-    Args:
-        model: The base as loaded.
-        recorded: From the checkpoint's reference; nothing is checked when it is empty.
-        name: What to call the base in the error.
-
-    Raises:
-        CheckpointError: If its weights differ.
-    """
-    dtypes = {weight.dtype for weight in model.parameters()}
-    if not recorded or any(weight.is_meta for weight in model.parameters()):
-        return
-    # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
-    keys = [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes] if dtypes <= _FLOATS else []
-    key = keys[-1] if keys else "stored"
-    if keys and "stored" not in recorded:
-        found = _digest(dict(model.named_parameters()), FINGERPRINT_DTYPES[key])
-    else:
-        found = _digest(dict(model.named_parameters()), None)
-    if found != recorded.get(key):
-        raise CheckpointError(
-            f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "
-            f"recorded {recorded.get(key)}). Load the right base, or pass verify_bases=False if the change is meant "
-            "(for example another quantization of the same model)."
-        )
-
-
-def load_bases(
-    config: CalmConfig,
-    anchor: PreTrainedModel | str | os.PathLike[str] | None = None,
-    augmenting: Any = None,
-    verify: bool = True,
-    **load_kwargs: Any,
-) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
-    """Load a composition's bases by their recorded references, or take those given by hand.
-
-    Args:
-        config: The composition.
-        anchor: The anchor, or where it is now.
-        augmenting: The augmenting model(s), or where they are now: one, or by name.
-        verify: Compare fingerprints.
-        load_kwargs: For `from_pretrained` of every base.
-
-    Returns:
-        The anchor, and the truncated augmenting models by name.
-
-    Raises:
-        CheckpointError: If one is missing, unreadable, or not the base that was trained against.
-    """
-    given: dict[str, Any] = {}
-    if augmenting is not None:
-        given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
-        if "" in given and len(config.augmenting_configs) == 1:
-            given = {next(iter(config.augmenting_configs)): given[""]}
-        if unknown := sorted(set(given) - set(config.augmenting_configs)):
-            raise CheckpointError(
-                f"augmenting={unknown or list(given)}: this composition has the augmenting models "
-                f"{sorted(config.augmenting_configs)}; give them by name."
-            )
-
-    anchor_source = (
-        None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
-    )
-    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
-    models = {}
-    for name, expected in config.augmenting_configs.items():
-        role = f"the augmenting model {name!r}"
-        base, depth = given.get(name), config.augmenting_depth(name)
-        source = None
-        if not isinstance(base, PreTrainedModel):
-            source = _find(role, base, config.augmenting_references.get(name, {}))
-        if source is not None and source == anchor_source:  # one set of weights serves as both
-            base, source = anchor_model, None
-        models[name] = _take(role, base, source, expected, depth, **load_kwargs)
-    if verify:
-        check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
-        for name, model in models.items():
-            recorded = config.augmenting_references.get(name, {}).get("fingerprint", {})
-            check_fingerprint(model, recorded, f"the augmenting model {name!r}")
-    return anchor_model, models
-
-
-def _take(
-    role: str,
-    base: Any,
-    source: Source | None,
-    expected: PreTrainedConfig,
-    depth: int | None = None,
-    **load_kwargs: Any,
-) -> PreTrainedModel:
-    if source is None:
-        _check_shape(base.config, expected, role)
-        return freeze(base) if depth is None else truncated(base, depth)
-    found = load_config(source, **load_kwargs)
-    _check_shape(found, expected, role)
-    if depth is None:
-        return load_anchor(source, found, **load_kwargs)
-    return load_augmenting(source, found, depth, **load_kwargs)
-
-
-def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
-    if base is not None:
-        return Source.parse(base)
-    name = reference.get("name_or_path")
-    argument = "anchor=" if role == "the anchor" else "augmenting="
-    if not name:
-        raise CheckpointError(
-            f"{role} was given as a loaded model when this composition was made, so there is no reference to load it "
-            f"by: pass {argument} with the model or where it is."
-        )
-    source = Source(name, reference.get("gguf_file"), reference.get("revision"))
-    if Path(name).is_absolute() and not Path(name, source.gguf_file or "config.json").is_file():
-        raise CheckpointError(
-            f"{role} is recorded as {name!r}, which is not there: pass {argument} with where it is now."
-        )
-    return source
-
-
-def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str) -> None:
-    for what, value in (
-        ("architecture", lambda c: text_config(c).model_type),
-        ("width", width_of),
-        ("depth", depth_of),
-    ):
-        if value(found) != value(expected):
-            raise CheckpointError(
-                f"{role} has {what} {value(found)!r}; this composition was trained against {value(expected)!r}. Give "
-                "the base that it was made with."
-            )

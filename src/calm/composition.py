@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from calm import backbones
-from calm.backbones import Source
+from calm import backbones, fingerprints, sources
 from calm.config import CalmConfig, depth_of
 from calm.connections import choose_pairs
 from calm.errors import CalmError, UnsupportedModelError
 from calm.model import CalmForCausalLM
+from calm.sources import Source
 
 Base: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
@@ -82,7 +82,7 @@ def compose(
         and anchor_source is not None
         and any(s != anchor_source for _, _, s in looked_at.values())
     ):
-        anchor_tokenizer = backbones.load_tokenizer(anchor_source, **hub_kwargs)
+        anchor_tokenizer = sources.load_tokenizer(anchor_source, **hub_kwargs)
     for name, (base, config, source) in looked_at.items():
         if source is not None and source == anchor_source:
             continue
@@ -91,8 +91,8 @@ def compose(
         else:
             tokenizer = augmenting_tokenizer
         if tokenizer is None and source is not None:
-            tokenizer = backbones.load_tokenizer(source, **hub_kwargs)
-        backbones.check_same_tokenizer(
+            tokenizer = sources.load_tokenizer(source, **hub_kwargs)
+        sources.check_same_tokenizer(
             anchor_tokenizer, tokenizer, anchor_config, config, (_name(anchor, anchor_source), _name(base, source))
         )
 
@@ -113,10 +113,7 @@ def compose(
     )
 
     load_kwargs.pop("revision", None)  # it is part of the sources
-    if anchor_source is None:
-        anchor_model = anchor
-    else:
-        anchor_model = backbones.load_anchor(anchor_source, anchor_config, **load_kwargs)
+    anchor_model = anchor if anchor_source is None else sources.load_anchor(anchor_source, anchor_config, **load_kwargs)
     augmenting_models = {}
     for name, (base, base_config, source) in looked_at.items():
         depth = config.augmenting_depth(name)
@@ -125,12 +122,12 @@ def compose(
         elif source == anchor_source:  # one set of weights serves as both
             augmenting_models[name] = backbones.truncated(anchor_model, depth)
         else:
-            augmenting_models[name] = backbones.load_augmenting(source, base_config, depth, **load_kwargs)
-    backbones.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
+            augmenting_models[name] = sources.load_augmenting(source, base_config, depth, **load_kwargs)
+    fingerprints.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
     config.anchor_reference = _reference(anchor_model, anchor_source)
     for name, model in augmenting_models.items():
         base, _, source = looked_at[name]
-        backbones.check_finite(model, f"the augmenting model {_name(base, source)}")
+        fingerprints.check_finite(model, f"the augmenting model {_name(base, source)}")
         config.augmenting_references[name] = _reference(model, source)
     return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
 
@@ -144,7 +141,7 @@ def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any,
         source, config = None, base.config
     elif isinstance(base, str | os.PathLike):
         source = Source.parse(base, load_kwargs.get("revision"))
-        config = backbones.load_config(source, **load_kwargs)
+        config = sources.load_config(source, **load_kwargs)
     else:
         raise CalmError(
             f"The {role} is a {type(base).__name__}: expected a transformers model, or a hub name, folder or GGUF file."
@@ -170,7 +167,7 @@ def _reference(model: PreTrainedModel, source: Source | None) -> dict[str, Any]:
         "name_or_path": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
         "gguf_file": source.gguf_file if source else None,
         "revision": source.revision if source else None,
-        "fingerprint": backbones.fingerprint(model),
+        "fingerprint": fingerprints.fingerprint(model),
     }
 
 

@@ -98,19 +98,19 @@ def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     Raises:
         CalmError: If there is none.
     """
-    from calm import backbones
+    from calm import sources
     from calm.checkpoint import read_config
 
-    source = backbones.Source.parse(name)
-    tokenizer = backbones.load_tokenizer(source)
+    source = sources.Source.parse(name)
+    tokenizer = sources.load_tokenizer(source)
     if tokenizer is None and source.gguf_file is None:
         try:
             anchor = read_config(name).anchor_reference
         except CheckpointError:
             anchor = {}
         if anchor.get("name_or_path"):
-            tokenizer = backbones.load_tokenizer(
-                backbones.Source(anchor["name_or_path"], anchor.get("gguf_file"), anchor.get("revision"))
+            tokenizer = sources.load_tokenizer(
+                sources.Source(anchor["name_or_path"], anchor.get("gguf_file"), anchor.get("revision"))
             )
     if tokenizer is None:
         raise CalmError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from calm import backbones, checkpoint
+from calm import backbones, checkpoint, sources
 from calm.alignment import Alignment, align, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
@@ -42,9 +43,14 @@ HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_o
 class _Pass:
     """What the hooks need during one forward pass."""
 
+    model: CalmForCausalLM
     alignment: Alignment
     cross: Cache | None
     captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+
+# Hooks have no argument for it. One for each thread, so that several may run one model at the same time.
+_thread = threading.local()
 
 
 class CalmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -102,7 +108,6 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
             self.connections.append(connection.to(device=reference.device, dtype=dtype))
 
-        self._pass: _Pass | None = None
         self._disabled = False
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
@@ -119,10 +124,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self.context_length, self._context_of = min(contexts) if contexts else (None, "")
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
-            anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self._inject, here))
+            anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
         for name, layer_index in sorted({(pair.augmenting, pair.augmenting_layer) for pair in pairs}):
             layer = backbones.layers_of(self.augmenting[name])[layer_index]
-            layer.register_forward_hook(backbones.CompositionHook(self._capture, name, layer_index))
+            layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
@@ -211,8 +216,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             labels,
             input_ids.device,
         )
-        state = _Pass(alignment, cache.cross if cache is not None else None)
-        self._pass = state
+        _thread.running = _Pass(self, alignment, cache.cross if cache is not None else None)
         try:
             self._run_augmenting(input_ids, attention_mask, position_ids, cache)
             outputs = self.anchor(
@@ -227,7 +231,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 **self._anchor_kwargs(labels=labels, logits_to_keep=logits_to_keep, **kwargs),
             )
         finally:
-            self._pass = None
+            _thread.running = None
         return CausalLMOutputWithPast(
             loss=outputs.get("loss"),
             logits=outputs.logits,
@@ -355,12 +359,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             may_be_blind=prompt_length is not None,
         )
 
-    def _capture(self, name: str, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._pass is not None:
-            self._pass.captured[name, layer] = backbones.residual_of(output, self.augmenting[name].config)
+    def _capture(self, name: str, layer: int, output: Any) -> None:
+        if (state := self._running()) is not None:
+            state.captured[name, layer] = backbones.residual_of(output, self.augmenting[name].config)
 
-    def _inject(self, indices: list[int], module: nn.Module, args: Any, output: Any) -> Any:
-        state = self._pass
+    def _inject(self, indices: list[int], output: Any) -> Any:
+        state = self._running()
         if state is None:
             return None
         hidden = backbones.residual_of(output, self.anchor.config)
@@ -373,6 +377,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             cache_layer = state.cross.layers[i] if state.cross is not None else None
             injections.append(self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer))
         return backbones.add_to_residual(output, sum(injections[1:], injections[0]), self.anchor.config)
+
+    def _running(self) -> _Pass | None:
+        """This thread's pass, if it is this composition's (others may have hooks on the same anchor)."""
+        state: _Pass | None = getattr(_thread, "running", None)
+        return state if state is not None and state.model is self else None
 
     # -- checks of input ----------------------------------------------------------------------------------------
 
@@ -688,7 +697,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, CalmConfig):
             config = checkpoint.read_config(name, **hub_kwargs)
         base_kwargs = kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
-        anchor_model, augmenting_models = backbones.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
+        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
         weights = checkpoint.read_weights(name, expected, **hub_kwargs)

@@ -32,13 +32,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calm import backbones
-from calm.backbones import Source
+from calm import backbones, sources
 from calm.composition import compose
 from calm.config import context_of, depth_of, width_of
 from calm.connections import LayerPair
 from calm.errors import CalmError, UnsupportedModelError
 from calm.model import CalmForCausalLM
+from calm.sources import Source
 
 Base: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
 
@@ -228,22 +228,22 @@ def plan(
             raise CalmError(f"{name}={number!r}: expected a whole number, at least 1.")
 
     bases = dict(augmenting) if isinstance(augmenting, Mapping) else {"augmenting": augmenting}
-    sources = {name: Source.parse(b, revision) for name, b in bases.items() if isinstance(b, str | os.PathLike)}
+    found = {name: Source.parse(b, revision) for name, b in bases.items() if isinstance(b, str | os.PathLike)}
     anchor_source = Source.parse(anchor, revision) if isinstance(anchor, str | os.PathLike) else None
     tokenizers: dict[str, PreTrainedTokenizerBase | None] = {}
     anchor_tokenizer = None
-    if anchor_source is not None and any(source != anchor_source for source in sources.values()):
-        anchor_tokenizer = backbones.load_tokenizer(anchor_source)
-        tokenizers = {name: backbones.load_tokenizer(s) for name, s in sources.items() if s != anchor_source}
+    if anchor_source is not None and any(source != anchor_source for source in found.values()):
+        anchor_tokenizer = sources.load_tokenizer(anchor_source)
+        tokenizers = {name: sources.load_tokenizer(s) for name, s in found.items() if s != anchor_source}
 
     anchor_model = _without_memory(AutoModelForCausalLM, anchor, anchor_source, "anchor", DTYPES[dtype])
     models = {}
     for name, base in bases.items():
         # as in compose: one set of weights serves as both
-        if (base is anchor and isinstance(base, PreTrainedModel)) or sources.get(name, ()) == anchor_source:
+        if (base is anchor and isinstance(base, PreTrainedModel)) or found.get(name, ()) == anchor_source:
             models[name] = anchor_model
         else:
-            models[name] = _without_memory(AutoModel, base, sources.get(name), "augmenting model", DTYPES[dtype])
+            models[name] = _without_memory(AutoModel, base, found.get(name), "augmenting model", DTYPES[dtype])
     with torch.device("meta"):
         composed = compose(
             anchor_model,
@@ -268,7 +268,7 @@ def plan(
 def _without_memory(auto_class: Any, base: Any, source: Source | None, role: str, dtype: torch.dtype) -> Any:
     """A base built from its configuration on the meta device; anything that `compose` refuses is left to it."""
     if source is not None:
-        config = backbones.load_config(source)
+        config = sources.load_config(source)
     elif isinstance(base, PreTrainedModel | PreTrainedConfig):
         config = copy.deepcopy(base.config if isinstance(base, PreTrainedModel) else base)
     else:

@@ -16,10 +16,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
-from calm.backbones import Source, load_config
 from calm.config import context_of
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer
 from calm.errors import CalmError, CheckpointError
+from calm.sources import Source, load_config
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
 from calm.training.recipe import Recipe
 

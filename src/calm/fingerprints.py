@@ -1,0 +1,90 @@
+"""Fingerprints: tell the weights that a composition was trained against from any others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from calm.errors import CheckpointError
+
+FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOATS = set(FINGERPRINT_DTYPES.values())
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse a base with a NaN or an infinity among its weights: everything downstream would be NaN.
+
+    Raises:
+        CheckpointError: Naming the weight.
+    """
+    for key, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+            raise CheckpointError(
+                f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
+            )
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Digest every weight of a base, so that another one is told apart at loading.
+
+    Integer checksums of the raw bits, which do not depend on device or order of summation. One digest for each dtype
+    that the weights may be loaded in, because casting to a lower precision is deterministic.
+
+    Args:
+        model: The base.
+
+    Returns:
+        Digests by dtype name; a single one under `"stored"` for weights that are not plain floats (quantized); empty
+        for weights that are not materialised.
+    """
+    weights = dict(model.named_parameters())
+    if any(weight.is_meta for weight in weights.values()):
+        return {}
+    if not all(weight.dtype in _FLOATS for weight in weights.values()):
+        return {"stored": _digest(weights, None)}
+    return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
+
+
+def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        data = weight.detach() if dtype is None else weight.detach().to(dtype)
+        data = data.contiguous()
+        bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
+        bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
+            digest.update(f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},".encode())
+    return digest.hexdigest()[:32]
+
+
+def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> None:
+    """Refuse a base that is not the one a composition was trained against.
+
+    Args:
+        model: The base as loaded.
+        recorded: From the checkpoint's reference; nothing is checked when it is empty.
+        name: What to call the base in the error.
+
+    Raises:
+        CheckpointError: If its weights differ.
+    """
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if not recorded or any(weight.is_meta for weight in model.parameters()):
+        return
+    # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
+    keys = [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes] if dtypes <= _FLOATS else []
+    key = keys[-1] if keys else "stored"
+    if keys and "stored" not in recorded:
+        found = _digest(dict(model.named_parameters()), FINGERPRINT_DTYPES[key])
+    else:
+        found = _digest(dict(model.named_parameters()), None)
+    if found != recorded.get(key):
+        raise CheckpointError(
+            f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "
+            f"recorded {recorded.get(key)}). Load the right base, or pass verify_bases=False if the change is meant "
+            "(for example another quantization of the same model)."
+        )

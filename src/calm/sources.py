@@ -1,0 +1,317 @@
+"""Where bases come from: find, load and freeze them, whole or truncated, and their tokenizers."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, logging
+
+from calm.backbones import decoder_of, freeze, truncate_config, truncated
+from calm.config import CalmConfig, depth_of, text_config, width_of
+from calm.errors import CheckpointError, TokenizerMismatchError
+from calm.fingerprints import check_fingerprint
+
+HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
+
+
+class _IncompleteError(CheckpointError):
+    """Weights that a model needs are not among a checkpoint's."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base comes from, as a user wrote it: a hub name, a folder, or a GGUF file.
+
+    Attributes:
+        name_or_path: What transformers' `from_pretrained` takes.
+        gguf_file: File within it, for GGUF.
+        revision: Branch, tag or commit of a hub repository.
+    """
+
+    name_or_path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str | os.PathLike[str], revision: str | None = None) -> Source:
+        """Read `folder/model.gguf` (a file) and `owner/repository/model.gguf` (on a hub) apart from names and folders.
+
+        Raises:
+            CheckpointError: If a path that can only be local does not exist.
+        """
+        text = os.fspath(name)
+        if text.endswith(".gguf"):
+            path = Path(text)
+            if path.is_file():
+                return cls(str(path.parent), path.name, revision)
+            parts = text.split("/")
+            if len(parts) == 3 and not text.startswith((".", "~")):
+                return cls("/".join(parts[:2]), parts[2], revision)
+            raise CheckpointError(f"{text!r}: no such GGUF file. Give its path, or OWNER/REPOSITORY/FILE.gguf.")
+        if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
+            raise CheckpointError(f"{text!r}: no such folder. Give the folder that holds config.json, or a hub name.")
+        return cls(text, None, revision)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`."""
+        return {key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value}
+
+
+def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
+    """Load a base's configuration.
+
+    Args:
+        source: Where it is.
+        load_kwargs: Those of the weights; the ones that concern finding files are used.
+
+    Raises:
+        CheckpointError: If there is none, or its architecture is unknown to the installed transformers.
+    """
+    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
+    try:
+        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"No usable configuration for {source.name_or_path!r}: {error}") from error
+
+
+def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
+    """Load a whole causal language model.
+
+    Args:
+        source: Where it is.
+        config: From `load_config`.
+        load_kwargs: For `from_pretrained` (`dtype`, `device_map`, `quantization_config`, ...).
+
+    Raises:
+        CheckpointError: If it is missing, unreadable or incomplete.
+    """
+    return freeze(_load(AutoModelForCausalLM, source, config, **load_kwargs))
+
+
+def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load_kwargs: Any) -> PreTrainedModel:
+    """Load the first `depth` layers of a decoder; later layers and the head are never built.
+
+    Args:
+        source: Where it is.
+        config: From `load_config`.
+        depth: How many layers to keep.
+        load_kwargs: For `from_pretrained`.
+
+    Returns:
+        The frozen, truncated decoder.
+
+    Raises:
+        CheckpointError: If it is missing, unreadable or incomplete.
+    """
+    if source.gguf_file is not None:  # the names of a GGUF file's weights are mapped by the whole configuration
+        return truncated(load_anchor(source, config, **load_kwargs), depth)
+    config = copy.deepcopy(config)
+    truncate_config(config, depth)
+    if type(config) in MODEL_MAPPING:
+        try:
+            return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
+        except _IncompleteError:
+            pass  # the plain model has parts that a causal language model's checkpoint has not: poolers, encoders
+    return freeze(decoder_of(_load(AutoModelForCausalLM, source, config, **load_kwargs)))
+
+
+def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
+    try:
+        with _quiet():  # the later layers' weights are unexpected on purpose
+            model, info = auto_class.from_pretrained(
+                source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
+    if missing := sorted(info.get("missing_keys", ())):
+        raise _IncompleteError(
+            f"{source.name_or_path!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among "
+            "them: its files are incomplete, or of another architecture."
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """Load a base's tokenizer, `None` where it has none beside its weights."""
+    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
+    arguments = source.arguments() | hub_kwargs
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+    if source.gguf_file is None:  # where there are no files, transformers makes up an empty tokenizer
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if not any(cached_file(source.name_or_path, file, **arguments, **lenient) for file in sorted(files)):
+            return None
+    return tokenizer
+
+
+def check_same_tokenizer(
+    anchor: PreTrainedTokenizerBase | None,
+    augmenting: PreTrainedTokenizerBase | None,
+    anchor_config: PreTrainedConfig,
+    augmenting_config: PreTrainedConfig,
+    names: tuple[str, str],
+) -> None:
+    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes.
+
+    Args:
+        anchor: The anchor's tokenizer, if known.
+        augmenting: The augmenting model's tokenizer, if known.
+        anchor_config: For the vocabulary size.
+        augmenting_config: The same.
+        names: What to call the two in the error.
+
+    Raises:
+        TokenizerMismatchError: Naming both.
+    """
+    advice = "Compose models that share a tokenizer; different tokenizers are not supported yet."
+    if anchor is not None and augmenting is not None:
+        ours, theirs = anchor.get_vocab(), augmenting.get_vocab()
+        if ours != theirs:
+            shared = len(ours.items() & theirs.items())
+            raise TokenizerMismatchError(
+                f"The anchor {names[0]} and the augmenting model {names[1]} have different tokenizers "
+                f"({type(anchor).__name__} with {len(ours)} tokens, {type(augmenting).__name__} with {len(theirs)}; "
+                f"{shared} tokens have the same id in both). {advice}"
+            )
+        return
+    ours, theirs = (getattr(text_config(c), "vocab_size", None) for c in (anchor_config, augmenting_config))
+    if ours != theirs:
+        raise TokenizerMismatchError(
+            f"The anchor {names[0]} has {ours} tokens and the augmenting model {names[1]} has {theirs}, so their "
+            f"tokenizers seem to differ. {advice} If they do share one (only padding the embedding differently), pass "
+            "anchor_tokenizer= and augmenting_tokenizer=."
+        )
+
+
+def load_bases(
+    config: CalmConfig,
+    anchor: PreTrainedModel | str | os.PathLike[str] | None = None,
+    augmenting: Any = None,
+    verify: bool = True,
+    **load_kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
+    """Load a composition's bases by their recorded references, or take those given by hand.
+
+    Args:
+        config: The composition.
+        anchor: The anchor, or where it is now.
+        augmenting: The augmenting model(s), or where they are now: one, or by name.
+        verify: Compare fingerprints.
+        load_kwargs: For `from_pretrained` of every base.
+
+    Returns:
+        The anchor, and the truncated augmenting models by name.
+
+    Raises:
+        CheckpointError: If one is missing, unreadable, or not the base that was trained against.
+    """
+    given: dict[str, Any] = {}
+    if augmenting is not None:
+        given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
+        if "" in given and len(config.augmenting_configs) == 1:
+            given = {next(iter(config.augmenting_configs)): given[""]}
+        if unknown := sorted(set(given) - set(config.augmenting_configs)):
+            raise CheckpointError(
+                f"augmenting={unknown or list(given)}: this composition has the augmenting models "
+                f"{sorted(config.augmenting_configs)}; give them by name."
+            )
+
+    anchor_source = (
+        None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
+    )
+    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
+    models = {}
+    for name, expected in config.augmenting_configs.items():
+        role = f"the augmenting model {name!r}"
+        base, depth = given.get(name), config.augmenting_depth(name)
+        source = None
+        if not isinstance(base, PreTrainedModel):
+            source = _find(role, base, config.augmenting_references.get(name, {}))
+        if source is not None and source == anchor_source:  # one set of weights serves as both
+            base, source = anchor_model, None
+        models[name] = _take(role, base, source, expected, depth, **load_kwargs)
+    if verify:
+        check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
+        for name, model in models.items():
+            recorded = config.augmenting_references.get(name, {}).get("fingerprint", {})
+            check_fingerprint(model, recorded, f"the augmenting model {name!r}")
+    return anchor_model, models
+
+
+def _take(
+    role: str,
+    base: Any,
+    source: Source | None,
+    expected: PreTrainedConfig,
+    depth: int | None = None,
+    **load_kwargs: Any,
+) -> PreTrainedModel:
+    if source is None:
+        _check_shape(base.config, expected, role)
+        return freeze(base) if depth is None else truncated(base, depth)
+    found = load_config(source, **load_kwargs)
+    _check_shape(found, expected, role)
+    if depth is None:
+        return load_anchor(source, found, **load_kwargs)
+    return load_augmenting(source, found, depth, **load_kwargs)
+
+
+def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
+    if base is not None:
+        return Source.parse(base)
+    name = reference.get("name_or_path")
+    argument = "anchor=" if role == "the anchor" else "augmenting="
+    if not name:
+        raise CheckpointError(
+            f"{role} was given as a loaded model when this composition was made, so there is no reference to load it "
+            f"by: pass {argument} with the model or where it is."
+        )
+    source = Source(name, reference.get("gguf_file"), reference.get("revision"))
+    if Path(name).is_absolute() and not Path(name, source.gguf_file or "config.json").is_file():
+        raise CheckpointError(
+            f"{role} is recorded as {name!r}, which is not there: pass {argument} with where it is now."
+        )
+    return source
+
+
+def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str) -> None:
+    for what, value in (
+        ("architecture", lambda c: text_config(c).model_type),
+        ("width", width_of),
+        ("depth", depth_of),
+    ):
+        if value(found) != value(expected):
+            raise CheckpointError(
+                f"{role} has {what} {value(found)!r}; this composition was trained against {value(expected)!r}. Give "
+                "the base that it was made with."
+            )

@@ -1,0 +1,150 @@
+"""sources.py: names, folders and GGUF files, and the tokenizers beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import factories
+import numpy as np
+import pytest
+from factories import assert_identical
+from transformers import AutoModelForCausalLM
+
+import calm
+from calm import (
+    CheckpointError,
+    TokenizerMismatchError,
+    backbones,
+    sources,
+)
+from calm.sources import Source
+
+IDS = factories.tokens(2, 9)
+
+
+def test_names_folders_and_gguf_files(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert Source.parse("gpt2") == Source("gpt2")
+    assert Source.parse("owner/name", "main") == Source("owner/name", None, "main")
+    assert Source.parse(tmp_path) == Source(str(tmp_path))
+    assert Source.parse(tmp_path / "a.gguf") == Source(str(tmp_path), "a.gguf")
+    assert Source.parse("owner/name/model-q8.gguf") == Source("owner/name", "model-q8.gguf")
+    assert Source("a", "b.gguf", "c").arguments() == {"gguf_file": "b.gguf", "revision": "c"}
+    for wrong in ("./no", "/no/such/folder", "~/no", "a/b/c", str(tmp_path / "b.gguf"), "b.gguf", "./o/n/b.gguf"):
+        with pytest.raises(CheckpointError, match="no such"):
+            Source.parse(wrong)
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No usable configuration"):
+        calm.compose(tmp_path, tmp_path, 1)
+    (tmp_path / "config.json").write_text('{"model_type": "llama99"}')
+    with pytest.raises(CheckpointError, match="llama99"):
+        calm.compose(tmp_path, tmp_path, 1)
+
+
+def write_gguf(path: Path, width: int = 32, layers: int = 3, seed: int = 0) -> Path:
+    """A tiny llama as a GGUF file."""
+    gguf = pytest.importorskip("gguf")
+    numbers = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(factories.CONTEXT)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_vocab_size(factories.VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{i}" for i in range(factories.VOCAB)])
+    writer.add_token_merges([])
+
+    def add(name: str, *shape: int) -> None:
+        scale = 1 if len(shape) == 1 else shape[1] ** -0.5
+        weight = numbers.standard_normal(shape) * scale if len(shape) == 2 else np.ones(shape)
+        writer.add_tensor(name, weight.astype(np.float32))
+
+    add("token_embd.weight", factories.VOCAB, width)
+    add("output_norm.weight", width)
+    add("output.weight", factories.VOCAB, width)
+    for i in range(layers):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{i}.{name}.weight", width, width)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{i}.{name}.weight", 2 * width, width)
+        add(f"blk.{i}.ffn_down.weight", width, 2 * width)
+        add(f"blk.{i}.attn_norm.weight", width)
+        add(f"blk.{i}.ffn_norm.weight", width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    """Composed, saved and loaded again; the augmenting model is cut."""
+    anchor, augmenting = write_gguf(tmp_path / "a.gguf"), write_gguf(tmp_path / "b.gguf", 16, 2, seed=1)
+    model = calm.compose(anchor, augmenting, [(0, 1)])
+    assert len(backbones.layers_of(model.augmenting["augmenting"])) == 1
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf").requires_grad_(False).eval()
+    assert_identical(model(IDS).logits, bare(IDS).logits)
+    factories.perturb(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out")
+    assert_identical(loaded(IDS).logits, model(IDS).logits)
+    write_gguf(tmp_path / "a.gguf", seed=5)
+    with pytest.raises(CheckpointError, match=r"the anchor.*trained against"):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "out")
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, architecture: str, tokenizer: object = None, vocab: int = factories.VOCAB) -> Path:
+    config = factories.config(architecture)
+    config.vocab_size = vocab
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokenizers_on_disk(tmp_path: Path) -> None:
+    words, others = factories.word_tokenizer(), factories.word_tokenizer(prefix="v")
+    anchor, same = save(tmp_path / "a", "llama", words), save(tmp_path / "b", "gpt2", words)
+    calm.compose(anchor, same, 2)
+    different = save(tmp_path / "c", "gpt2", others)
+    with pytest.raises(TokenizerMismatchError) as error:
+        calm.compose(anchor, different, 2)
+    assert all(
+        word in str(error.value) for word in (str(anchor), str(different), "64 tokens", "2 tokens have the same")
+    )
+
+
+def test_a_padded_embedding_with_one_tokenizer(tmp_path: Path) -> None:
+    """The vocabulary size in the configuration is that of the embedding: tokenizers decide where they are known."""
+    words = factories.word_tokenizer(60)
+    anchor, padded = save(tmp_path / "a", "llama", words), save(tmp_path / "b", "gpt2", words, vocab=72)
+    calm.compose(anchor, padded, 2)
+    loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (anchor, padded)]
+    with pytest.raises(TokenizerMismatchError, match=r"64 tokens.*72.*anchor_tokenizer="):
+        calm.compose(*loaded, 2)
+    calm.compose(*loaded, 2, anchor_tokenizer=words, augmenting_tokenizer=words)
+    calm.compose(loaded[0], {"m": loaded[1]}, 2, anchor_tokenizer=words, augmenting_tokenizer={"m": words})
+    with pytest.raises(TokenizerMismatchError):
+        calm.compose(*loaded, 2, anchor_tokenizer=words, augmenting_tokenizer=factories.word_tokenizer(60, prefix="v"))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2", "mamba"])
+def test_a_folder_without_a_tokenizer_has_none(architecture: str, tmp_path: Path) -> None:
+    """There transformers makes up an empty one: two of them would be equal whatever the vocabularies are."""
+    anchor, larger = save(tmp_path / "a", architecture), save(tmp_path / "b", architecture, vocab=72)
+    assert sources.load_tokenizer(Source.parse(anchor)) is None
+    if architecture == "mamba":
+        return
+    calm.compose(anchor, save(tmp_path / "c", "llama"), 2)
+    with pytest.raises(TokenizerMismatchError, match=r"64 tokens.*72"):
+        calm.compose(anchor, larger, 2)
