@@ -7,7 +7,8 @@ counted. Padding is never seen, and neither is another document of a packed row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,18 +67,36 @@ class Alignment:
 
     bias: Tensor
     sees: Tensor | None
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Alignment:
         """The same alignment on another device (a base spread over several has its connections spread likewise)."""
         if self.bias.device == device:
             return self
-        return Alignment(self.bias.to(device), None if self.sees is None else self.sees.to(device))
+        if device not in self._made:
+            sees = None if self.sees is None else self.sees.to(device)
+            self._made[device] = Alignment(self.bias.to(device), sees)
+        moved: Alignment = self._made[device]
+        return moved
 
     def last(self, count: int) -> Alignment:
         """That of the last `count` query positions (an anchor may drop the others before its last layers)."""
         if self.bias.shape[2] == count:
             return self
-        return Alignment(self.bias[:, :, -count:], None if self.sees is None else self.sees[:, -count:])
+        if count not in self._made:
+            sees = None if self.sees is None else self.sees[:, -count:]
+            self._made[count] = Alignment(self.bias[:, :, -count:], sees)
+        shorter: Alignment = self._made[count]
+        return shorter
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor:
+        """The bias in the dtype of the queries; one copy serves all connections, forward and backward."""
+        if self.bias.dtype == dtype:
+            return self.bias
+        if dtype not in self._made:
+            self._made[dtype] = self.bias.to(dtype)
+        cast: Tensor = self._made[dtype]
+        return cast
 
 
 def align(

@@ -91,7 +91,7 @@ class Connection(GradientCheckpointingLayer):
         queries, keys, values = self.project(hidden, context)
         if cache_layer is not None:
             keys, values = cache_layer.update(keys, values)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=alignment.bias.to(queries.dtype))
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=alignment.bias_in(queries.dtype))
         injection = self.w_o(attended.transpose(1, 2).flatten(2)).to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees
