@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import calm
+from calm.cli.plan import tables
 from calm.planning import Plan, plan
 
 BATCH, LENGTH = 2, 48
@@ -241,7 +242,7 @@ def test_it_can_be_read_by_programs_and_people() -> None:
     assert values["layer_pairs"][0] == planned.layer_pairs[0].to_dict()
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(planned)
+        console.print(tables(planned))
     text = captured.get()
     for expected in (f"{planned.anchor.parameters:,}", "m0 1 -> 1", "gpt2", f"{BATCH} x {LENGTH} tokens"):
         assert expected in text

@@ -16,9 +16,6 @@ from math import prod
 from typing import Any, TypeAlias
 
 import torch
-from rich.console import Group
-from rich.filesize import decimal, pick_unit_and_suffix
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,53 +135,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, under the attributes' names."""
         return asdict(self)
-
-    def __rich__(self) -> Group:
-        """The plan as two tables: its parts, and what they come to."""
-        tokens = self.batch_size * self.sequence_length
-        parts = Table(
-            "", "type", "layers", "parameters", "weights", "cache/token", "FLOPs/token", box=None, padding=(0, 1, 0, 0)
-        )
-        for column in parts.columns[2:]:
-            column.justify = "right"
-        for name, part in (("anchor", self.anchor), *self.augmenting.items(), ("connections", self.connections)):
-            parts.add_row(
-                name,
-                part.architecture,
-                str(part.layers) if part.layers == part.layers_in_full else f"{part.layers} of {part.layers_in_full}",
-                f"{part.parameters:,}",
-                decimal(part.weight_bytes),
-                decimal(part.cache_bytes // tokens),
-                _flop(part.forward_flops / tokens),
-            )
-        batch = f"{self.batch_size} x {self.sequence_length} tokens"
-        trained = self.connections.parameters / self.total_parameters
-        [f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs]
-        totals = Table.grid(padding=(0, 2))
-        for row in (
-            (
-                "connections",
-                ", ".join(f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in self.layer_pairs),
-            ),
-            ("attention", f"{self.attention}, {self.num_heads} heads"),
-            ("trained", f"{self.connections.parameters:,} of {self.total_parameters:,} parameters ({trained:.2%})"),
-            ("checkpoint", f"{decimal(self.checkpoint_bytes)} (float32)"),
-            (
-                "memory to run",
-                f"{decimal(self.inference_bytes)}: weights {decimal(self.weight_bytes)}, cache "
-                f"{decimal(self.cache_bytes)} ({batch}, {decimal(self.cache_bytes_per_token)} a token)",
-            ),
-            (
-                "memory to train",
-                f"{decimal(self.training_bytes)}: weights {decimal(self.training_weight_bytes)}, gradients "
-                f"{decimal(self.gradient_bytes)}, AdamW {decimal(self.optimizer_bytes)}, activations "
-                f"{decimal(self.activation_bytes)} ({batch})",
-            ),
-            ("forward", f"{_flop(self.forward_flops_per_token)} a token"),
-            ("training step", f"{_flop(self.training_step_flops)} ({batch})"),
-        ):
-            totals.add_row(*row)
-        return Group(parts, totals)
 
 
 def plan(
@@ -442,8 +392,3 @@ def _cache_bytes(cache: Cache) -> int:
 
 def _bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.nbytes for weight in weights)
-
-
-def _flop(flops: float) -> str:
-    unit, suffix = pick_unit_and_suffix(int(flops), ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"], 1000)
-    return f"{flops / unit:,.1f} {suffix}"

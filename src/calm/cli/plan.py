@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.filesize import decimal, pick_unit_and_suffix
+from rich.table import Table
 
 from calm.cli.arguments import parse_augmenting, parse_connections
+
+if TYPE_CHECKING:
+    from calm.planning import Plan
 
 
 def plan(
@@ -39,4 +44,56 @@ def plan(
     if as_json:
         print(json.dumps(planned.to_dict(), indent=2))
     else:
-        Console().print(planned)
+        Console().print(tables(planned))
+
+
+def tables(plan: Plan) -> Group:
+    """The plan as two tables: its parts, and what they come to."""
+    tokens = plan.batch_size * plan.sequence_length
+    parts = Table(
+        "", "type", "layers", "parameters", "weights", "cache/token", "FLOPs/token", box=None, padding=(0, 1, 0, 0)
+    )
+    for column in parts.columns[2:]:
+        column.justify = "right"
+    for name, part in (("anchor", plan.anchor), *plan.augmenting.items(), ("connections", plan.connections)):
+        parts.add_row(
+            name,
+            part.architecture,
+            str(part.layers) if part.layers == part.layers_in_full else f"{part.layers} of {part.layers_in_full}",
+            f"{part.parameters:,}",
+            decimal(part.weight_bytes),
+            decimal(part.cache_bytes // tokens),
+            _flop(part.forward_flops / tokens),
+        )
+    batch = f"{plan.batch_size} x {plan.sequence_length} tokens"
+    trained = plan.connections.parameters / plan.total_parameters
+    totals = Table.grid(padding=(0, 2))
+    for row in (
+        (
+            "connections",
+            ", ".join(f"{p.augmenting} {p.augmenting_layer} -> {p.anchor_layer}" for p in plan.layer_pairs),
+        ),
+        ("attention", f"{plan.attention}, {plan.num_heads} heads"),
+        ("trained", f"{plan.connections.parameters:,} of {plan.total_parameters:,} parameters ({trained:.2%})"),
+        ("checkpoint", f"{decimal(plan.checkpoint_bytes)} (float32)"),
+        (
+            "memory to run",
+            f"{decimal(plan.inference_bytes)}: weights {decimal(plan.weight_bytes)}, cache "
+            f"{decimal(plan.cache_bytes)} ({batch}, {decimal(plan.cache_bytes_per_token)} a token)",
+        ),
+        (
+            "memory to train",
+            f"{decimal(plan.training_bytes)}: weights {decimal(plan.training_weight_bytes)}, gradients "
+            f"{decimal(plan.gradient_bytes)}, AdamW {decimal(plan.optimizer_bytes)}, activations "
+            f"{decimal(plan.activation_bytes)} ({batch})",
+        ),
+        ("forward", f"{_flop(plan.forward_flops_per_token)} a token"),
+        ("training step", f"{_flop(plan.training_step_flops)} ({batch})"),
+    ):
+        totals.add_row(*row)
+    return Group(parts, totals)
+
+
+def _flop(flops: float) -> str:
+    unit, suffix = pick_unit_and_suffix(int(flops), ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"], 1000)
+    return f"{flops / unit:,.1f} {suffix}"
