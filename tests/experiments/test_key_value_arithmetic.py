@@ -21,7 +21,6 @@ from calm.experiments.key_value_arithmetic.lines import (
     composition_line,
     encode,
     glossary_line,
-    packed,
     substitution_line,
 )
 from calm.experiments.key_value_arithmetic.stages import STAGES
@@ -243,11 +242,11 @@ def test_composition_sees_no_held_out_key(task):
     assert 0.15 < numeric < 0.35
 
 
-def test_packed_rows_fit(task):
+def test_long_expressions_are_learned_more_often(task):
     rng = random.Random(0)
-    for _ in range(50):
-        row = packed(lambda: arithmetic_line(task, rng, 0.5), 44)
-        assert row.words.count("<end>") >= 1 and len(row.words) <= 44
+    asked = [" ".join(arithmetic_line(task, rng, 0.0).words).split(" = ")[0] for _ in range(1000)]
+    counts = [len(text.split()) // 2 + 1 for text in asked]
+    assert set(counts) == {2, 3} and 0.75 < counts.count(3) / len(counts) < 0.85
 
 
 def test_encode_pads_and_masks(tokenizer):
@@ -274,7 +273,7 @@ def test_a_step_is_drawn_from_seed_and_step_alone(task, tokenizer):
 
 
 def test_exact_match_agrees_with_generation(task, tokenizer):
-    """Early stopping looks at teacher-forced argmax; it must say what greedy generation says."""
+    """Progress looks at teacher-forced argmax; it must say what greedy generation says."""
     torch.manual_seed(0)
     model = bases.new_augmenting(recipe.preset("tiny").augmenting_model, tokenizer, 0)
     prompts = [prompt for prompt, _ in task.examples("KV-SUBS", task.held_out_keys, 8, 0)]

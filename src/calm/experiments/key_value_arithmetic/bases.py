@@ -14,7 +14,6 @@ from calm.experiments.key_value_arithmetic.lines import (
     arithmetic_line,
     encode,
     glossary_line,
-    packed,
     substitution_line,
 )
 from calm.experiments.key_value_arithmetic.recipe import ModelSettings, Recipe
@@ -56,7 +55,7 @@ def new_augmenting(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, 
 
 
 def new_anchor(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """`m_B` with random weights, a llama.
+    """`m_B` with random weights, a llama whose embeddings serve as its head, so that numbers are learned once.
 
     Args:
         settings: its size.
@@ -73,6 +72,7 @@ def new_anchor(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed
             num_attention_heads=settings.heads,
             initializer_range=settings.initializer_range,
             max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
@@ -86,7 +86,7 @@ def train_augmenting(
     """Train `m_A` on KV-SUBS over all keys: glossary lines, and substitution.
 
     There is no early stop: once it substitutes, it goes on growing surer, and a surer `m_A` composes far better
-    (docs/dev/LOG.md). The validation expressions only show how it goes.
+    (docs/dev/LOG.md).
 
     Args:
         task: keys and values.
@@ -142,10 +142,7 @@ def train_anchor(
     vocabulary = tokenizer.get_vocab()
 
     def draw(rng: random.Random, step: int) -> list[Line]:
-        return [
-            packed(lambda: arithmetic_line(task, rng, recipe.with_unknowns), recipe.row_length)
-            for _ in range(recipe.anchor_training.rows)
-        ]
+        return [arithmetic_line(task, rng, recipe.with_unknowns) for _ in range(recipe.anchor_training.rows)]
 
     rng = random.Random(f"validation of m_B {seed}")
     # both kinds of lines: with unknown strings, the reductions must still be right

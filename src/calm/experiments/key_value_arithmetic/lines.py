@@ -54,6 +54,9 @@ def substitution_line(task: Task, rng: random.Random, keys: Sequence[str]) -> Li
 def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Line:
     """NUM-MATH; in some lines operands are strings that mean nothing to the model.
 
+    Each operand more is four times as likely: what is left after a reduction ranges wider than the numbers of the
+    task, and short expressions would teach little of it.
+
     Such a line is restated before it is solved. What a string is worth cannot be known and is not learned, so that
     the model learns to go on from whatever number stands there.
 
@@ -62,7 +65,9 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
         rng: where chance comes from.
         with_unknowns: share of the lines in which operands may be meaningless strings.
     """
-    numbers = asked = task.expression(rng, None)
+    fewest, most = task.settings.operands
+    counts = range(fewest, most + 1)
+    numbers = asked = task.expression(rng, None, rng.choices(counts, [4**count for count in counts])[0])
     if rng.random() < with_unknowns:
         mixed = tuple(random_key(rng, task.settings) if rng.random() < 0.5 else n for n in numbers.operands)
         asked = Expression(mixed, numbers.operators)
@@ -101,15 +106,6 @@ def joined(steps: Sequence[Expression]) -> list[str]:
     for step in steps[1:]:
         words += ["=", *step.words()]
     return words
-
-
-def packed(draw: Callable[[], Line], length: int) -> Line:
-    """One row of as many drawn lines as fit into `length` tokens, at least one."""
-    row = draw()
-    while len(row.words) + len((line := draw()).words) <= length:
-        row.words += line.words
-        row.learned += line.learned
-    return row
 
 
 class Batches(Dataset[dict[str, Tensor]]):
