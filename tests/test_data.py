@@ -138,6 +138,21 @@ def test_datasets_names_are_read_by_datasets(tmp_path: Path):
         load_examples(str(folder), tokenizer, max_length=64, split="dev")
 
 
+def test_a_configuration_of_a_data_set(tmp_path: Path):
+    """A folder whose card names two configurations, as on the hub."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", sums(3))
+    write_jsonl(folder / "b.jsonl", sums(2))
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    tokenizer = byte_tokenizer()
+    assert len(load_examples(str(folder), tokenizer, max_length=64, config="a")) == 3
+    assert len(load_examples(str(folder), tokenizer, max_length=64, config="b")) == 2
+    with pytest.raises(CalmError, match=r"(?s)could not be read.*'a', 'b'.*give its config"):
+        load_examples(str(folder), tokenizer, max_length=64)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

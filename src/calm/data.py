@@ -40,6 +40,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    config: str | None = None,
     split: str = "train",
     append_eos: bool = True,
 ) -> list[Row]:
@@ -52,6 +53,7 @@ def load_examples(
         source: a `.json`/`.jsonl` file, the name of a `datasets` data set, or the examples themselves.
         tokenizer: the tokenizer that the composed model's bases share.
         max_length: tokens that an example may have, prompt and completion together.
+        config: the configuration of a `datasets` data set, where it has several.
         split: the split to read; only used for a `datasets` name.
         append_eos: end the completions of prompt/completion examples with the tokenizer's EOS token. Chat examples
             always end as the chat template ends them.
@@ -66,7 +68,7 @@ def load_examples(
     rows: list[Row] = []
     dropped = longest = 0
     name = "the examples"
-    for where, example in read_rows(source, split):
+    for where, example in read_rows(source, split, config):
         row = tokenize_example(example, tokenizer, where=where, append_eos=append_eos)
         longest = max(longest, len(row["input_ids"]))
         if len(row["input_ids"]) > max_length:
@@ -124,7 +126,9 @@ def is_file_source(source: str | Path) -> bool:
     return Path(source).is_file() or Path(source).suffix.lower() in {".json", ".jsonl"}
 
 
-def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(
+    source: Source, split: str = "train", config: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield each raw example with where it stands ("train.jsonl, line 3"), for error messages.
 
     JSON files are read line by line here, because `datasets` infers types: it turns a column of completions such as
@@ -142,11 +146,12 @@ def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, Mappi
         try:
             import datasets
 
-            loaded = datasets.load_dataset(str(source), split=split)
+            loaded = datasets.load_dataset(str(source), config, split=split)
         except Exception as error:  # many: not installed or found, unknown split, needs a config name
             raise CalmError(
                 f"the data set {str(source)!r}, split {split!r}, could not be read: {error} "
-                "(a file must end in .jsonl or .json; anything else is taken for the name of a data set)"
+                "(a file must end in .jsonl or .json; anything else is taken for the name of a data set; one with "
+                "several configurations wants you to give its config)"
             ) from error
         for number, row in enumerate(loaded, start=1):
             yield f"{source} ({split}), example {number}", row

@@ -39,6 +39,7 @@ class DataRecipe(_Section):
 
     train: str = Field(description="a .jsonl or .json file, or the name of a `datasets` data set")
     eval: str | None = Field(None, description="a .jsonl or .json file, or the name of a `datasets` data set")
+    config: str | None = Field(None, description="a configuration of the data set, where it has several")
     train_split: str = Field("train", description="a split of the data set that `train` names")
     eval_split: str = Field("validation", description="a split of the data set that `eval` names")
     max_length: PositiveInt = Field(

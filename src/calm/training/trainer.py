@@ -219,7 +219,9 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     data = recipe.data
 
     def load(source: str, split: str) -> list[Row]:
-        return load_examples(source, tokenizer, max_length=max_length, split=split, append_eos=data.append_eos)
+        return load_examples(
+            source, tokenizer, max_length=max_length, config=data.config, split=split, append_eos=data.append_eos
+        )
 
     return load(data.train, data.train_split), None if data.eval is None else load(data.eval, data.eval_split)
 
