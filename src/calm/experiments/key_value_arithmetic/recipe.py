@@ -98,7 +98,7 @@ PRESETS = {
         augmenting_model=ModelSettings(width=64, feed_forward=256),
         augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3),
         anchor_model=ModelSettings(width=96, feed_forward=384),
-        anchor_training=TrainingSettings(steps=700, rows=192, learning_rate=6e-3, weight_decay=0.1),
+        anchor_training=TrainingSettings(steps=800, rows=192, learning_rate=6e-3, weight_decay=0.1),
         composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
     ),
     # Proves that everything runs, not that anything is learned.
