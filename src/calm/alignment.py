@@ -89,6 +89,10 @@ class Alignment:
         shorter: Alignment = self._made[count]
         return shorter
 
+    def first_row(self) -> Alignment:
+        """That of the batch's first row alone."""
+        return Alignment(self.bias[:1], None if self.sees is None else self.sees[:1])
+
     def bias_in(self, dtype: torch.dtype) -> Tensor:
         """The bias in the dtype of the queries; one copy serves all connections, forward and backward."""
         if self.bias.dtype == dtype:

@@ -97,6 +97,22 @@ class Connection(GradientCheckpointingLayer):
             injection = injection * alignment.sees
         return injection
 
+    def attention_weights(self, hidden: Tensor, context: Tensor, alignment: Alignment) -> Tensor:
+        """Where the anchor's positions look, for those who want to see it; `forward` never makes these weights.
+
+        Args:
+            hidden: As for `forward`.
+            context: `H_A` at all positions, `[batch, key length, D_A]`, of which the queries are the last.
+            alignment: As for `forward`.
+
+        Returns:
+            Float32 `[batch, heads, query length, key length]`; rows of positions that see nothing are all zero.
+        """
+        queries, keys, _ = self.project(hidden, context)
+        scores = queries.float() @ keys.float().transpose(-1, -2) / math.sqrt(queries.shape[-1])
+        weights = (scores + alignment.bias).softmax(-1)
+        return weights if alignment.sees is None else weights * alignment.sees.unsqueeze(1)
+
     def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from the anchor, keys and values from the augmenting model.
 

@@ -7,6 +7,7 @@ prompt. The prompt's tokens are exactly those that generation would see.
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import os
@@ -322,9 +323,46 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
+def pack(rows: list[Row], length: int) -> list[Row]:
+    """Lay tokenized examples one after another into rows of at most `length` tokens (best fit, longest first).
+
+    Positions restart with each example, which is how the composed model knows that it is a document of its own. Its
+    first token has no label, so nothing is learned across a border.
+
+    Args:
+        rows: From `load_examples`, none longer than `length`.
+        length: Tokens of a packed row.
+
+    Returns:
+        Rows with `input_ids`, `labels` and `position_ids`; every example is in exactly one.
+    """
+    packs: list[list[Row]] = []
+    spaces: list[tuple[int, int]] = []  # (tokens that still fit, index of the pack), sorted
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        size = len(row["input_ids"])
+        at = bisect.bisect_left(spaces, (size, 0))
+        if at == len(spaces):
+            packs.append([])
+            space, index = length, len(packs) - 1
+        else:
+            space, index = spaces.pop(at)
+        packs[index].append(row)
+        bisect.insort(spaces, (space - size, index))
+    return [
+        {
+            "input_ids": np.concatenate([row["input_ids"] for row in packed]),
+            "labels": np.concatenate([row["labels"] for row in packed]),
+            "position_ids": np.concatenate([np.arange(len(row["input_ids"]), dtype=np.int32) for row in packed]),
+        }
+        for packed in packs
+    ]
+
+
 @dataclass(frozen=True)
 class CompletionCollator:
     """Pad tokenized examples on the right into one batch.
+
+    Packed rows have no mask, since positions say where a document ends; what fills them up is one more document.
 
     Args:
         pad_token_id: what to fill `input_ids` with; any valid id will do, since it is masked and has no label.
@@ -342,19 +380,27 @@ class CompletionCollator:
         """Collate rows of `load_examples`.
 
         Args:
-            rows: each with `input_ids` and `labels`.
+            rows: each with `input_ids` and `labels`, and `position_ids` if it is packed.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 tensors of shape [batch, longest row].
+            `input_ids`, `labels` and `attention_mask` (`position_ids` of packed rows), int64 tensors of shape
+            [batch, longest row].
         """
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        ids = [torch.from_numpy(row["input_ids"]).long() for row in rows]
-        labels = [torch.from_numpy(row["labels"]).long() for row in rows]
-        masks = [torch.ones_like(row) for row in ids]
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence(masks, batch_first=True, padding_value=0),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        def padded(arrays: list[np.ndarray], fill: int) -> torch.Tensor:
+            return pad_sequence([torch.from_numpy(a).long() for a in arrays], batch_first=True, padding_value=fill)
+
+        batch = {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "labels": padded([row["labels"] for row in rows], IGNORED),
         }
+        if "position_ids" not in rows[0]:
+            batch["attention_mask"] = padded([np.ones_like(row["input_ids"]) for row in rows], 0)
+            return batch
+        longest = batch["input_ids"].shape[1]
+        positions = [row["position_ids"] for row in rows]
+        filled = [np.concatenate([p, np.arange(longest - len(p), dtype=np.int32)]) for p in positions]
+        batch["position_ids"] = padded(filled, 0)
+        return batch

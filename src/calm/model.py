@@ -29,7 +29,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from calm import backbones, checkpoint, sources
+from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
@@ -153,6 +153,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         prompt_length: int | Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the augmenting models up to their last connected layer, then the anchor with the connections.
@@ -170,6 +171,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: Compute logits for the last so many positions only (0: all).
             prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
                 `[batch]`. By default what precedes the first label, or the whole input of the first call.
+            skip_logits: With labels, compute the loss at labelled positions only, in chunks, and return no logits
+                (issue 3: those of the whole vocabulary are a training step's largest tensors). An anchor whose loss
+                is not the usual one, or whose head is trained, computes them nevertheless.
             kwargs: Passed to the anchor.
 
         Returns:
@@ -219,22 +223,29 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         _thread.running = _Pass(self, alignment, cache.cross if cache is not None else None)
         try:
             self._run_augmenting(input_ids, attention_mask, position_ids, cache)
-            outputs = self.anchor(
-                **self._base_arguments(
-                    self.anchor,
-                    self._anchor_parameters,
-                    input_ids,
-                    attention_mask,
-                    position_ids,
-                    cache.anchor if cache is not None else None,
-                ),
-                **self._anchor_kwargs(labels=labels, logits_to_keep=logits_to_keep, **kwargs),
+            arguments = self._base_arguments(
+                self.anchor,
+                self._anchor_parameters,
+                input_ids,
+                attention_mask,
+                position_ids,
+                cache.anchor if cache is not None else None,
             )
+            if skip_logits and labels is not None and loss.can_skip_logits(self.anchor):
+                items = kwargs.pop("num_items_in_batch", None)
+                with loss.without_head(self.anchor) as decoded:
+                    outputs = self.anchor(**arguments, **self._anchor_kwargs(**kwargs))
+                outputs["logits"] = None
+                outputs["loss"] = loss.loss_without_logits(self.anchor, decoded, labels, items)
+            else:
+                outputs = self.anchor(
+                    **arguments, **self._anchor_kwargs(labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+                )
         finally:
             _thread.running = None
         return CausalLMOutputWithPast(
             loss=outputs.get("loss"),
-            logits=outputs.logits,
+            logits=outputs.get("logits"),
             past_key_values=cache,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bases import byte_tokenizer, save_base, sums, write_jsonl
 from safetensors.torch import load_file
+from torch.utils.data import RandomSampler
+from transformers import BloomConfig, BloomForCausalLM
 
 import calm
-from calm.data import CompletionCollator, load_examples, load_tokenizer
+from calm.data import CompletionCollator, load_examples, load_tokenizer, pack
 from calm.errors import CalmError
 from calm.training import Recipe, trainer
+from calm.training.loop import LengthGrouped
 from calm.training.recipe import check_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -407,6 +412,119 @@ def test_examples_longer_than_the_smaller_context_are_dropped(
     result = trainer.train(make_recipe(top={"data": data}, evaluates=False, max_steps=3))
     assert result.train_examples == 8
     assert "dropped 1 of 9 examples, longer than max_length = 64" in caplog.text
+
+
+def packed_data(tmp_path: Path, **kwargs: Any) -> dict[str, Any]:
+    return {"train": str(write_jsonl(tmp_path / "train.jsonl", sums(22))), "packing": True, **kwargs}
+
+
+def test_packed_and_unpacked_training_are_the_same(make_recipe: MakeRecipe, tmp_path: Path):
+    """One step over all examples: the same loss, gradient and weights, whatever rows they lie in."""
+    bases = {
+        role: str(save_base(tmp_path / role, byte_tokenizer(), seed=seed, attention_dropout=0.0))
+        for seed, role in enumerate(("anchor", "augmenting"))
+    }
+    found = []
+    for name, packing in (("packed", True), ("apart", False)):
+        recipe = make_recipe(
+            name,
+            top={"data": packed_data(tmp_path, packing=packing), **bases},
+            evaluates=False,
+            **{"max_steps": 1, "per_device_batch_size": 22, "gradient_accumulation": 1, "save_steps": 1},
+        )
+        result = trainer.train(recipe)
+        assert result.train_examples == 22
+        log = next(log for log in log_of(recipe)["history"] if "loss" in log)
+        found.append((log["loss"], log["grad_norm"], weights(recipe.training.output_dir)))
+    (loss, norm, trained), (loss_apart, norm_apart, trained_apart) = found
+    assert loss == pytest.approx(loss_apart, rel=1e-5) and norm == pytest.approx(norm_apart, rel=1e-4)
+    for name in trained:
+        torch.testing.assert_close(trained[name], trained_apart[name], rtol=1e-3, atol=1e-4)
+
+
+def test_packed_rows_hold_every_example_once_and_none_is_cut(tmp_path: Path):
+    rows = load_examples(write_jsonl(tmp_path / "x.jsonl", sums(50)), byte_tokenizer(), max_length=64)
+    packs = pack(rows, 64)
+    assert len(packs) < 25 and all(len(p["input_ids"]) <= 64 for p in packs)
+    documents = []
+    for packed in packs:
+        starts = [*np.flatnonzero(packed["position_ids"] == 0), len(packed["input_ids"])]
+        for start, end in itertools.pairwise(starts):
+            assert packed["position_ids"][start:end].tolist() == list(range(end - start))
+            assert packed["labels"][start] == -100, "an example would be predicted from the one before it"
+            documents.append((packed["input_ids"][start:end].tolist(), packed["labels"][start:end].tolist()))
+    expected = [(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows]
+    assert sorted(documents) == sorted(expected)
+
+
+def test_resumed_packed_run_is_the_uninterrupted_one(make_recipe: MakeRecipe, tmp_path: Path, die_at: DieAt):
+    settings = {"top": {"data": packed_data(tmp_path)}, "evaluates": False}
+    trainer.train(make_recipe("whole", **settings))
+    with die_at(7), pytest.raises(Killed):
+        trainer.train(make_recipe("killed", **settings))
+    trainer.train(make_recipe("killed", **settings), resume=True)
+    assert losses(make_recipe("killed", **settings)) == losses(make_recipe("whole", **settings))
+
+
+@pytest.mark.parametrize("role", ["anchor", "augmenting"])
+def test_bases_that_cannot_be_packed_are_refused(make_recipe: MakeRecipe, tmp_path: Path, role: str):
+    """BLOOM knows no positions to restart."""
+    config = BloomConfig(vocab_size=len(byte_tokenizer()), hidden_size=32, n_layer=2, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    byte_tokenizer().save_pretrained(tmp_path / "bloom")
+    recipe = make_recipe(top={"data": packed_data(tmp_path), role: str(tmp_path / "bloom")}, evaluates=False)
+    with pytest.raises(CalmError, match=r"packing = True.*'bloom'.*packing: false"):
+        trainer.train(recipe)
+
+
+def test_batches_hold_examples_of_about_equal_length():
+    lengths = [n % 40 + 3 for n in range(160)]
+    sampler = LengthGrouped(lengths, 8, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(160)) and order == list(sampler)
+
+    def padded(order: Iterable[int]) -> int:
+        indices = list(order)
+        return sum(8 * max(lengths[i] for i in indices[at : at + 8]) for at in range(0, len(indices), 8))
+
+    assert padded(order) < 1.2 * sum(lengths)
+    assert padded(RandomSampler(lengths, generator=torch.Generator().manual_seed(0))) > 1.6 * sum(lengths)
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    """All add nothing at first; one whose gradients are taken away never does."""
+    original = trainer.CompositionTrainer.training_step
+
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(self, model, *args, **kwargs)
+        for weight in model.connections[1].parameters():
+            weight.grad = None
+        return loss
+
+    monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)
+    recipe = make_recipe()
+    trainer.train(recipe)
+    logs = [log for log in log_of(recipe)["history"] if "loss" in log]
+    assert len(logs) == 12
+    assert logs[0]["connection_0/injection"] == logs[-1]["connection_1/injection"] == 0
+    assert logs[-1]["connection_0/injection"] > 0.01
+    assert logs[-1]["connection_0/gradient"] > 0 and logs[-1]["connection_1/gradient"] == 0
+    assert all(0 < log[f"connection_{i}/entropy"] < np.log(64) for log in logs for i in (0, 1))
+    assert (Path(recipe.training.output_dir) / "connections.png").stat().st_size > 1000
+
+
+def test_a_logger_that_is_not_there_is_refused_at_once(make_recipe: MakeRecipe):
+    with pytest.raises(CalmError, match=r"training.report_to = 'nonsense': not installed"):
+        trainer.train(make_recipe(report_to=["nonsense"]))
+
+
+def test_activation_checkpointing_trains_the_same(make_recipe: MakeRecipe, whole: Recipe):
+    recipe = make_recipe(gradient_checkpointing=True)
+    trainer.train(recipe)
+    for key, expected in losses(whole).items():
+        assert losses(recipe)[key] == pytest.approx(expected, rel=1e-4), key
 
 
 @pytest.mark.parametrize("settings", [{"top": {"dtype": "bfloat16"}}, {"bf16": True}])

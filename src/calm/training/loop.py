@@ -15,11 +15,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from calm.errors import CalmError
+from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
@@ -31,6 +34,28 @@ class CompositionTrainer(Trainer):
     """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
 
     _staging: str | None = None
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As the Trainer, without the logits."""
+        result: torch.Tensor | tuple[torch.Tensor, Any]
+        result = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer, with each connection's statistics beside the training loss."""
+        if "loss" in logs:
+            measured = (c.values for c in self.callback_handler.callbacks if isinstance(c, ConnectionStatistics))
+            for values in measured:
+                logs |= values
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Batches of examples that are about equally long, in an order that depends on seed and epoch alone."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped([len(row["input_ids"]) for row in rows], batch_size, self.args.seed)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -102,6 +127,32 @@ class CompositionTrainer(Trainer):
                 "if it happens at the first step, look for extreme weights in the models or use dtype: float32"
             )
         return norm
+
+
+class LengthGrouped(Sampler[int]):
+    """Orders examples so that those of one optimiser step are about equally long, and little of it is padding.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples of one optimiser step.
+        seed: With the epoch it decides the order, so that a resumed run goes on in the order of the first one.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate when an epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of one epoch."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
 
 
 def _flush(directory: Path) -> None:

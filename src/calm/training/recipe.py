@@ -45,6 +45,9 @@ class DataRecipe(_Section):
     max_length: PositiveInt = Field(
         1024, description="a whole number of tokens above 0; longer examples are dropped and counted"
     )
+    packing: bool = Field(
+        False, description="true or false: lay short examples one after another into rows of max_length tokens"
+    )
     append_eos: bool = Field(True, description="true or false: end prompt/completion completions with the EOS token")
 
     @field_validator("train", "eval")
@@ -86,6 +89,15 @@ class TrainingRecipe(_Section):
     )
     seed: NonNegativeInt = Field(0, description="a whole number from 0")
     bf16: bool = Field(False, description="true or false: compute in bfloat16 (autocast)")
+    fp16: bool = Field(
+        False, description="true or false: compute in float16 (autocast, scaled gradients)"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="true or false: recompute activations in the backward pass instead of keeping them"
+    )
+    report_to: list[str] = Field(
+        [], description="a list of loggers that transformers knows, such as [tensorboard], [trackio] or [wandb]"
+    )
 
     @field_validator("warmup")
     @classmethod
@@ -108,6 +120,12 @@ class TrainingRecipe(_Section):
     def _one_length(self) -> TrainingRecipe:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError(f"epochs = {self.epochs} and max_steps = {self.max_steps}: give one of them, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainingRecipe:
+        if self.bf16 and self.fp16:
+            raise ValueError("training.bf16 = True and training.fp16 = True: choose one of them")
         return self
 
 
@@ -161,6 +179,15 @@ class Recipe(_Section):
             raise ValueError(
                 f"training.save_steps = {self.save_steps}: expected a multiple of training.eval_steps = "
                 f"{self.training.eval_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packed_prompts(self) -> Recipe:
+        if self.data.packing and self.attend == "prompt":
+            raise ValueError(
+                "data.packing = True and attend = 'prompt': the prompts of several examples in one row cannot be told "
+                "apart; train without packing"
             )
         return self
 

@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
-from calm.config import context_of
-from calm.data import CompletionCollator, Row, load_examples, load_tokenizer
+from calm.backbones import decoder_of, forward_parameters
+from calm.config import CalmConfig, context_of, text_config
+from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
 from calm.sources import Source, load_config
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
 from calm.training.recipe import Recipe
+from calm.training.statistics import STATISTICS, ConnectionStatistics
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
     from calm.model import CalmForCausalLM
@@ -33,6 +37,7 @@ logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "training_log.json"
 PLOT_FILE = "loss.png"
+CONNECTIONS_PLOT_FILE = "connections.png"
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         TrainingInterrupted: After Ctrl-C, with a checkpoint saved.
     """
     output_dir = Path(recipe.training.output_dir).absolute()
+    _check_loggers(recipe)
     checkpoint = _check_output_dir(output_dir, recipe, resume)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
         logger.warning("%s: this run is finished, so there is nothing to resume", output_dir)
         return finished
     tokenizer = load_tokenizer(recipe.anchor)
-    train_data, eval_data = _load_data(recipe, tokenizer)
+    train_data, eval_data, examples = _load_data(recipe, tokenizer)
 
     set_seed(recipe.training.seed)  # the new connections' weights
     model = _load_model(recipe, checkpoint)
+    if recipe.data.packing:
+        _check_packing(model)
     (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
     trainer = CompositionTrainer(
@@ -103,7 +111,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=CompletionCollator.for_tokenizer(tokenizer),
-        callbacks=[LogBeforeSaving(), on_interrupt],
+        callbacks=[LogBeforeSaving(), on_interrupt, ConnectionStatistics(model.connections)],
     )
     patience = recipe.training.early_stopping_patience
     if patience is not None:
@@ -125,7 +133,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         train_loss=next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
         eval_loss=state.best_metric,
         stopped_early=state.global_step < state.max_steps,
-        train_examples=len(train_data),
+        train_examples=examples,
         trainable_parameters=model.get_nb_trainable_parameters()[0],
         seconds=round(output.metrics["train_runtime"], 1),
     )
@@ -133,6 +141,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         model.save_pretrained(output_dir)  # the best one: the Trainer has loaded it back
         tokenizer.save_pretrained(output_dir)
         _plot_losses(output_dir, state.log_history)
+        _plot_connections(output_dir, state.log_history, model.config)
         _write_log(output_dir, recipe, result, state.log_history)
     except (CheckpointError, OSError) as error:
         best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
@@ -208,8 +217,12 @@ def _step_of(checkpoint: str) -> int:
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[Row] | None]:
-    """Read and tokenize the recipe's data, within the smallest context of the models, before any weight is loaded."""
+def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], list[Row] | None, int]:
+    """Read and tokenize the recipe's data, within the smallest context of the models, before any weight is loaded.
+
+    Returns:
+        Rows to train on, rows to evaluate on, and how many examples the former hold.
+    """
     bases = [
         recipe.anchor,
         *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values()),
@@ -223,7 +236,48 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
             source, tokenizer, max_length=max_length, config=data.config, split=split, append_eos=data.append_eos
         )
 
-    return load(data.train, data.train_split), None if data.eval is None else load(data.eval, data.eval_split)
+    train_data = load(data.train, data.train_split)
+    eval_data = None if data.eval is None else load(data.eval, data.eval_split)
+    examples = len(train_data)
+    if data.packing:
+        train_data = pack(train_data, max_length)
+        eval_data = None if eval_data is None else pack(eval_data, max_length)
+    return train_data, eval_data, examples
+
+
+def _check_loggers(recipe: Recipe) -> None:
+    """Refuse a logger that is not there, before the models are loaded."""
+    available = get_available_reporting_integrations()
+    for name in recipe.training.report_to:
+        if name not in available:
+            raise CalmError(
+                f"training.report_to = {name!r}: not installed, or unknown to transformers; installed here: "
+                f"{', '.join(available) or 'none'}"
+            )
+
+
+def _check_packing(model: CalmForCausalLM) -> None:
+    """Refuse to pack for a base that does not keep the documents of a row apart.
+
+    Some architectures ignore restarting positions and let a document see the ones before it. Tried on the base at
+    hand: whether a document's states are the same behind another document as they are alone.
+    """
+    bases = {"the anchor": decoder_of(model.anchor)}
+    bases |= {f"the augmenting model {name!r}": base for name, base in model.augmenting.items()}
+    for name, base in bases.items():
+        ids = torch.arange(2, 18, device=base.device).remainder(text_config(base.config).vocab_size).unsqueeze(0)
+        positions = torch.arange(8, device=base.device).repeat(2).unsqueeze(0)
+        apart = "position_ids" in forward_parameters(base)
+        if apart:
+            with torch.no_grad():
+                packed = base(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 8:].float()
+                alone = base(input_ids=ids[:, 8:], position_ids=positions[:, 8:], use_cache=False)[0].float()
+            apart = bool((packed - alone).norm() < (1e-3 if base.dtype == torch.float32 else 3e-2) * alone.norm())
+        if not apart:
+            raise CalmError(
+                f"data.packing = True: {name} (architecture {base.config.model_type!r}) does not keep the examples of "
+                "a packed row apart; train with packing: false (batches then hold examples of about equal length)"
+            )
 
 
 def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
@@ -278,10 +332,12 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         seed=training.seed,
         bf16=training.bf16,
+        fp16=training.fp16,
+        gradient_checkpointing=training.gradient_checkpointing,
         remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         dataloader_pin_memory=torch.accelerator.is_available(),
-        report_to="none",
+        report_to=training.report_to or "none",
     )
     # With several GPUs and one process the Trainer would wrap the model in DataParallel, whose copies of the model
     # run hooks that belong to the original: it trains on the first GPU instead.
@@ -302,12 +358,8 @@ def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history
 
 
 def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("no %s was drawn: matplotlib is not installed (pip install 'calm-lm[train]')", PLOT_FILE)
+    if (figure := _figure(7, 4)) is None:
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per completion token)")
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         logs = [log for log in history if key in log]
@@ -315,3 +367,27 @@ def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
             axes.plot([log["step"] for log in logs], [log[key] for log in logs], marker=".", label=label)
     axes.legend()
     figure.savefig(output_dir / PLOT_FILE, dpi=120)
+
+
+def _plot_connections(output_dir: Path, history: list[dict[str, float]], config: CalmConfig) -> None:
+    """Draw each connection's statistics over the run: an unused connection lies at the bottom."""
+    if (figure := _figure(12, 4)) is None:
+        return
+    for axes, (statistic, label) in zip(figure.subplots(1, len(STATISTICS)), STATISTICS.items(), strict=True):
+        for index, pair in enumerate(config.layer_pairs):
+            key = f"connection_{index}/{statistic}"
+            logs = [log for log in history if key in log]
+            name = f"{pair.augmenting} {pair.augmenting_layer} \u2192 {pair.anchor_layer}"
+            axes.plot([log["step"] for log in logs], [log[key] for log in logs], marker=".", label=name)
+        axes.set(xlabel="step", title=label, ylim=(0, None))
+    axes.legend(fontsize="small")
+    figure.savefig(output_dir / CONNECTIONS_PLOT_FILE, dpi=120)
+
+
+def _figure(width: float, height: float) -> Figure | None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no plots were drawn: matplotlib is not installed (pip install 'calm-lm[train]')")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,146 @@
+"""The anchor's loss without its logits: head and cross-entropy chunk by chunk, with their gradients taken on the way.
+
+Logits of a whole batch over a vocabulary of 256,000 are the largest tensors of a training step, several times over. No
+weight of the head is trained, so the gradient with respect to the hidden states is all that has to be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from calm.backbones import decoder_of
+from calm.config import text_config
+
+IGNORED = -100
+CHUNK = 2**24
+"""Logits of one chunk: 64 MiB in float32, of which the loss needs a few copies."""
+
+
+def can_skip_logits(anchor: PreTrainedModel) -> bool:
+    """Whether a loss can be had without logits: it is the usual one, and the head gets no gradients of its own."""
+    decoder = {id(weight) for weight in decoder_of(anchor).parameters()}
+    head = anchor.get_output_embeddings()
+    outside = [weight for weight in anchor.parameters() if id(weight) not in decoder]
+    if isinstance(head, nn.Module):  # it may share its weights with the embeddings
+        outside += head.parameters()
+    return anchor.loss_function is ForCausalLMLoss and not any(weight.requires_grad for weight in outside)
+
+
+@dataclass
+class Decoded:
+    """What the anchor's decoder put out in a pass within `without_head`."""
+
+    output: Any = None
+
+    @property
+    def hidden(self) -> Tensor:
+        """The last hidden state, `[batch, length, width]`, as the head gets it."""
+        return cast(Tensor, self.output[0])
+
+
+@contextmanager
+def without_head(anchor: PreTrainedModel) -> Iterator[Decoded]:
+    """Within this context the anchor's head sees the last position only; what it would see is in `Decoded`.
+
+    Args:
+        anchor: The anchor.
+    """
+    decoded = Decoded()
+
+    def cut(decoder: nn.Module, args: Any, output: Any) -> Any:
+        decoded.output = output
+        return _replaced(output, output[0][:, -1:])
+
+    handle = decoder_of(anchor).register_forward_hook(cut)
+    try:
+        yield decoded
+    finally:
+        handle.remove()
+
+
+def loss_without_logits(
+    anchor: PreTrainedModel, decoded: Decoded, labels: Tensor, num_items_in_batch: int | Tensor | None = None
+) -> Tensor:
+    """The cross-entropy that the anchor computes for labels, of the labelled positions alone and in chunks.
+
+    The anchor's own code makes the logits of a chunk (soft-capping, scales, biases), with its decoder stood in for.
+
+    Args:
+        anchor: The anchor, for which `can_skip_logits`.
+        decoded: From a pass within `without_head`.
+        labels: Int64 `[batch, length]`, -100 where no loss is wanted.
+        num_items_in_batch: What the sum is divided by; the number of labels by default.
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    labels = labels[:, 1:].to(decoded.hidden.device)
+    labelled = labels != IGNORED
+    rows, targets = decoded.hidden[:, :-1][labelled], labels[labelled]
+
+    def head(rows: Tensor) -> Tensor:
+        with _standing_in(decoder_of(anchor), _replaced(decoded.output, rows.unsqueeze(0))):
+            tokens = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)
+            return cast(Tensor, anchor(input_ids=tokens, use_cache=False, return_dict=True).logits)[0]
+
+    total = cast(
+        Tensor, _ChunkedCrossEntropy.apply(rows, targets, head, CHUNK // text_config(anchor.config).vocab_size)
+    )
+    count = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies, float32; the gradient of each chunk's rows is computed while its logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], size: int) -> Tensor:
+        size = max(size, 1)
+        gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        for start in range(0, len(rows), size):
+            with torch.set_grad_enabled(gradient is not None):
+                chunk = rows[start : start + size].detach().requires_grad_(gradient is not None)
+                wanted = targets[start : start + size]
+                loss = cross_entropy(head(chunk).float(), wanted.to(chunk.device), reduction="sum")
+            if gradient is not None:
+                gradient[start : start + size] = torch.autograd.grad(loss, chunk)[0]
+            total += loss.detach().to(total.device)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        # in float32: a share of a large batch is too small a number for float16
+        gradient = (ctx.gradient.float() * grad_output).to(ctx.gradient.dtype)
+        ctx.gradient = None
+        return gradient, None, None, None
+
+
+@contextmanager
+def _standing_in(decoder: nn.Module, output: Any) -> Iterator[None]:
+    """Within this context a decoder computes nothing and returns `output`."""
+    own = decoder.__dict__.get("forward")  # accelerate puts one there
+    decoder.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+
+
+def _replaced(output: Any, hidden: Tensor) -> Any:
+    """A decoder's output with another last hidden state."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})

@@ -1,0 +1,77 @@
+"""Whether a connection is used: how much it adds, how sharply it looks, how strongly it is still pulled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from calm.attention import Connection
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+STATISTICS = {
+    "injection": "norm of what is added / norm of the residual",
+    "entropy": "entropy of the attention (nats)",
+    "gradient": "norm of the gradient",
+}
+
+
+class ConnectionStatistics(TrainerCallback):
+    """Measures every connection in the steps that are logged; a connection that adds nothing is not needed.
+
+    `values` holds the last measurement: `connection_INDEX/injection`, the norm of what the connection adds relative to
+    that of the anchor's hidden state (mean over positions); `.../entropy`, of its attention, in nats (mean over heads
+    and positions of the batch's first row: log(positions) where it looks everywhere, 0 where it looks at one);
+    `.../gradient`, the norm of its gradient after clipping.
+
+    Args:
+        connections: Those of the model that is trained.
+    """
+
+    def __init__(self, connections: nn.ModuleList) -> None:
+        self.connections = connections
+        self.values: dict[str, float] = {}
+        self._hooks: list[Any] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the Trainer before each optimiser step."""
+        step = state.global_step + 1
+        if any(step % interval == 0 for interval in (state.logging_steps, state.eval_steps, state.save_steps)):
+            for index, connection in enumerate(self.connections):
+                hook = _Watch(self.values, index)
+                self._hooks.append(connection.register_forward_hook(hook))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the Trainer when the gradients of a step are complete."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for index, connection in enumerate(self.connections):
+            norms = [p.grad.float().norm() for p in connection.parameters() if p.grad is not None]
+            self.values[f"connection_{index}/gradient"] = torch.stack(norms).norm().item() if norms else 0.0
+
+
+class _Watch:
+    """A forward hook that measures one connection."""
+
+    def __init__(self, values: dict[str, float], index: int) -> None:
+        self.values, self.index = values, index
+
+    @torch.no_grad()
+    def __call__(self, connection: Connection, args: tuple[Any, ...], output: Tensor) -> None:
+        hidden, context, alignment = args[:3]
+        added, residual = (states.float().norm(dim=-1).mean().item() for states in (output, hidden))
+        self.values[f"connection_{self.index}/injection"] = added / residual
+        weights = connection.attention_weights(hidden[:1], context[:1], alignment.first_row())
+        entropy = -torch.special.xlogy(weights, weights).sum(-1).mean().item()
+        self.values[f"connection_{self.index}/entropy"] = entropy
