@@ -16,6 +16,7 @@ import transformers
 from huggingface_hub import HfApi
 from packaging import version
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -129,6 +130,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             layer = backbones.layers_of(self.augmenting[name])[layer_index]
             layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
+        split = {name for base in (self.anchor, *self.augmenting.values()) for name in base._no_split_modules or ()}
+        self._no_split_modules = sorted({*split, Connection.__name__})  # what FSDP shards one by one
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
         self._keys_to_ignore_on_save = None
@@ -619,24 +622,27 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             save_directory: Where to; made if missing. A failed save leaves what was there.
             state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
             max_shard_size: Largest weights file, in bytes or as "5GB".
-            is_main_process: False on the other processes of a distributed run, which then write nothing.
+            is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
+                shards the connections every process has to call this, since each has a part of them.
             push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
             kwargs: For `push_to_hub`.
 
         Raises:
             CheckpointError: If the directory cannot be written to.
         """
+        weights = self._gathered_connections() if state_dict is None else state_dict
         if not is_main_process:
             return
-        weights = (
-            self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX) if state_dict is None else state_dict
-        )
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
         checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def _gathered_connections(self) -> dict[str, Tensor]:
+        weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
+        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
     def push_to_hub(
         self,

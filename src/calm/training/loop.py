@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from calm.data import IGNORED
 from calm.errors import CalmError
 from calm.training.statistics import ConnectionStatistics
 
@@ -38,10 +40,18 @@ class CompositionTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As the Trainer, without the logits."""
-        result: torch.Tensor | tuple[torch.Tensor, Any]
-        result = super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
+        """As the Trainer, without the logits; in evaluation each token counts the same, whatever batch it is in."""
+        inputs = {**inputs, "skip_logits": True}
+        if not model.training and self.eval_dataset is not None:
+            # the Trainer takes the mean over examples of what it is given: this makes it the mean over labels
+            inputs["num_items_in_batch"] = len(inputs["labels"]) * self._labels_per_eval_example
+            kwargs["num_items_in_batch"] = None
+        result: torch.Tensor | tuple[torch.Tensor, Any] = super().compute_loss(model, inputs, *args, **kwargs)
         return result
+
+    @cached_property
+    def _labels_per_eval_example(self) -> float:
+        return sum(int((row["labels"] != IGNORED).sum()) for row in self.eval_dataset) / len(self.eval_dataset)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer, with each connection's statistics beside the training loss."""
@@ -55,10 +65,16 @@ class CompositionTrainer(Trainer):
         """Batches of examples that are about equally long, in an order that depends on seed and epoch alone."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped([len(row["input_ids"]) for row in rows], batch_size, self.args.seed)
+        self._order = LengthGrouped([len(row["input_ids"]) for row in rows], batch_size, self.args.seed)
+        return self._order
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the composition alone, whole even where it is sharded, and no pickled arguments beside it."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it, so that there are only whole ones.
@@ -104,12 +120,13 @@ class CompositionTrainer(Trainer):
             self.control.should_save = True
         return is_new_best
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
         """Train on, unless the resumed checkpoint is the end already: the Trainer would go one step beyond."""
+        self._order.set_epoch(epoch)  # accelerate does not reach it in a distributed run that resumes within an epoch
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """Take the steps between logs, evaluations and saves from the recipe, not from a resumed checkpoint."""

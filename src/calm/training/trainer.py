@@ -92,7 +92,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
-    checkpoint = _check_output_dir(output_dir, recipe, resume)
+    arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
+    with arguments.main_process_first(local=False, desc="looking at output_dir"):
+        checkpoint = _check_output_dir(output_dir, recipe, resume)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
         logger.warning("%s: this run is finished, so there is nothing to resume", output_dir)
         return finished
@@ -103,11 +105,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     model = _load_model(recipe, checkpoint)
     if recipe.data.packing:
         _check_packing(model)
-    (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
+    if arguments.should_save:
+        (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
     trainer = CompositionTrainer(
         model=model,
-        args=_arguments(recipe, output_dir),
+        args=arguments,
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=CompletionCollator.for_tokenizer(tokenizer),
@@ -138,7 +141,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         seconds=round(output.metrics["train_runtime"], 1),
     )
     try:
-        model.save_pretrained(output_dir)  # the best one: the Trainer has loaded it back
+        trainer.save_model()  # the best one: the Trainer has loaded it back
+        if not arguments.should_save:
+            return result
         tokenizer.save_pretrained(output_dir)
         _plot_losses(output_dir, state.log_history)
         _plot_connections(output_dir, state.log_history, model.config)
@@ -335,6 +340,8 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         fp16=training.fp16,
         gradient_checkpointing=training.gradient_checkpointing,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # those of frozen models do not change
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         dataloader_pin_memory=torch.accelerator.is_available(),
         report_to=training.report_to or "none",
