@@ -32,7 +32,7 @@ $(DOCS): $(DEV)
 
 install: $(DEV) ## set the environment up and do nothing else
 
-demo: $(DEV) ## two small models that each fail a task solve it together (about five minutes on two cores)
+demo: $(DEV) ## two small models that each fail a task solve it together (about six minutes on two cores)
 	$(BIN)/calm demo
 
 test: $(DEV) ## the tests, without the slow ones and those on real checkpoints

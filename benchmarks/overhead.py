@@ -302,8 +302,8 @@ def show(report: dict[str, Any], results: list[Result]) -> None:
 
 
 def main(
-    turns: Annotated[int, typer.Option(min=2, help="Turns of a forward pass and of a training step.")] = 16,
-    decode_turns: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 100,
+    turns: Annotated[int, typer.Option(min=2, help="Turns of a forward pass and of a training step.")] = 48,
+    decode_turns: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 200,
     tokens: Annotated[int, typer.Option(min=2, help="Length of a sequence.")] = 512,
     specialist_layers: Annotated[int, typer.Option(min=1, max=30, help="Layers of the specialist.")] = 15,
     connections: Annotated[int, typer.Option(min=1, help="Connections, at a uniform gap.")] = 4,

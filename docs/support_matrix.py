@@ -1,6 +1,6 @@
 """Try every causal-LM architecture of the installed transformers in both roles and write docs/support-matrix.md.
 
-Run `python docs/support_matrix.py` (about ten minutes on two cores), or `... --only llama gemma3_text` to see a few.
+Run `python docs/support_matrix.py` (about four minutes on two cores), or `... --only llama gemma3_text` to see a few.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calm import backbones, sources
+from calm import backbones, loss, sources
 from calm.composition import compose
 from calm.config import context_of, depth_of, width_of
 from calm.connections import LayerPair
@@ -102,7 +102,7 @@ class Plan:
         gradient_bytes: Bytes of the connections' gradients.
         optimizer_bytes: Bytes of AdamW's two states of the connections.
         activation_bytes: Bytes that a training step's forward pass keeps for its backward pass, with a padding mask;
-            nothing below the first connection is kept.
+            nothing below the first connection is kept, and of the logits only the gradient that they leave.
         training_bytes: Sum of weights, gradients, optimizer states and activations.
         forward_flops_per_token: FLOPs of a forward pass by token, at `sequence_length`.
         training_step_flops: FLOPs of one forward and backward pass over one batch. Gradients flow back to the first
@@ -272,8 +272,10 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         for linear in model.connections.modules():  # as `calm.training` does; Module.float() refuses such tensors
             for name, weight in list(linear.named_parameters(recurse=False)):
                 setattr(linear, name, nn.Parameter(weight.float()))
-        with _flops() as step, _activations(model.train()) as kept:
-            model(tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+        with _flops() as step:
+            model.train()(tokens, labels=tokens).loss.backward()
+        with _activations(model) as kept, loss.without_head(model.anchor) as decoded:
+            model(tokens, attention_mask=torch.ones_like(tokens))
 
     forward_flops = composed.get_total_flops()
     forward = {name: counter.get_total_flops() for name, counter in flops.items()}
@@ -294,7 +296,7 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
             forward_flops=forward[name],
         )
 
-    activation_bytes = sum(kept.values())
+    activation_bytes = sum(kept.values()) + decoded.hidden.nbytes  # its gradient, which the loss leaves (`calm.loss`)
     cache_bytes = sum(cached.values())
     optimizer_bytes = ADAMW_STATES * trained_bytes
     training_weight_bytes = weight_bytes - _bytes(weights["connections"]) + trained_bytes
