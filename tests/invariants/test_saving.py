@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calm
-from calm import CalmForCausalLM, CheckpointError, backbones
+from calm import CalmForCausalLM, CheckpointError, fingerprints, sources
 
 IDS = factories.tokens(2, 9)
 
@@ -422,7 +422,7 @@ def test_weights_that_are_not_loaded_are_noticed(pristine: Saved, monkeypatch: p
 
 
 def test_a_base_that_is_not_checked_is_noticed(pristine: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "check_fingerprint", lambda *args: None)
+    monkeypatch.setattr(sources, "check_fingerprint", lambda *args: None)
     with pytest.raises(AssertionError, match="it was loaded"):
         check_refused(lambda: pristine.load(anchor=factories.base("llama", seed=5)), "trained against")
 
@@ -433,7 +433,7 @@ def test_a_fingerprint_that_sums_up_is_noticed(saved: Saved, monkeypatch: pytest
     def digest(weights: dict[str, torch.Tensor], dtype: torch.dtype | None) -> str:
         return str(sum(weight.detach().to(torch.float32).view(torch.int32).sum().item() for weight in weights.values()))
 
-    monkeypatch.setattr(backbones, "_digest", digest)
+    monkeypatch.setattr(fingerprints, "_digest", digest)
     saved.model = factories.perturb(calm.compose(saved.anchor, saved.augmenting, [(0, 1), (2, 3)]))
     saved.model.save_pretrained(saved.out)
     with pytest.raises(AssertionError, match="it was loaded"):
