@@ -36,7 +36,12 @@ def run(*arguments: str, stdin: str | None = None, code: int = 0) -> Result:
 def command(*arguments: Any, **options: Any) -> subprocess.Popen:
     """Starts a command as a process of its own."""
     line = [str(Path(sys.executable).with_name("calm")), *map(str, arguments)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+    def take_ctrl_c() -> None:  # which a shell keeps from what it runs in the background, these tests perhaps
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, text=True, preexec_fn=take_ctrl_c, **pipes, **options)
 
 
 @pytest.fixture(scope="module")

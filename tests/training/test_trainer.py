@@ -521,7 +521,7 @@ def test_a_logger_that_is_not_there_is_refused_at_once(make_recipe: MakeRecipe):
 
 
 def test_activation_checkpointing_trains_the_same(make_recipe: MakeRecipe, whole: Recipe):
-    recipe = make_recipe(gradient_checkpointing=True)
+    recipe = make_recipe(activation_checkpointing=True)
     trainer.train(recipe)
     for key, expected in losses(whole).items():
         assert losses(recipe)[key] == pytest.approx(expected, rel=1e-4), key

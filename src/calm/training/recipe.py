@@ -90,7 +90,7 @@ class TrainingRecipe(_Section):
     seed: NonNegativeInt = Field(0, description="a whole number from 0")
     bf16: bool = Field(False, description="true or false: compute in bfloat16 (autocast)")
     fp16: bool = Field(False, description="true or false: compute in float16 (autocast, scaled gradients)")
-    gradient_checkpointing: bool = Field(
+    activation_checkpointing: bool = Field(
         False, description="true or false: recompute activations in the backward pass instead of keeping them"
     )
     report_to: list[str] = Field(

@@ -338,7 +338,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         seed=training.seed,
         bf16=training.bf16,
         fp16=training.fp16,
-        gradient_checkpointing=training.gradient_checkpointing,
+        **({"activation_checkpointing": True} if training.activation_checkpointing else {}),  # 5.23 and later know it
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # those of frozen models do not change
