@@ -272,7 +272,14 @@ def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch off gradients of all weights."""
+    """Switch off gradients of all weights, and keep a quantized model differentiable with respect to its input.
+
+    On CPUs that multiply in bfloat16, bitsandbytes packs 4-bit weights anew in the first evaluation, for a kernel that
+    has no gradient; training after an evaluation would stop there, with no more than a warning.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 

@@ -535,3 +535,29 @@ def test_bfloat16(make_recipe: MakeRecipe, settings: dict[str, Any]):
     assert evaluated[20] < evaluated[10] - 0.02
     # the frozen models may be in bfloat16; what is trained and saved never is
     assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_bases(make_recipe: MakeRecipe, die_at: DieAt, quantization: str):
+    """The loss falls also after evaluations, a resumed run is the same, and what was trained is found again."""
+    settings = {"top": {"quantization": quantization}, "max_steps": 20, "eval_steps": 4}
+    whole, halves = make_recipe("whole", **settings), make_recipe("halves", **settings)
+    trainer.train(whole)
+    evaluated = losses(whole)["eval_loss"]
+    assert evaluated[20] < evaluated[8] < evaluated[4]
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(halves)
+    trainer.train(halves, resume=True)
+    assert losses(halves) == losses(whole)
+    assert {w.dtype for w in weights(whole.training.output_dir).values()} == {torch.float32}
+    model = calm.CalmForCausalLM.from_pretrained(whole.training.output_dir, dtype="auto")
+    names = {type(weight).__name__ for weight in (*model.anchor.parameters(), *model.augmenting.parameters())}
+    assert names == {"Parameter", {"int8": "Int8Tensor", "nf4": "Params4bit"}[quantization]}
+    with pytest.raises(CalmError, match=r"trained with another quantization \(quantization: '\w+' -> None\)"):
+        trainer.train(make_recipe("whole", max_steps=30), resume=True)
+
+
+def test_a_missing_quantization_library_is_named_at_once(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("calm.training.quantization.is_torchao_available", lambda: False)
+    with pytest.raises(CalmError, match=r"quantization = 'int8' needs torchao.*pip install 'calm-lm\[quantization\]'"):
+        trainer.train(make_recipe(top={"quantization": "int8"}))

@@ -23,6 +23,7 @@ from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pa
 from calm.errors import CalmError, CheckpointError
 from calm.sources import Source, load_config
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
+from calm.training.quantization import quantization_config
 from calm.training.recipe import Recipe
 from calm.training.statistics import STATISTICS, ConnectionStatistics
 
@@ -92,6 +93,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
+    dtype = getattr(torch, recipe.dtype)
+    load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
         checkpoint = _check_output_dir(output_dir, recipe, resume)
@@ -102,7 +105,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     train_data, eval_data, examples = _load_data(recipe, tokenizer)
 
     set_seed(recipe.training.seed)  # the new connections' weights
-    model = _load_model(recipe, checkpoint)
+    model = _load_model(recipe, checkpoint, load_kwargs)
     if recipe.data.packing:
         _check_packing(model)
     if arguments.should_save:
@@ -285,14 +288,13 @@ def _check_packing(model: CalmForCausalLM) -> None:
             )
 
 
-def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
+def _load_model(recipe: Recipe, checkpoint: str | None, load_kwargs: dict[str, Any]) -> CalmForCausalLM:
     """Compose the models anew, or load a checkpoint, which also checks that the bases are still the same ones.
 
     What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
     """
-    dtype = getattr(torch, recipe.dtype)
     if checkpoint is not None:
-        model = calm.CalmForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        model = calm.CalmForCausalLM.from_pretrained(checkpoint, **load_kwargs)
         model.connections.float()
         return model
     model = calm.compose(
@@ -302,7 +304,7 @@ def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
         num_heads=recipe.num_heads,
         attention=recipe.attention,
         attend=recipe.attend,
-        dtype=dtype,
+        **load_kwargs,
     )
     model.connections.float()
     return model
