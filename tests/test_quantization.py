@@ -1,4 +1,4 @@
-"""Quantized bases (torchao and bitsandbytes, on the CPU): right gradients, full-precision connections, the same again."""
+"""Quantized bases (torchao and bitsandbytes, on the CPU): right gradients, float32 connections, the same again."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from calm.data import IGNORED
 from calm.errors import CalmError
@@ -109,9 +109,39 @@ class CompositionTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
+            self._delete_old_checkpoints(run_dir)
+
+    def _delete_old_checkpoints(self, run_dir: Path) -> None:
+        """Keep the last `save_total_limit` checkpoints, the best one among them.
+
+        Each is renamed first: a run that is killed while it deletes leaves no half of one.
+        """
+        checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir))]
+        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
+        excess = len(checkpoints) - max(self.args.save_total_limit, len(kept))
+        for old in [path for path in checkpoints if path not in kept][: max(excess, 0)]:
+            condemned = run_dir / f".deleting-{old.name}"
+            os.replace(old, condemned)
+            shutil.rmtree(condemned, ignore_errors=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:  # of the file system, of unpickling, of the optimiser: it depends on the damage
+            raise _unfit_optimizer(checkpoint, f"it cannot be read: {error}") from error
+        if checkpoint is None or self.is_deepspeed_enabled:  # which loads it with the model
+            return
+        if not self.optimizer.state:
+            raise _unfit_optimizer(checkpoint, "it is not there")
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != weight.shape:
+                    raise _unfit_optimizer(
+                        checkpoint,
+                        f"{name!r} has shape {tuple(value.shape)} for a weight of shape {tuple(weight.shape)}: it is "
+                        "that of another composition",
+                    )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save every new best model, also between the regular checkpoints."""
@@ -170,6 +200,13 @@ class LengthGrouped(Sampler[int]):
         """The indices of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+
+
+def _unfit_optimizer(checkpoint: str | None, reason: str) -> CalmError:
+    return CalmError(
+        f"the optimiser state in {checkpoint} cannot be used: {reason}; take that folder away to resume from the "
+        "checkpoint before it, or start a new run in another training.output_dir"
+    )
 
 
 def _flush(directory: Path) -> None:

@@ -97,7 +97,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
-        checkpoint = _check_output_dir(output_dir, recipe, resume)
+        checkpoint = _check_output_dir(output_dir, recipe, resume, arguments.world_size)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
         logger.warning("%s: this run is finished, so there is nothing to resume", output_dir)
         return finished
@@ -109,7 +109,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if recipe.data.packing:
         _check_packing(model)
     if arguments.should_save:
-        (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
+        _write_whole(output_dir / RECIPE_FILE, recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
     trainer = CompositionTrainer(
         model=model,
@@ -159,7 +159,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     return result
 
 
-def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | None:
+def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes: int) -> str | None:
     """Make `output_dir` and find the checkpoint to resume from; refuse to mix two runs in one directory."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
         raise CalmError(
             f"training.output_dir = {recipe.training.output_dir!r} cannot be written to: {error}"
         ) from error
-    for stale in output_dir.glob(".saving-*"):  # of a run that was killed while it saved
+    for stale in (*output_dir.glob(".saving-*"), *output_dir.glob(".deleting-*")):  # of a run that was killed meanwhile
         shutil.rmtree(stale, ignore_errors=True)
     last = get_last_checkpoint(output_dir)
     if not resume:
@@ -192,6 +192,18 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
         raise CalmError(
             f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so "
             "its checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
+        )
+    sizes = [
+        values["training"]["per_device_batch_size"] * values["training"]["gradient_accumulation"] * count
+        for values, count in ((before, _processes_of(last)), (recipe.model_dump(), processes))
+    ]
+    for field in ("training.per_device_batch_size", "training.gradient_accumulation"):
+        if sizes[0] == sizes[1]:  # in other batches, or on other processes, but the same examples at each step
+            changed.pop(field, None)
+    if sizes[0] != sizes[1]:
+        changed["step"] = (
+            f"examples of an optimiser step: {sizes[0]} -> {sizes[1]} (per_device_batch_size x gradient_accumulation "
+            f"x {processes} processes)"
         )
     if changed:
         logger.warning(
@@ -219,6 +231,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") ->
         elif before.get(key) != now[key]:
             found[f"{path}{key}"] = f"{path}{key}: {before.get(key)!r} -> {now[key]!r}"
     return found
+
+
+def _processes_of(checkpoint: str) -> int:
+    """How many processes wrote a checkpoint: each leaves its random state."""
+    return max(len(list(Path(checkpoint).glob("rng_state_*.pth"))), 1)
 
 
 def _step_of(checkpoint: str) -> int:
@@ -361,9 +378,14 @@ def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "history": history,
     }
-    staging = output_dir / f".{LOG_FILE}"
-    staging.write_text(json.dumps(log, indent=2))
-    staging.replace(output_dir / LOG_FILE)  # its presence says that the run is finished
+    _write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2))  # its presence says that the run is finished
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a run that is killed leaves the one from before."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(text)
+    staging.replace(path)
 
 
 def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
