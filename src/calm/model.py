@@ -562,6 +562,16 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         Starting them at the embeddings would store and back-propagate everything below the first connection.
         """
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` leaves alone: all that is frozen, which every process has loaded itself.
+
+        It would send it to the others first, and cannot where it is quantized by torchao.
+        """
+        parameters = self.named_parameters(remove_duplicate=False)
+        frozen = [name for name, weight in parameters if not weight.requires_grad]
+        return frozen + [name for name, _ in self.named_buffers(remove_duplicate=False)]
+
     def _replicate_for_data_parallel(self) -> Any:
         raise CalmError(
             "nn.DataParallel cannot run a composed model: its replicas' hooks would run the original's connections. "

@@ -102,9 +102,10 @@ def test_one_example_on_two_processes(recipe: dict[str, Any], tmp_path: Path) ->
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_quantized_bases_on_two_processes(recipe: dict[str, Any], tmp_path: Path, quantization: str) -> None:
-    recipe |= {"quantization": quantization}
+def test_quantized_bases_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Which torchao's weights, unlike others, cannot be sent from one process to another."""
+    recipe["quantization"] = "int8"
+    recipe["training"] |= {"max_steps": 4}
     train(recipe, tmp_path / "one", 1)
     train(recipe, tmp_path / "two", 2)
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
