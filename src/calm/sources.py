@@ -226,7 +226,7 @@ def load_bases(
     Args:
         config: The composition.
         anchor: The anchor, or where it is now.
-        augmenting: The augmenting model(s), or where they are now: one, or by name.
+        augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
         verify: Compare fingerprints.
         load_kwargs: For `from_pretrained` of every base. A base that was quantized while it was loaded is so again,
             in the same dtype, unless they say otherwise.
@@ -238,8 +238,10 @@ def load_bases(
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
     given: dict[str, Any] = {}
+    wanted = config.augmenting_configs
     if augmenting is not None:
         given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
+        wanted = wanted if given else {}
         if "" in given and len(config.augmenting_configs) == 1:
             given = {next(iter(config.augmenting_configs)): given[""]}
         if unknown := sorted(set(given) - set(config.augmenting_configs)):
@@ -254,7 +256,7 @@ def load_bases(
     anchor_kwargs = _as_recorded(config.anchor_reference, load_kwargs)
     anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **anchor_kwargs)
     models = {}
-    for name, expected in config.augmenting_configs.items():
+    for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
         base, depth = given.get(name), config.augmenting_depth(name)
         source, reference = None, config.augmenting_references.get(name, {})

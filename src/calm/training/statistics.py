@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from calm.attention import Connection
@@ -25,8 +27,8 @@ class ConnectionStatistics(TrainerCallback):
 
     `values` holds the last measurement: `connection_INDEX/injection`, the norm of what the connection adds relative to
     that of the anchor's hidden state (mean over positions); `.../entropy`, of its attention, in nats (mean over heads
-    and positions of the batch's first row: log(positions) where it looks everywhere, 0 where it looks at one);
-    `.../gradient`, the norm of its gradient after clipping.
+    and the last 512 positions of the batch's first document: log(positions) where it looks everywhere, 0 where it
+    looks at one); `.../gradient`, the norm of its gradient after clipping.
 
     Args:
         connections: Those of the model that is trained.
@@ -36,6 +38,13 @@ class ConnectionStatistics(TrainerCallback):
         self.connections = connections
         self.values: dict[str, float] = {}
         self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the Trainer when the model is wrapped: where FSDP shards connections, they are gathered to look."""
+        for connection in self.connections:
+            register_fsdp_forward_method(connection, "attention_weights")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +67,7 @@ class ConnectionStatistics(TrainerCallback):
         self._hooks.clear()
         for index, connection in enumerate(self.connections):
             norms = [p.grad.float().norm() for p in connection.parameters() if p.grad is not None]
+            norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
             self.values[f"connection_{index}/gradient"] = torch.stack(norms).norm().item() if norms else 0.0
 
 
@@ -72,6 +82,8 @@ class _Watch:
         hidden, context, alignment = args[:3]
         added, residual = (states.float().norm(dim=-1).mean().item() for states in (output, hidden))
         self.values[f"connection_{self.index}/injection"] = added / residual
-        weights = connection.attention_weights(hidden[:1], context[:1], alignment.first_row())
+        length, first = alignment.of_first_document(context.shape[1])
+        rows = slice(length - first.bias.shape[2], length)
+        weights = connection.attention_weights(hidden[:1, rows], context[:1, :length], first)
         entropy = -torch.special.xlogy(weights, weights).sum(-1).mean().item()
         self.values[f"connection_{self.index}/entropy"] = entropy
