@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
 from calm.data import IGNORED
 from calm.errors import CalmError
+from calm.training import sharding
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
@@ -91,9 +93,9 @@ class CompositionTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
             if self.args.should_save:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 _flush(staging / name)
                 os.replace(staging / name, run_dir / name)
@@ -124,10 +126,40 @@ class CompositionTrainer(Trainer):
             os.replace(old, condemned)
             shutil.rmtree(condemned, ignore_errors=True)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer; of a sharded run in the same files as those of any other, and without the frozen bases."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As the Trainer; a sharded run has loaded its connections before they were sharded."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As the Trainer; also into sharded connections."""
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        connections = self.accelerator.unwrap_model(self.model).connections
+        expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
+        weights = read_weights(str(self.state.best_model_checkpoint), expected)
+        sharding.load(connections, {key.removeprefix(CONNECTIONS_PREFIX): value for key, value in weights.items()})
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
         try:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.is_fsdp_enabled:
+                found = torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True)
+                self.optimizer.load_state_dict(sharding.optimizer_state(found, self.optimizer))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:  # of the file system, of unpickling, of the optimiser: it depends on the damage
             raise _unfit_optimizer(checkpoint, f"it cannot be read: {error}") from error
         if checkpoint is None or self.is_deepspeed_enabled:  # which loads it with the model
