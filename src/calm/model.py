@@ -16,7 +16,6 @@ import transformers
 from huggingface_hub import HfApi
 from packaging import version
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -37,6 +36,7 @@ from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
 from calm.config import CalmConfig, context_of, text_config, width_of
 from calm.errors import CalmError
+from calm.sharding import gathered, whole
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
@@ -138,23 +138,24 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 layer = backbones.layers_of(self.augmenting[name])[layer_index]
                 layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
-        split = {name for base in (self.anchor, *self.augmenting.values()) for name in base._no_split_modules or ()}
-        self._no_split_modules = sorted({*split, Connection.__name__})  # what FSDP shards one by one
+        self._no_split_modules = [Connection.__name__]  # post_init adds the bases'
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
         self._keys_to_ignore_on_save: set[str] | None = None
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
         self.post_init()
-        self._ignore_bases_on_save()
+        self._list_what_is_there()
 
-    def _ignore_bases_on_save(self) -> None:
-        """Exact keys, so that whoever checks a composition-only checkpoint for missing keys finds none."""
+    def _list_what_is_there(self) -> None:
+        """Say what FSDP shards one by one, which has to be there, and which exact keys no checkpoint has."""
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(classes & set(self._no_split_modules))
         self._keys_to_ignore_on_save = {k for k in self.state_dict() if not k.startswith(checkpoint.CONNECTIONS_PREFIX)}
 
     def release_augmenting(self) -> None:
         """Let the augmenting models go, for training on `augmenting_outputs` that were kept."""
         self.augmenting = nn.ModuleDict()
-        self._ignore_bases_on_save()
+        self._list_what_is_there()
 
     def init_weights(self) -> None:
         """Nothing to do: connections initialise themselves, and the bases (with adapters on them) are as loaded."""
@@ -730,8 +731,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 
     def _gathered_connections(self) -> dict[str, Tensor]:
-        weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
-        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+        with gathered(self.connections):
+            weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
+            return {name: whole(weight) for name, weight in weights.items()}
 
     def push_to_hub(
         self,

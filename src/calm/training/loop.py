@@ -16,16 +16,17 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from calm import sharding
 from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
 from calm.data import IGNORED
 from calm.errors import CalmError
-from calm.training import sharding
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
@@ -127,28 +128,40 @@ class CompositionTrainer(Trainer):
             shutil.rmtree(condemned, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer; of a sharded run in the same files as those of any other, and without the frozen bases."""
-        if not self.is_fsdp_enabled:
+        """As the Trainer; of a sharded run without the frozen models, and of FSDP in the files of any other run."""
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = sharding.whole(self.optimizer.state_dict())
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            state = sharding.whole(self.optimizer.state_dict())
+            if self.args.should_save:
+                torch.save(state, Path(output_dir, OPTIMIZER_NAME))
         if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
+    def _prepare_for_training(self, max_steps: int, loader: DataLoader, checkpoint: str | None) -> tuple[Any, Any]:
+        """As the Trainer; DeepSpeed's checkpoints lack the frozen models, which are loaded already."""
+        if checkpoint is None or not self.is_deepspeed_enabled:
+            prepared: tuple[Any, Any] = super()._prepare_for_training(max_steps, loader, checkpoint)
+            return prepared
+        prepared = super()._prepare_for_training(max_steps, loader, None)
+        deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As the Trainer; a sharded run has loaded its connections before they were sharded."""
+        """As the Trainer; FSDP's connections are loaded before they are sharded."""
         if not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """As the Trainer; also into sharded connections."""
-        if not self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
+        """Load the best model, which is a composition, sharded or not."""
         connections = self.accelerator.unwrap_model(self.model).connections
-        expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
-        weights = read_weights(str(self.state.best_model_checkpoint), expected)
+        with sharding.gathered(connections):
+            expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
+            weights = read_weights(str(self.state.best_model_checkpoint), expected)
         sharding.load(connections, {key.removeprefix(CONNECTIONS_PREFIX): value for key, value in weights.items()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from calm.attention import Connection
+from calm.sharding import is_zero3, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -67,7 +67,9 @@ class ConnectionStatistics(TrainerCallback):
         self._hooks.clear()
         for index, connection in enumerate(self.connections):
             norms = [p.grad.float().norm() for p in connection.parameters() if p.grad is not None]
-            norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+            if is_zero3(next(connection.parameters())):  # which has taken the gradients away already
+                continue
+            norms = whole(norms)
             self.values[f"connection_{index}/gradient"] = torch.stack(norms).norm().item() if norms else 0.0
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_fsdp_enabled, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
@@ -98,6 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     dtype = getattr(torch, recipe.dtype)
     load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
+    _load_on_every_process()
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
         checkpoint = _check_output_dir(output_dir, recipe, resume, arguments.world_size)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
@@ -153,17 +154,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     )
     try:
         trainer.save_model()  # the best one: the Trainer has loaded it back
-        if not arguments.should_save:
-            return result
-        tokenizer.save_pretrained(output_dir)
-        _plot_losses(output_dir, state.log_history)
-        _plot_connections(output_dir, state.log_history, model.config)
-        _write_log(output_dir, recipe, result, state.log_history)
+        if arguments.should_save:
+            tokenizer.save_pretrained(output_dir)
+            _plot_losses(output_dir, state.log_history)
+            _plot_connections(output_dir, state.log_history, model.config)
+            _write_log(output_dir, recipe, result, state.log_history)
     except (CheckpointError, OSError) as error:
         best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
         raise CalmError(
             f"training is done and {output_dir / best} holds the model, but saving it failed: {error}"
         ) from error
+    trainer.accelerator.wait_for_everyone()  # launchers end the others when one process ends badly, however late
     return result
 
 
@@ -312,6 +313,17 @@ def _keep_augmenting_outputs(trainer: CompositionTrainer, model: CalmForCausalLM
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = kept("evaluation", trainer.eval_dataset)
     model.release_augmenting()
+
+
+def _load_on_every_process() -> None:
+    """See to it that each process loads the frozen models, whose weights it compares, before they are sharded."""
+    unset_hf_deepspeed_config()  # which would have ZeRO-3 shard weights as they are loaded
+    if is_fsdp_enabled():  # transformers means by it that this flag is set
+        raise CalmError(
+            "fsdp_cpu_ram_efficient_loading = true: only one process of a node would load the frozen models, and each "
+            "compares them with those that a checkpoint was trained against; set it to false, as in "
+            "examples/accelerate/fsdp2.yaml"
+        )
 
 
 def _check_loggers(recipe: Recipe) -> None:
