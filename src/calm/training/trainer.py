@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations, is_fsdp_enabled, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -98,7 +99,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     dtype = getattr(torch, recipe.dtype)
     load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
-    _load_on_every_process()
+    _check_launch(recipe)
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
         checkpoint = _check_output_dir(output_dir, recipe, resume, arguments.world_size)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
@@ -315,15 +316,21 @@ def _keep_augmenting_outputs(trainer: CompositionTrainer, model: CalmForCausalLM
     model.release_augmenting()
 
 
-def _load_on_every_process() -> None:
-    """See to it that each process loads the frozen models, whose weights it compares, before they are sharded."""
-    unset_hf_deepspeed_config()  # which would have ZeRO-3 shard weights as they are loaded
+def _check_launch(recipe: Recipe) -> None:
+    """Refuse what cannot be sharded, and see to it that each process loads the frozen models, which it compares."""
+    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    if sharded and recipe.quantization == "int8":
+        raise CalmError(
+            "quantization = 'int8': FSDP and DeepSpeed cannot shard torchao's weights; take nf4, which they can, or "
+            "data parallelism (torchrun, or examples/accelerate/ddp.yaml)"
+        )
     if is_fsdp_enabled():  # transformers means by it that this flag is set
         raise CalmError(
             "fsdp_cpu_ram_efficient_loading = true: only one process of a node would load the frozen models, and each "
             "compares them with those that a checkpoint was trained against; set it to false, as in "
             "examples/accelerate/fsdp2.yaml"
         )
+    unset_hf_deepspeed_config()  # which would have ZeRO-3 shard weights as they are loaded
 
 
 def _check_loggers(recipe: Recipe) -> None:
