@@ -283,6 +283,23 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+def device_map_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Where the parts of a model are that was spread over devices while it was loaded; else empty."""
+    return dict(getattr(model, "hf_device_map", {}))
+
+
+def runs_on(model: PreTrainedModel) -> torch.device:
+    """Where the parts of a model run that are offloaded: on its first other device, or on the CPU.
+
+    Args:
+        model: A model with weights on the meta device; if it was not offloaded, that is where it is.
+    """
+    places = device_map_of(model)
+    if not places:
+        return torch.device("meta")
+    return torch.device(next((place for place in places.values() if place not in ("cpu", "disk")), "cpu"))
+
+
 def cache_argument(model: nn.Module) -> str:
     """The name under which a model's forward takes its cache."""
     return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache_params"

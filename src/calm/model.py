@@ -114,7 +114,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             )
             reference = next(anchor_layers[pair.anchor_layer].parameters())
             dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
-            self.connections.append(connection.to(device=reference.device, dtype=dtype))
+            device = backbones.runs_on(self.anchor) if reference.is_meta else reference.device
+            self.connections.append(connection.to(device=device, dtype=dtype))
 
         self._disabled = False
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
@@ -138,6 +139,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 layer = backbones.layers_of(self.augmenting[name])[layer_index]
                 layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
+        placed = {f"anchor.{name}": place for name, place in backbones.device_map_of(self.anchor).items()}
+        for key, base in self.augmenting.items():
+            placed |= {f"augmenting.{key}.{name}": place for name, place in backbones.device_map_of(base).items()}
+        if placed:  # whoever trains the model leaves it where it is
+            self.hf_device_map = placed
         self._no_split_modules = [Connection.__name__]  # post_init adds the bases'
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
@@ -622,7 +628,19 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     # -- being frozen -------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> CalmForCausalLM:
-        """Switch the anchor and the connections; augmenting models stay in evaluation mode."""
+        """Switch the anchor and the connections; augmenting models stay in evaluation mode.
+
+        Raises:
+            CalmError: For training, if a part of the anchor is offloaded: its weights are not there in backward passes.
+        """
+        if mode and backbones.device_map_of(self.anchor):
+            gone = [name for name, weight in self.anchor.named_parameters() if weight.is_meta]
+            if gone:
+                raise CalmError(
+                    f"The device_map offloads {len(gone)} weights of the anchor ({gone[0]!r}, ...), which can generate "
+                    "and not train: gradients flow back through it, and its weights would be gone by then. Load it "
+                    "within devices, or quantized; augmenting models may be offloaded."
+                )
         super().train(mode)
         self.augmenting.eval()
         return self
