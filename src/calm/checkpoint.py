@@ -121,7 +121,7 @@ def read_weights(path: str | os.PathLike[str], expected: Mapping[str, Tensor], *
     """
     name = os.fspath(path)
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(name, **hub_kwargs):
+    for file in weight_files(name, **hub_kwargs):
         try:
             weights |= load_file(file)
         except (SafetensorError, OSError) as error:
@@ -146,7 +146,13 @@ def read_weights(path: str | os.PathLike[str], expected: Mapping[str, Tensor], *
     return weights
 
 
-def _weight_files(name: str, **hub_kwargs: Any) -> list[str]:
+def weight_files(name: str, **hub_kwargs: Any) -> list[str]:
+    """Find the safetensors files of a folder or hub repository, one or several shards.
+
+    Raises:
+        CheckpointError: If there are none, or one is missing.
+    """
+
     def find(file: str) -> str | None:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 
