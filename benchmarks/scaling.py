@@ -134,14 +134,10 @@ def draw(found: dict[str, Any], stem: Path) -> None:
         points = measured["points"]
         if "line" in measured:
             line = measured["line"]
-            ends = [min(points), max(points)]
-            axes.plot(
-                ends,
-                [line["intercept"] + line["slope"] * n for n in ends],
-                color="grey",
-                linewidth=1,
-                label=f"line: {line['slope']:.3f} s each, {line['slope_by_one']:.2f} of one alone (R² {line['r_squared']:.4f})",
-            )
+            fitted = [line["intercept"] + line["slope"] * n for n in points]
+            of_one = f"{line['slope_by_one']:.2f} of one alone"
+            label = f"{line['slope']:.3f} s for each, {of_one} (R² {line['r_squared']:.4f})"
+            axes.plot(points, fitted, color="grey", linewidth=1, label=label)
         axes.plot(points, measured["composed"], marker="o", label="composed")
         axes.plot(points, measured["parts"], marker=".", linestyle="--", label="anchor and augmenting models alone")
         axes.set(xlim=(0, None), ylim=(0, None), xticks=points)

@@ -94,7 +94,7 @@ QUICK = Sizes(
     tiny=True,
     specialist_layers=4,
     quarter_layers=2,
-    width=64,
+    width=128,
     depths=(4, 2),
     vocabulary=256,
     scaling=scaling.QUICK,
@@ -349,9 +349,8 @@ def main(
     if "scaling" in report:
         scaling.draw(report["scaling"], output / name)
     path = unfinished.replace(output / f"{name}.json")
-    machine = report["hardware"]
-    title = f"{report['settings']['anchor']}, {sizes.tokens} tokens, float32; {machine['cpu']}, {machine['threads']} threads"
-    show(title, "compared with", results)
+    machine = f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
+    show(f"{report['settings']['anchor']}, {sizes.tokens} tokens, float32; {machine}", "compared with", results)
     console.print(f"{path} ({report['seconds']} s)")
 
 
