@@ -56,6 +56,8 @@ def gpt2(width: int, layers: int, heads: int, vocabulary: int, context: int) -> 
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
         tie_word_embeddings=False,
     )
     return AutoModelForCausalLM.from_config(config)

@@ -7,6 +7,7 @@ are those of issue 3, "How it is measured"; see README.md beside this file.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -314,6 +315,12 @@ def main(
 ) -> None:
     """Measure what a training step costs; write DATE-training.json and a plot for each way of scaling."""
     chosen = list(only or Comparison)
+    if Comparison.calm_pytorch in chosen and importlib.util.find_spec("CALM_pytorch") is None:
+        console.print(
+            "[bold red]CALM-pytorch is not installed[/]: `make bench-training` installs benchmarks/requirements.txt. "
+            "Without it, name what to measure: python benchmarks/training.py floor full scaling"
+        )
+        raise typer.Exit(1)
     packages = [*PACKAGES, *(OTHERS if Comparison.calm_pytorch in chosen else ())]
     sizes = QUICK if quick else Sizes()
     if turns is not None:
