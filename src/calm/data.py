@@ -362,7 +362,8 @@ def pack(rows: list[Row], length: int) -> list[Row]:
 class CompletionCollator:
     """Pad tokenized examples on the right into one batch.
 
-    Packed rows have no mask, since positions say where a document ends; what fills them up is one more document.
+    There is no mask: in causal order nothing sees the padding that follows it, and without a mask every model may use
+    its quickest attention. In packed rows positions say where a document ends; what fills them up is one more.
 
     Args:
         pad_token_id: what to fill `input_ids` with; any valid id will do, since it is masked and has no label.
@@ -384,8 +385,8 @@ class CompletionCollator:
                 were kept: tensors `[length, D_A]` by name.
 
         Returns:
-            `input_ids`, `labels` and `attention_mask` (`position_ids` of packed rows), int64 tensors of shape
-            [batch, longest row]; `augmenting_outputs` likewise, by name.
+            `input_ids` and `labels` (and `position_ids` of packed rows), int64 tensors of shape [batch, longest row];
+            `augmenting_outputs` likewise, by name.
         """
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -402,7 +403,6 @@ class CompletionCollator:
                 key: pad_sequence([row["augmenting_outputs"][key] for row in rows], batch_first=True) for key in kept
             }
         if "position_ids" not in rows[0]:
-            batch["attention_mask"] = padded([np.ones_like(row["input_ids"]) for row in rows], 0)
             return batch
         longest = batch["input_ids"].shape[1]
         positions = [row["position_ids"] for row in rows]

@@ -29,9 +29,10 @@ from transformers import (
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from calm import backbones, checkpoint, loss, sources
-from calm.alignment import Alignment, align, visible_same_tokenizer
+from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
 from calm.config import CalmConfig, context_of, text_config, width_of
@@ -417,6 +418,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         slopes = (
             alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention == "normalized" else None
         )
+        starts_here = isinstance(past_length, int) and past_length == 0 and key_length == length
+        if starts_here and prompt_length is None and _is_right_padded(padding_mask):
+            if documents is None:
+                return align_causal(length, slopes, device)
+            if not is_tracing(documents):
+                return align_causal(length, slopes, device, document_lengths(documents))
         return align(
             visible_same_tokenizer(length, past_length, prompt_length, device),
             key_length,
@@ -798,6 +805,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
+
+
+def _is_right_padded(mask: Tensor | None) -> bool:
+    """Whether padding, if any, is on the right, where causal order hides it from every token anyway."""
+    return mask is None or (not is_tracing(mask) and not (mask[:, 1:] > mask[:, :-1]).any())
 
 
 def _random_anchor(config: CalmConfig) -> PreTrainedModel:
