@@ -66,12 +66,13 @@ class Step:
         input_ids: Int64 `[batch, length]`; all of them are labels too.
 
     Attributes:
-        batch: What the models get: `input_ids` and a mask without padding, as `calm.training` collates them.
+        batch: What the models get: `input_ids` alone, as `calm.training` collates them.
+        labels: What the loss is of.
     """
 
     def __init__(self, model: CalmForCausalLM, input_ids: Tensor):
         self.model, self.labels = model, input_ids
-        self.batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        self.batch = {"input_ids": input_ids}
         self.optimizer = adamw(model.connections.parameters())
         first = min(pair.anchor_layer for pair in model.config.layer_pairs)
         self._first_connected = layers_of(model.anchor)[first]
