@@ -243,7 +243,11 @@ def against_calm_pytorch(sizes: Sizes) -> list[Result]:
     )
     model = randomize_outputs(calm.compose(anchor, augmenting, sizes.connections))
     step = Step(model, row_of_tokens(sizes, sizes.vocabulary))
-    other, optimizer, other_step = calm_pytorch_step(sizes, model, step.labels)
+    from calm_pytorch import calm_pytorch_step  # what it needs, nothing else here does
+
+    other, optimizer, other_step = calm_pytorch_step(
+        sizes.width, sizes.depths, sizes.vocabulary, model.config.layer_pairs, step.labels
+    )
     seconds = take_turns("CALM-pytorch", {"composed": step.composed, "other": other_step}, sizes.turns)
     details = {
         "parameters": parameters(model),
@@ -261,41 +265,6 @@ def against_calm_pytorch(sizes: Sizes) -> list[Result]:
             **details,
         ),
     ]
-
-
-def calm_pytorch_step(
-    sizes: Sizes, ours: calm.CalmForCausalLM, input_ids: Tensor
-) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
-    """CALM-pytorch's composed model of such a pair, its optimizer and a step on the same row of tokens."""
-    from CALM_pytorch import CALM, AugmentParams
-    from CALM_pytorch.CALM import Recorder
-    from x_transformers import Decoder, TransformerWrapper
-
-    anchor, augmenting = (
-        TransformerWrapper(
-            num_tokens=sizes.vocabulary,
-            max_seq_len=sizes.tokens,
-            attn_layers=Decoder(dim=sizes.width, depth=depth, heads=sizes.width // 64, attn_flash=True),
-        )
-        for depth in sizes.depths
-    )
-    pairs = tuple((pair.augmenting_layer + 1, pair.anchor_layer + 1) for pair in ours.config.layer_pairs)
-    attention = {"linear_project_context": True, "pre_rmsnorm": True, "flash": True, "heads": sizes.width // 64}
-    model = CALM(anchor, augment_llms=AugmentParams(model=augmenting, connections=pairs), attn_kwargs=attention)
-    optimizer = adamw(model.parameters())
-    hooks = [hook for module in anchor.modules() for hook in module._forward_hooks.values()]
-
-    def run() -> None:
-        optimizer.zero_grad()
-        model(input_ids, prompt=input_ids).backward()
-        optimizer.step()
-        for hook in hooks:  # it never forgets the anchor's states: here it does after each step
-            if isinstance(hook, Recorder):
-                hook.output.clear()
-                hook.modules.clear()
-
-    run()  # forgets those of its own construction
-    return model, optimizer, run
 
 
 # -- all ---------------------------------------------------------------------------------------------------------------
@@ -340,7 +309,8 @@ def main(
         "ratios": {},
         "results": [],
     }
-    name = "-".join([f"{now:%Y-%m-%d}-training", *(comparison.value for comparison in only or ())])
+    parts = [*(comparison.value for comparison in only or ()), *(["quick"] if quick else [])]
+    name = "-".join([f"{now:%Y-%m-%d}-training", *parts])
     unfinished = output / f"{name}.unfinished.json"  # what an interrupted run leaves
     results: list[Result] = []
     for comparison in chosen:
@@ -358,6 +328,12 @@ def main(
     path = unfinished.replace(output / f"{name}.json")
     machine = f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads"
     show(f"{report['settings']['anchor']}, {sizes.tokens} tokens, float32; {machine}", "compared with", results)
+    if "scaling" in report:
+        line = report["scaling"]["augmenting_models"]["line"]
+        console.print(
+            f"one more augmenting model: {line['slope']:.3f} s a step, {line['slope_by_one']:.2f} of one alone "
+            f"(a straight line, R² {line['r_squared']:.4f})"
+        )
     console.print(f"{path} ({report['seconds']} s)")
 
 

@@ -29,7 +29,7 @@ def report_of(folder: Path, name: str) -> dict:
 def test_training(tmp_path: Path) -> None:
     chosen = [Comparison.floor, Comparison.full, Comparison.scaling]
     training.main(chosen, quick=True, output=tmp_path)
-    report = report_of(tmp_path, "training-floor-full-scaling")
+    report = report_of(tmp_path, "training-floor-full-scaling-quick")
     assert set(report["ratios"]) == RATIOS[Comparison.floor] | RATIOS[Comparison.full]
     details = {result["name"]: result["details"] for result in report["results"]}
     lora = details["lora"]
@@ -38,7 +38,7 @@ def test_training(tmp_path: Path) -> None:
     assert 1 < details["floor"]["ratio_of_flops"] < details["floor_kept"]["ratio_of_flops"] < 1.5
     assert 0.2 < report["ratios"]["full_memory"] < 0.9  # exact, so that no machine changes it
     plots = {"augmenting-models", "batch", "connections", "sequence-length"}
-    assert {path.stem.partition("-scaling-")[2] for path in tmp_path.glob("*.png")} == plots
+    assert {path.stem.partition("-quick-")[2] for path in tmp_path.glob("*.png")} == plots
     assert set(report["scaling"]["augmenting_models"]["line"]) >= {"slope", "r_squared", "slope_by_one"}
     assert not list(tmp_path.glob("*unfinished*"))
 
@@ -50,13 +50,13 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(training.COMPARISONS, Comparison.floor, interrupted)
     with pytest.raises(KeyboardInterrupt):
         training.main([Comparison.full, Comparison.floor], quick=True, output=tmp_path)
-    assert set(report_of(tmp_path, "training-full-floor.unfinished")["ratios"]) == RATIOS[Comparison.full]
+    assert set(report_of(tmp_path, "training-full-floor-quick.unfinished")["ratios"]) == RATIOS[Comparison.full]
 
 
 def test_calm_pytorch(tmp_path: Path) -> None:
     pytest.importorskip("CALM_pytorch", reason="of benchmarks/requirements.txt, which `make bench-training` installs")
     training.main([Comparison.calm_pytorch], quick=True, output=tmp_path)
-    report = report_of(tmp_path, "training-calm-pytorch")
+    report = report_of(tmp_path, "training-calm-pytorch-quick")
     assert set(report["ratios"]) == RATIOS[Comparison.calm_pytorch]
     details = report["results"][0]["details"]
     for theirs, ours in (
