@@ -258,6 +258,8 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = RESULTS,
 ) -> None:
     """Measure what training and decoding reach of a GPU; write DATE-gpu.json."""
+    if tokens <= WARM_UP + new_tokens:
+        raise typer.BadParameter(f"{tokens} tokens leave no prompt: {WARM_UP} + {new_tokens} of them are decoded.")
     machine = find_machine(device, tflops, gb_per_second)
     now, start = datetime.now(timezone.utc), time.perf_counter()
     on_gpu = machine.device.type == "cuda"
