@@ -1,4 +1,4 @@
-"""A composed model without its anchor's head: what transformers calls the base model, for trainers with a loss of their own.
+"""A composed model without its anchor's head: the base model of transformers, for trainers with losses of their own.
 
 TRL's trainers compute their losses from the last hidden state and the head's weight, and never make whole logits.
 """
