@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import factories
 import pytest
 import torch
-from bases import byte_tokenizer, save_base, sums
+import trl
+from bases import byte_tokenizer, save_base, sums, write_jsonl
 from datasets import Dataset
 from factories import assert_identical
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
@@ -19,6 +23,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import calm
 
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.16"), reason="the first TRL whose losses go through base_model"
+)
 EXAMPLES = sums(22)
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion']}0"} for row in EXAMPLES
@@ -194,3 +201,24 @@ def test_dpo(composed: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     assert losses[0][0] == pytest.approx(math.log(2), rel=1e-5)
     assert losses[0][-1] < 0.9 * losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_documentations_examples(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every example of "With TRL and PEFT", one after another, on two tiny models."""
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    _, _, section = page.read_text().partition("## With TRL and PEFT\n")
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_base(Path("path/to/anchor"), tokenizer, seed=0, layers=4)
+    save_base(Path("path/to/augmenting"), tokenizer, seed=1, width=24, layers=4)
+    write_jsonl(Path("train.jsonl"), EXAMPLES)
+    write_jsonl(Path("pairs.jsonl"), PAIRS)
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example.replace("Config(output_dir", "Config(use_cpu=True, output_dir"), names)  # else TRL wants a GPU
+    for saved in ("sft/model", "dpo/model", "lora/adapter_model", "composition/model", "adapter/adapter_model"):
+        assert Path(f"runs/{saved}.safetensors").is_file()
