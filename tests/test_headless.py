@@ -91,6 +91,8 @@ def test_packed_rows() -> None:
     assert (in_one[:, 6:] - found[:, 6:10]).norm() > 0.1 * in_one[:, 6:].norm()
     with pytest.raises(calm.CalmError, match="100 tokens do not fit"):
         model.base_model(row, position_ids=torch.arange(100).unsqueeze(0), use_cache=False)
+    with pytest.raises(calm.CalmError, match="100 tokens do not fit"):  # with a mask it is one document
+        model.base_model(row, torch.ones_like(row), PACKED.repeat(1, 10), use_cache=False)
 
 
 @pytest.mark.parametrize("mix", [Mix(anchor="bloom"), Mix(augmenting=("gpt2", "mamba"))])

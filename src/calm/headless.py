@@ -31,8 +31,20 @@ class Headless:
         self.model = model
         self._keeps_documents_apart = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take what the composed model's forward takes, but for labels.
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the composed model, but for the head.
+
+        Args:
+            input_ids: As for the composed model's forward.
+            attention_mask: Likewise.
+            position_ids: Likewise.
+            kwargs: Likewise, without labels.
 
         Returns:
             The anchor's decoder's own output. `last_hidden_state` is `[batch, length, width]` in the anchor's dtype:
@@ -49,18 +61,19 @@ class Headless:
                     'attend="prompt": without labels or prompt_length the composition cannot know where the prompt '
                     "ends (TRL's trainers give it neither). Train it with calm.training or the transformers Trainer."
                 )
-            self._check_documents(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+            if position_ids is not None and attention_mask is None:
+                self._check_documents(position_ids)
         with loss.without_head(model.anchor) as decoded:
             # by its class, since a trainer may have put a forward of its own, which calls this one, into the instance
-            outputs = type(model).forward(model, *args, **{**kwargs, "return_dict": True})
+            outputs = type(model).forward(
+                model, input_ids, attention_mask, position_ids, **{**kwargs, "return_dict": True}
+            )
         if outputs.past_key_values is not None:
             decoded.output["past_key_values"] = outputs.past_key_values
         return decoded.output
 
-    def _check_documents(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _check_documents(self, position_ids: Tensor) -> None:
         """Refuse a base that lets the documents of a packed row see one another, once."""
-        if self._keeps_documents_apart or position_ids is None or attention_mask is not None:
-            return
-        if find_packed_sequence_indices(position_ids) is not None:
+        if not self._keeps_documents_apart and find_packed_sequence_indices(position_ids) is not None:
             backbones.check_documents_apart(self.model.anchor, self.model.augmenting)
             self._keeps_documents_apart = True
