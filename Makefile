@@ -14,11 +14,12 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+BENCH := $(VENV)/.installed-bench
 
-.PHONY: help install demo test test-slow test-real lint types imports format bench docs clean
+.PHONY: help install demo test test-slow test-real lint types imports format bench bench-training bench-gpu docs clean
 
 help: ## list these targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(DEV): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +29,10 @@ $(DEV): pyproject.toml constraints.txt
 
 $(DOCS): $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(BENCH): $(DEV) benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
 	@touch $@
 
 install: $(DEV) ## set the environment up and do nothing else
@@ -60,6 +65,12 @@ imports: $(DEV) ## the import order of the rooms
 
 bench: $(DEV) ## what composition costs, against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
+
+bench-training: $(BENCH) ## what a training step costs, against its floor, LoRA, full fine-tuning and CALM-pytorch
+	$(BIN)/python benchmarks/training.py
+
+bench-gpu: $(DEV) ## what training and decoding reach of a GPU; needs one
+	$(BIN)/python benchmarks/gpu.py
 
 docs: $(DOCS) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -46,11 +46,17 @@ def write(
         max_shard_size: Largest weights file, in bytes or as "5GB".
 
     Raises:
-        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters.
+        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters or
+            PEFT's copies of them.
     """
     weights = {key: value for key, value in state_dict.items() if key.startswith(CONNECTIONS_PREFIX)}
     if not weights:
         raise CheckpointError("The state dict to save holds no composition parameters (keys 'connections.*').")
+    if any(".modules_to_save." in key for key in weights):
+        raise CheckpointError(
+            "PEFT trains copies of the connections (modules_to_save), which a composition's checkpoint cannot hold: "
+            "save the PeftModel, whose adapter has them."
+        )
     target = Path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)

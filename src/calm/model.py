@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -36,7 +38,10 @@ from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
 from calm.config import CalmConfig, context_of, text_config, width_of
 from calm.errors import CalmError
+from calm.headless import Headless
 from calm.sharding import gathered, whole
+
+logger = logging.getLogger(__name__)
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
@@ -163,6 +168,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         self.augmenting = nn.ModuleDict()
         self._list_what_is_there()
 
+    @cached_property
+    def base_model(self) -> Headless:
+        """Both models and the connections without the anchor's head; called, it returns the last hidden state."""
+        return Headless(self)
+
     def init_weights(self) -> None:
         """Nothing to do: connections initialise themselves, and the bases (with adapters on them) are as loaded."""
 
@@ -235,7 +245,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         length = input_ids.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int):
-            self._check_length(past_length + length)
+            packed = cache is None and attention_mask is None  # its documents' positions count, not the row's length
+            self._check_length(past_length + length, position_ids if packed else None)
         if self._is_stateful and length > 1 and past_length > 0:
             raise CalmError(
                 f"{length} new tokens after {int(past_length)} in the cache: a recurrent base can take one at a time "
@@ -302,7 +313,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             CalmError: As `forward`.
         """
         input_ids = self._check_inputs(input_ids, attention_mask, None, {})
-        self._check_length(input_ids.shape[1])
+        self._check_length(input_ids.shape[1], position_ids if attention_mask is None else None)
         return self._run_augmenting(input_ids, attention_mask, position_ids, None)
 
     def _run_augmenting(
@@ -510,7 +521,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"returns for input_ids of the shape {tuple(input_ids.shape)}."
             )
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, length: int, position_ids: Tensor | None = None) -> None:
+        if self.context_length is not None and length > self.context_length and position_ids is not None:
+            length = int(position_ids.max()) + 1
         if self.context_length is not None and length > self.context_length:
             raise CalmError(
                 f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
@@ -652,12 +665,18 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
                 "pass. Upgrade transformers (which needs Python 3.11), or train without it."
             )
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and isinstance(function, partial) and function.keywords.get("use_reentrant", True):
+            raise CalmError(
+                "Activation checkpointing with use_reentrant=True would leave connections and adapters without "
+                "gradients, since no input of the frozen layers below them has any: pass use_reentrant=False."
+            )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do, since gradients start at the connections.
+        """Nothing to do, since gradients start at the connections, or at an adapter that sits below them.
 
-        Starting them at the embeddings would store and back-propagate everything below the first connection.
+        Starting them at the embeddings would store and back-propagate everything below the first of these.
         """
 
     @property
@@ -726,6 +745,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
 
+        An adapter that trains on a base is not among them (a warning says so): PEFT saves it.
+
         Args:
             save_directory: Where to; made if missing. A failed save leaves what was there.
             state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
@@ -741,6 +762,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         weights = self._gathered_connections() if state_dict is None else state_dict
         if not is_main_process:
             return
+        if any(weight.requires_grad for base in (self.anchor, self.augmenting) for weight in base.parameters()):
+            logger.warning(
+                "%s holds the connections only, and not what else is trained, such as an adapter on the anchor: save "
+                "that too, with model.anchor.save_pretrained(FOLDER); model.anchor.load_adapter(FOLDER) loads it.",
+                os.fspath(save_directory),
+            )
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
@@ -831,7 +858,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         model.connections.load_state_dict(
             {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
         )
-        model.name_or_path = name
+        model.name_or_path = config.name_or_path = name
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()

@@ -18,8 +18,8 @@ from transformers.integrations import get_available_reporting_integrations, is_f
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
-from calm.backbones import decoder_of, forward_parameters
-from calm.config import CalmConfig, context_of, depth_of, text_config
+from calm.backbones import check_documents_apart
+from calm.config import CalmConfig, context_of, depth_of
 from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
@@ -115,7 +115,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if kept_before:
         model.config.augmenting_references = augmenting_outputs.references(kept_dirs["training"])
     if recipe.data.packing:
-        _check_packing(model)
+        check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
         _write_whole(output_dir / RECIPE_FILE, recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
@@ -341,30 +341,6 @@ def _check_loggers(recipe: Recipe) -> None:
             raise CalmError(
                 f"training.report_to = {name!r}: not installed, or unknown to transformers; installed here: "
                 f"{', '.join(available) or 'none'}"
-            )
-
-
-def _check_packing(model: CalmForCausalLM) -> None:
-    """Refuse to pack for a base that does not keep the documents of a row apart.
-
-    Some architectures ignore restarting positions and let a document see the ones before it. Tried on the base at
-    hand: whether a document's states are the same behind another document as they are alone.
-    """
-    bases = {"the anchor": decoder_of(model.anchor)}
-    bases |= {f"the augmenting model {name!r}": base for name, base in model.augmenting.items()}
-    for name, base in bases.items():
-        ids = torch.arange(2, 18, device=base.device).remainder(text_config(base.config).vocab_size).unsqueeze(0)
-        positions = torch.arange(8, device=base.device).repeat(2).unsqueeze(0)
-        apart = "position_ids" in forward_parameters(base)
-        if apart:
-            with torch.no_grad():
-                packed = base(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 8:].float()
-                alone = base(input_ids=ids[:, 8:], position_ids=positions[:, 8:], use_cache=False)[0].float()
-            apart = bool((packed - alone).norm() < (1e-3 if base.dtype == torch.float32 else 3e-2) * alone.norm())
-        if not apart:
-            raise CalmError(
-                f"data.packing = True: {name} (architecture {base.config.model_type!r}) does not keep the examples of "
-                "a packed row apart; train with packing: false (batches then hold examples of about equal length)"
             )
 
 
