@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from calm.backbones import decoder_of, freeze, truncate_config, truncated
+from calm.backbones import computation_of, decoder_of, freeze, truncate_config, truncated
 from calm.config import CalmConfig, depth_of, text_config, width_of
 from calm.errors import CheckpointError, TokenizerMismatchError
 from calm.fingerprints import check_fingerprint
@@ -226,7 +226,7 @@ def load_bases(
         config: The composition.
         anchor: The anchor, or where it is now.
         augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
-        verify: Compare fingerprints.
+        verify: Compare configurations and fingerprints.
         load_kwargs: For `from_pretrained` of every base.
 
     Returns:
@@ -251,7 +251,7 @@ def load_bases(
     anchor_source = (
         None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
     )
-    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
+    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, verify, **load_kwargs)
     models = {}
     for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
@@ -261,7 +261,7 @@ def load_bases(
             source = _find(role, base, config.augmenting_references.get(name, {}))
         if source is not None and source == anchor_source:  # one set of weights serves as both
             base, source = anchor_model, None
-        models[name] = _take(role, base, source, expected, depth, **load_kwargs)
+        models[name] = _take(role, base, source, expected, verify, depth, **load_kwargs)
     if verify:
         check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
         for name, model in models.items():
@@ -275,14 +275,15 @@ def _take(
     base: Any,
     source: Source | None,
     expected: PreTrainedConfig,
+    verify: bool,
     depth: int | None = None,
     **load_kwargs: Any,
 ) -> PreTrainedModel:
     if source is None:
-        _check_shape(base.config, expected, role)
+        _check_config(base.config, expected, role, verify)
         return freeze(base) if depth is None else truncated(base, depth)
     found = load_config(source, **load_kwargs)
-    _check_shape(found, expected, role)
+    _check_config(found, expected, role, verify)
     if depth is None:
         return load_anchor(source, found, **load_kwargs)
     return load_augmenting(source, found, depth, **load_kwargs)
@@ -306,7 +307,7 @@ def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
     return source
 
 
-def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str) -> None:
+def _check_config(found: PreTrainedConfig, expected: PreTrainedConfig, role: str, verify: bool) -> None:
     for what, value in (
         ("architecture", lambda c: text_config(c).model_type),
         ("width", width_of),
@@ -316,4 +317,15 @@ def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str)
             raise CheckpointError(
                 f"{role} has {what} {value(found)!r}; this composition was trained against {value(expected)!r}. Give "
                 "the base that it was made with."
+            )
+    if not verify:
+        return
+    here, then = computation_of(found), computation_of(expected)
+    # a field that one side lacks says only that another version of transformers wrote it
+    for field in sorted(here.keys() & then.keys()):
+        if here[field] != then[field]:
+            raise CheckpointError(
+                f"{role} has {field}={here[field]!r} in its configuration; this composition was trained against "
+                f"{then[field]!r}. Give the base that it was made with, or pass verify_bases=False if the change is "
+                "meant."
             )
