@@ -20,7 +20,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises:
         CheckpointError: Naming the weight.
     """
-    for key, weight in model.named_parameters():
+    for key, weight in _weights(model).items():
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
@@ -40,18 +40,26 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         Digests by dtype name; a single one under `"stored"` for weights that are not plain floats (quantized); empty
         for weights that are not materialised.
     """
-    weights = dict(model.named_parameters())
+    weights = _weights(model)
     if any(weight.is_meta for weight in weights.values()):
         return {}
-    if not all(weight.dtype in _FLOATS for weight in weights.values()):
+    if not all(weight.dtype in _FLOATS for weight in model.parameters()):
         return {"stored": _digest(weights, None)}
     return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, and the buffers that are saved with them, which count as much: routing biases, scales."""
+    saved = model.state_dict()
+    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
 
 
 def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        data = weight.detach() if dtype is None else weight.detach().to(dtype)
+        data = weight.detach()
+        if dtype is not None and weight.is_floating_point():  # buffers may be whole numbers
+            data = data.to(dtype)
         data = data.contiguous()
         bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
         bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
@@ -72,16 +80,14 @@ def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> 
     Raises:
         CheckpointError: If its weights differ.
     """
+    weights = _weights(model)
     dtypes = {weight.dtype for weight in model.parameters()}
-    if not recorded or any(weight.is_meta for weight in model.parameters()):
+    if not recorded or any(weight.is_meta for weight in weights.values()):
         return
     # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
     keys = [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes] if dtypes <= _FLOATS else []
     key = keys[-1] if keys else "stored"
-    if keys and "stored" not in recorded:
-        found = _digest(dict(model.named_parameters()), FINGERPRINT_DTYPES[key])
-    else:
-        found = _digest(dict(model.named_parameters()), None)
+    found = _digest(weights, None if "stored" in recorded else FINGERPRINT_DTYPES.get(key))
     if found != recorded.get(key):
         raise CheckpointError(
             f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "
