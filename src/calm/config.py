@@ -15,9 +15,9 @@ ATTEND_MODES = ("causal", "prompt")
 
 
 class CalmConfig(PreTrainedConfig):
-    """Configuration of a composed model.
+    """Configuration of a composed model; each attribute is also an argument by name.
 
-    Args:
+    Attributes:
         anchor_config: Configuration of the anchor `m_B` (a `PreTrainedConfig`, or its dictionary).
         augmenting_configs: Configurations of the augmenting models `m_A` by name, untruncated.
         connections: The connections as dictionaries with `augmenting` (name), `augmenting_layer` and `anchor_layer`.
