@@ -71,6 +71,15 @@ def test_a_card_that_was_edited_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None:
+    model = Mix().shared()
+    for wrong in ({"nonsense": 1}, {"safe_serialization": False}, {"private": True}):
+        with pytest.raises(calm.CalmError, match=next(iter(wrong))):
+            model.save_pretrained(tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", safe_serialization=True)
+
+
 @pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
 def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a hub that only writes down what it is sent."""

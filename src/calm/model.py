@@ -704,11 +704,19 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
             push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
-            kwargs: For `push_to_hub`.
+            kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
+            CalmError: If an argument is unknown.
             CheckpointError: If the directory cannot be written to.
         """
+        if not kwargs.pop("safe_serialization", True):
+            raise CalmError("safe_serialization=False: a composition is saved as safetensors only. Leave it out.")
+        if kwargs and not push_to_hub:
+            raise CalmError(
+                f"save_pretrained() got {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}, which it "
+                "does not know. Leave it out, or pass push_to_hub=True if it is for that."
+            )
         weights = self._gathered_connections() if state_dict is None else state_dict
         if not is_main_process:
             return

@@ -138,7 +138,7 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
             model, info = auto_class.from_pretrained(
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
     if missing := sorted(info.get("missing_keys", ())):
         raise _IncompleteError(
