@@ -8,7 +8,7 @@ import factories
 import numpy as np
 import pytest
 from factories import assert_identical
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
 import calm
 from calm import (
@@ -82,6 +82,15 @@ def write_gguf(path: Path, width: int = 32, layers: int = 3, seed: int = 0) -> P
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_gguf_files_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source.parse(write_gguf(tmp_path / "a.gguf"))
+    config = sources.load_config(source)
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "is_gguf_available", lambda: False)
+    for load in (sources.load_config, sources.load_tokenizer, lambda source: sources.load_anchor(source, config)):
+        with pytest.raises(CheckpointError, match=r"(?s)gguf.*pip install 'calm-lm\[gguf\]'"):
+            load(source)
 
 
 def test_gguf_files(tmp_path: Path) -> None:

@@ -87,8 +87,10 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"No usable configuration for {source.name_or_path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
+        ) from error
 
 
 def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
@@ -138,14 +140,19 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
             model, info = auto_class.from_pretrained(
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}{_advice(source, error)}") from error
     if missing := sorted(info.get("missing_keys", ())):
         raise _IncompleteError(
             f"{source.name_or_path!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among "
             "them: its files are incomplete, or of another architecture."
         )
     return model
+
+
+def _advice(source: Source, error: Exception) -> str:
+    missing = source.gguf_file is not None and isinstance(error, ImportError)
+    return "\nInstall what reads GGUF files: pip install 'calm-lm[gguf]'" if missing else ""
 
 
 @contextmanager
@@ -159,12 +166,18 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """Load a base's tokenizer, `None` where it has none beside its weights."""
+    """Load a base's tokenizer, `None` where it has none beside its weights.
+
+    Raises:
+        CheckpointError: If reading it from a GGUF file takes a package that is not installed.
+    """
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     arguments = source.arguments() | hub_kwargs
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if advice := _advice(source, error):
+            raise CheckpointError(f"Cannot load the tokenizer in {source.gguf_file!r}: {error}{advice}") from error
         return None
     if source.gguf_file is None:  # where there are no files, transformers makes up an empty tokenizer
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
