@@ -84,6 +84,14 @@ def write_gguf(path: Path, width: int = 32, layers: int = 3, seed: int = 0) -> P
     return path
 
 
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    factories.config("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": "wide"'))
+    with pytest.raises(CheckpointError, match=r"(?s)No usable configuration.*hidden_size.*wide"):
+        sources.load_config(Source.parse(tmp_path))
+
+
 def test_gguf_files_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source.parse(write_gguf(tmp_path / "a.gguf"))
     config = sources.load_config(source)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_MAPPING,
@@ -87,7 +88,7 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(
             f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
         ) from error
