@@ -786,7 +786,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             anchor: The anchor, or where it is now, instead of the recorded reference.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
-            verify_bases: Refuse bases whose weights are not those trained against.
+            verify_bases: Refuse bases whose weights or configurations are not those trained against.
             kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
                 (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 
