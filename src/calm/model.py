@@ -560,6 +560,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         self._check_length(max_cache_length)
+        if generation_config.assistant_early_exit is not None:
+            raise CalmError(
+                f"assistant_early_exit={generation_config.assistant_early_exit}: a composed model cannot draft with "
+                "its first layers, since its connections need all of their own. Pass a smaller model that shares "
+                "the tokenizer as assistant_model=."
+            )
         mask = model_kwargs.get("attention_mask")
         length = mask.shape[1] if mask is not None else generation_config._mask_length
         if generation_config.use_cache is False:
