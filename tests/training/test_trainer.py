@@ -178,6 +178,21 @@ def test_the_resume_test_would_notice_lost_random_state_or_data_order(
     assert loss_of_step_5("transformers.trainer.skip_first_batches", lambda loader, count: loader) != correct
 
 
+def test_attention_implementation_of_the_bases(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    """The recipe's reaches both bases; one that is not installed is an error before training."""
+    original, seen = trainer.CompositionTrainer.training_step, set()
+
+    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.add((model.anchor.config._attn_implementation, model.augmenting["augmenting"].config._attn_implementation))
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)
+    trainer.train(make_recipe(top={"attn_implementation": "eager"}, evaluates=False, max_steps=1))
+    assert seen == {("eager", "eager")}
+    with pytest.raises(CalmError, match=r"Cannot load .*[Ff]lash"):
+        trainer.train(make_recipe("flash", top={"attn_implementation": "flash_attention_2"}))
+
+
 def test_logged_means_are_the_same_when_logging_is_coarser_than_saving(make_recipe: MakeRecipe, die_at: DieAt):
     settings = {"evaluates": False, "log_steps": 5, "save_steps": 4}
     whole, halves = make_recipe("whole", **settings), make_recipe("halves", **settings)

@@ -97,7 +97,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
     dtype = getattr(torch, recipe.dtype)
-    load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
+    load_kwargs = {
+        "dtype": dtype,
+        "attn_implementation": recipe.attn_implementation,
+        "quantization_config": quantization_config(recipe.quantization, dtype),
+    }
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
     _check_launch(recipe)
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
@@ -289,7 +293,8 @@ def _kept_dirs(recipe: Recipe, output_dir: Path, data: dict[str, list[Row] | Non
     depths = {name: depth_of(load_config(Source.parse(base))) for name, base in augmenting.items()}
     pairs = choose_pairs(recipe.connections, depths, depth_of(load_config(Source.parse(recipe.anchor))))
     layers = {name: sorted({p.augmenting_layer for p in pairs if p.augmenting == name}) for name in augmenting}
-    precision = f"{recipe.dtype} {recipe.quantization} bf16={recipe.training.bf16} fp16={recipe.training.fp16}"
+    training = recipe.training
+    precision = f"{recipe.dtype} {recipe.quantization} {recipe.attn_implementation} {training.bf16} {training.fp16}"
     return {
         name: directory / augmenting_outputs.key_of(augmenting, layers, rows, precision)
         for name, rows in data.items()
