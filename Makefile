@@ -15,10 +15,10 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 
-.PHONY: help install demo test test-slow test-real lint types imports format bench docs clean
+.PHONY: help install demo test test-slow test-real lint types imports format bench bench-planning docs clean
 
 help: ## list these targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(DEV): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,6 +60,9 @@ imports: $(DEV) ## the import order of the rooms
 
 bench: $(DEV) ## what composition costs, against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
+
+bench-planning: $(DEV) ## calm plan's predictions against measurements (on an idle machine); writes benchmarks/results/
+	$(BIN)/python benchmarks/planning.py
 
 docs: $(DOCS) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

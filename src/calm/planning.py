@@ -113,6 +113,7 @@ class Plan:
         training_step_flops_by_dtype: The same by the dtype that they are computed in.
         training_step_seconds: How long a step of one process takes on the machine of the calibration, if one is given.
             What several processes send to one another is not in it.
+        hardware: That machine.
     """
 
     anchor: Part
@@ -142,6 +143,7 @@ class Plan:
     training_step_flops: int
     training_step_flops_by_dtype: dict[str, int]
     training_step_seconds: float | None
+    hardware: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, under the attributes' names."""
@@ -370,6 +372,7 @@ def _count(
         training_step_flops=step_flops.total(),
         training_step_flops_by_dtype=dict(step_flops),
         training_step_seconds=calibration.seconds(step.operations) if calibration else None,
+        hardware=calibration.hardware if calibration else None,
     )
 
 
