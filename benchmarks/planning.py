@@ -249,13 +249,11 @@ def show(results: list[Result], machine: dict[str, Any]) -> None:
     for column in ("pair", "batch", "dtype", "", "predicted", "measured", "error", "target", "met"):
         table.add_column(column, justify="left" if column in ("pair", "") else "right")
     for result in results:
-        target = TARGETS[result.what]
+        target, digits = TARGETS[result.what], 3 if result.what == "step_seconds" else 0
         table.add_row(
             *(result.pair, result.batch, result.dtype, result.what),
-            *(
-                f"{value:,.3f}" if result.what == "step_seconds" else f"{value:,.0f}"
-                for value in (result.predicted, result.measured)
-            ),
+            f"{result.predicted:,.{digits}f}",
+            f"{result.measured:,.{digits}f}",
             f"{result.error:+.2%}",
             f"{target:.0%}" if target else "exact",
             "yes" if result.met else "[bold red]no[/]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import shutil
 import weakref
@@ -16,12 +17,16 @@ import torch
 from factories import CONTEXT, Mix, base, config, tokens
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import calm
+from calm import loss
+from calm.checkpoint import weights_bytes
 from calm.cli.plan import tables
 from calm.planning import Plan, plan
+from calm.tracing import connections_in_float32, loss_of, update
 
 BATCH, LENGTH = 2, 48
 MIXES = [
@@ -155,12 +160,89 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
     ids, mask = tokens(BATCH, LENGTH), torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[0, :3] = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapped: wrapped.tensor):
-        loss = model(ids, attention_mask=mask, labels=ids, skip_logits=True).loss
-    assert loss.requires_grad
+        assert model(ids, attention_mask=mask, labels=ids, skip_logits=True).loss.requires_grad
     storages = {s.data_ptr(): s.nbytes() for wrapped in kept if (s := wrapped.tensor.untyped_storage())}
     found = sum(size for at, size in storages.items() if at not in weights)
     hidden_gradient = ids.numel() * 32 * getattr(torch, dtype).itemsize  # the loss has it already
     assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.02)
+
+
+def peak_of_a_real_step(model: calm.CalmForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """By PyTorch's CPU allocator, beside the weights and the states that are there before the step."""
+    optimizer = connections_in_float32(model)
+    update(loss_of(model, ids, mask), optimizer)
+    kept = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
+    storages = {s.data_ptr(): s.nbytes() for tensor in kept if (s := tensor.untyped_storage())}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        update(loss_of(model, ids, mask), optimizer)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return sum(storages.values()) + max(held)
+
+
+@pytest.mark.parametrize(
+    ("mix", "dtype", "checkpointing"),
+    [
+        (Mix("llama", ("gpt2",), 2, anchor_shape=(64, 4, 4)), "float32", False),
+        (Mix("gemma3_text", ("gemma2", "llama"), 2), "bfloat16", False),
+        (Mix("gpt2", ("qwen3",), 1, attention="paper", num_heads=2), "float32", False),
+        (Mix("mixtral", ("llama",), 2), "float32", False),
+        (Mix("llama", ("llama",), 2, anchor_shape=(64, 4, 4)), "float32", True),
+    ],
+)
+def test_peak_memory_is_that_of_a_real_step(mix: Mix, dtype: str, checkpointing: bool) -> None:
+    planned = plan_of(mix, dtype=dtype, batch_size=3, activation_checkpointing=checkpointing)
+    model = mix.build().to(getattr(torch, dtype))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids, mask = tokens(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
+    mask[0, -2:] = 0
+    found = peak_of_a_real_step(model, ids, mask)
+    assert planned.training_bytes == pytest.approx(found, rel=0.15)
+    # what would be off: a plan of another batch, of whole logits, of no activations
+    for wrong in (
+        plan_of(mix, dtype=dtype, batch_size=4, activation_checkpointing=checkpointing).training_bytes,
+        planned.training_bytes - planned.activation_bytes,
+    ):
+        assert wrong != pytest.approx(found, rel=0.15)
+
+
+def test_a_chunk_of_logits_is_in_the_peak() -> None:
+    """Where the vocabulary is what is large, the peak is at the loss, and does not grow with further chunks."""
+    llama = config("llama")
+    llama.vocab_size = 50_000
+    one, chunk, four = (
+        plan(llama, llama, 1, sequence_length=length, batch_size=batch, dtype="float32")
+        for batch, length in ((1, 65), (7, 49), (28, 49))
+    )
+    logits = 4 * llama.vocab_size
+    assert one.training_bytes - one.training_weight_bytes > 2 * 64 * logits
+    limit = loss.CHUNK // llama.vocab_size * logits  # of one chunk, in float32
+    assert chunk.training_bytes - chunk.training_weight_bytes > 2 * limit
+    assert four.training_bytes - chunk.training_bytes < limit + 5 * (four.activation_bytes - chunk.activation_bytes)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_checkpoint_size_is_exact_in_any_number_of_shards(shard_size: str, tmp_path: Path) -> None:
+    model = MIXES[5].fresh()
+    for dtype in (torch.float32, torch.bfloat16):
+        model.connections.to(dtype)
+        model.save_pretrained(tmp_path, max_shard_size=shard_size)
+        files = list(tmp_path.glob("*.safetensors"))
+        assert (len(files) > 1) == (shard_size == "20KB")
+        weights = model.connections.state_dict(prefix="connections.")
+        meta = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+        assert weights_bytes(meta, shard_size) == sum(file.stat().st_size for file in files)
+
+
+def test_what_each_of_several_processes_holds() -> None:
+    one, two, eight = (plan_of(MIXES[0], processes=processes) for processes in (1, 2, 8))
+    assert one.data_parallel_bytes == one.sharded_bytes == one.training_bytes
+    for many in (two, eight):
+        assert many.training_bytes == one.training_bytes and many.processes > 1
+        assert many.data_parallel_bytes == one.training_bytes + one.gradient_bytes
+    kept = one.training_weight_bytes + one.optimizer_bytes
+    assert two.sharded_bytes - eight.sharded_bytes == pytest.approx(kept * (1 / 2 - 1 / 8), abs=2)
 
 
 def test_training_keeps_nothing_below_the_first_connection() -> None:
@@ -260,6 +342,7 @@ def test_it_can_be_read_by_programs_and_people() -> None:
         ({"dtype": "int8"}, "dtype='int8': expected one of 'float32'"),
         ({"sequence_length": 0}, "sequence_length=0: expected a whole number, at least 1"),
         ({"batch_size": 1.5}, "batch_size=1.5: expected"),
+        ({"processes": 0}, "processes=0: expected a whole number"),
         ({"sequence_length": CONTEXT + 1}, f"sequence_length={CONTEXT + 1}: the context of the anchor is {CONTEXT}"),
         ({"num_heads": 5}, "num_heads=5 does not divide the anchor's width 32"),
         ({"attention": "other"}, "attention='other': expected one of"),

@@ -161,6 +161,7 @@ def plan(
     batch_size: int = 1,
     dtype: str = "bfloat16",
     processes: int = 1,
+    activation_checkpointing: bool = False,
     calibration: Calibration | None = None,
     revision: str | None = None,
 ) -> Plan:
@@ -178,6 +179,7 @@ def plan(
         batch_size: Sequences in a batch.
         dtype: Of all weights: `"float32"`, `"bfloat16"` or `"float16"`.
         processes: How many train together.
+        activation_checkpointing: Train with it, as in a recipe: less memory, more FLOPs.
         calibration: The speed of the machine to train on, from `calm.calibration`.
         revision: Of hub repositories.
 
@@ -229,7 +231,7 @@ def plan(
         )
     _check_length(composed, sequence_length)
     try:
-        return _count(composed, sequence_length, batch_size, dtype, processes, calibration)
+        return _count(composed, sequence_length, batch_size, dtype, processes, activation_checkpointing, calibration)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         architectures = {anchor_model.config.model_type, *(m.config.model_type for m in models.values())}
         raise UnsupportedModelError(
@@ -275,6 +277,7 @@ def _count(
     batch_size: int,
     dtype: str,
     processes: int,
+    activation_checkpointing: bool,
     calibration: Calibration | None,
 ) -> Plan:
     config = model.config
@@ -304,6 +307,8 @@ def _count(
                 with Trace() as flops[f"augmenting.{name}"]:
                     augmenting(input_ids=tokens, use_cache=True)
         optimizer = connections_in_float32(model)
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable()
         with Trace() as step:
             loss = loss_of(model, tokens, torch.ones_like(tokens))
             activation_bytes = step.live_bytes

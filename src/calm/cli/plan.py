@@ -27,6 +27,9 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     processes: Annotated[int, typer.Option(min=1, help="Processes (GPUs) that train together.")] = 1,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Train with it: less memory, more time.")
+    ] = False,
     calibration: Annotated[Path | None, typer.Option(help="Speed of the machine to train on.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Measure this machine first and write that here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -65,6 +68,7 @@ def plan(
         batch_size=batch_size,
         dtype=dtype,
         processes=processes,
+        activation_checkpointing=activation_checkpointing,
         calibration=machine,
     )
     if as_json:
