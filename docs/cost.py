@@ -245,7 +245,8 @@ def predictions(rows: list[Row]) -> str:
         f"and caches of one sequence):\n\n"
         + table(["pair", "anchor", "augmenting model", "connections", "checkpoint", "to run"], sizes)
         + f"\nMemory to train in GB, by GPU, without and with activation checkpointing; a card has "
-        f"{CARD_BYTES / 1e9:.0f}. (Gemma 2 needs so much without it because transformers spells its soft-capped attention out.)\n\n"
+        f"{CARD_BYTES / 1e9:.0f}. (Gemma 2 needs so much without it because transformers spells out its "
+        "soft-capped attention.)\n\n"
         + table(
             [
                 *("pair", "checkpointing", "weights", "AdamW", "activations", "one GPU"),

@@ -101,8 +101,10 @@ def test_shapes_alone_give_the_operations_of_the_real_step() -> None:
     found = operations(mix.build(), tokens(2, 24), mask)
 
     def fake(batch: int) -> list[Operation]:
+        model = mix.build().to("meta")
         with shapes_only():
-            return operations(mix.build().to("cpu"), torch.empty(batch, 24, dtype=torch.long), torch.ones(batch, 24))
+            ids = torch.empty(batch, 24, dtype=torch.long)
+            return operations(model.to_empty(device="cpu"), ids, torch.ones_like(ids))
 
     head = [i for i, (a, b) in enumerate(zip(found, fake(2), strict=True)) if a != b]
     assert all(found[i].name == "mm" for i in head) and len(head) <= 2  # the padded position has no logits
@@ -137,9 +139,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(calm.CalmError, match=r"missing.json' cannot be read"):
         load_calibration(tmp_path / "missing.json")
     (tmp_path / "speed.json").write_text("not JSON")
-    with pytest.raises(
-        calm.CalmError, match="no calibration that this version of calm can use: the file: Invalid JSON"
-    ):
+    with pytest.raises(calm.CalmError, match=r"no calibration that this version.*: the file: Invalid JSON"):
         load_calibration(tmp_path / "speed.json")
     with pytest.raises(calm.CalmError, match="cannot be written"):
         by_hand().save(tmp_path / "no" / "folder.json")
