@@ -14,8 +14,9 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+BENCH := $(VENV)/.installed-bench
 
-.PHONY: help install demo test test-slow test-real lint types imports format bench bench-planning docs clean
+.PHONY: help install demo test test-slow test-real lint types imports format bench bench-training bench-gpu bench-planning docs clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +29,10 @@ $(DEV): pyproject.toml constraints.txt
 
 $(DOCS): $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(BENCH): $(DEV) benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
 	@touch $@
 
 install: $(DEV) ## set the environment up and do nothing else
@@ -60,6 +65,12 @@ imports: $(DEV) ## the import order of the rooms
 
 bench: $(DEV) ## what composition costs, against its parts; writes benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
+
+bench-training: $(BENCH) ## what a training step costs, against its floor, LoRA, full fine-tuning and CALM-pytorch
+	$(BIN)/python benchmarks/training.py
+
+bench-gpu: $(DEV) ## what training and decoding reach of a GPU; needs one
+	$(BIN)/python benchmarks/gpu.py
 
 bench-planning: $(DEV) ## calm plan's predictions against measurements (on an idle machine); writes benchmarks/results/
 	$(BIN)/python benchmarks/planning.py

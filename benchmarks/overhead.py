@@ -8,30 +8,21 @@ both, and a ratio is the median over turns. Targets are those of issue 2, sectio
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
+from measuring import RESULTS, Result, compare_times, console, hardware, peak_bytes, show, take_turns, versions, write
+from parts import connection_inputs, gradients_start_at, randomize_outputs
 from real_models import SMOLLM2_135M
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 import calm
@@ -39,41 +30,8 @@ from calm import sources
 from calm.backbones import layers_of, truncated
 from calm.planning import plan
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("calm-lm", "torch", "transformers", "safetensors")
 CHECKPOINT_ALLOWANCE = 16 * 1024  # bytes, issue 2
-
-console = Console(stderr=True)
-
-
-@dataclass
-class Result:
-    """One comparison.
-
-    Attributes:
-        name: What is compared.
-        composed: Of the composed model: median seconds, or bytes.
-        parts: Of its parts on their own: median seconds, or bytes.
-        unit: "s" or "bytes".
-        ratio: Median over turns of composed by parts.
-        spread: Quartiles of that ratio over turns, `[0.25, 0.75]`; equal where nothing varies.
-        target: The ratio is to be at most this.
-        met: Whether it is.
-        details: Whatever explains the numbers.
-    """
-
-    name: str
-    composed: float
-    parts: float
-    unit: str
-    ratio: float
-    spread: tuple[float, float]
-    target: float
-    met: bool = field(init=False)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.met = self.ratio <= self.target
 
 
 class Bench:
@@ -90,9 +48,7 @@ class Bench:
         anchor = sources.Source.parse(SMOLLM2_135M.fetch())
         anchor_model = sources.load_anchor(anchor, sources.load_config(anchor), dtype=torch.float32)
         specialist = copy.deepcopy(truncated(anchor_model, specialist_layers))
-        self.model = calm.compose(anchor_model, specialist, connections)
-        for connection in self.model.connections:  # as after training: nothing is multiplied by zeros
-            torch.nn.init.normal_(connection.w_o.weight, std=1e-3)
+        self.model = randomize_outputs(calm.compose(anchor_model, specialist, connections))
         self.anchor, self.augmenting = self.model.anchor, self.model.augmenting["augmenting"]
         self.first_connected = layers_of(self.anchor)[min(pair.anchor_layer for pair in self.model.config.layer_pairs)]
         self.plan = plan(anchor_model, specialist, connections, sequence_length=tokens, dtype="float32")
@@ -117,16 +73,8 @@ class Bench:
         """The augmenting model forward; the anchor forward, and backward to the output of the first connected layer."""
         with torch.no_grad():
             self.augmenting(self.ids, use_cache=False)
-        with self.gradients_start_at_first_connected():
+        with gradients_start_at(self.first_connected):
             self.anchor.train()(self.ids, labels=self.ids, use_cache=False).loss.backward()
-
-    @contextmanager
-    def gradients_start_at_first_connected(self) -> Any:
-        hook = self.first_connected.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_())
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def decoders(self) -> tuple[Callable[[], None], Callable[[], None]]:
         """Two functions that decode one more token each, after the sequence, composed and in parts."""
@@ -154,32 +102,9 @@ class Bench:
 def timed(
     name: str, composed: Callable[[], None], parts: Callable[[], None], turns: int, target: float, **details: Any
 ) -> Result:
-    """Let two functions take turns, in alternating order, and compare their times turn by turn."""
-    seconds: dict[Callable[[], None], list[float]] = {composed: [], parts: []}
-    for run in (composed, parts):  # warm-up
-        run()
-    for turn in track(range(turns), name, console=console):
-        for run in (composed, parts) if turn % 2 else (parts, composed):
-            start = time.perf_counter()
-            run()
-            seconds[run].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(seconds[composed], seconds[parts], strict=True)]
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Result(
-        name,
-        statistics.median(seconds[composed]),
-        statistics.median(seconds[parts]),
-        "s",
-        median,
-        (lower, upper),
-        target,
-        {
-            "turns": turns,
-            "ratio_of_fastest": min(seconds[composed]) / min(seconds[parts]),
-            "ratio_min_max": (min(ratios), max(ratios)),
-            **details,
-        },
-    )
+    """Let the composed model and its parts take turns."""
+    seconds = take_turns(name, {"composed": composed, "parts": parts}, turns)
+    return compare_times(name, seconds["composed"], seconds["parts"], target, **details)
 
 
 def memory(bench: Bench) -> Result:
@@ -213,27 +138,10 @@ def memory(bench: Bench) -> Result:
     )
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Peak of the bytes that PyTorch's CPU allocator holds during a call, beyond what it held before.
-
-    Not the peak of resident memory, which also counts what the C allocator keeps after it was freed: these are the
-    tensors' own bytes, exact and the same each time.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def connection_activations(bench: Bench) -> int:
     """Bytes that the connections alone keep for the backward pass, run one by one outside of the composed model."""
-    model, length = bench.model, bench.ids.shape[1]
-    alignment = model._align(length, 0, None, None, None, None, None, bench.ids.device)
-    weights = {weight.data_ptr() for weight in model.connections.parameters()}
+    inputs = connection_inputs(bench.model, input_ids=bench.ids)
+    weights = {weight.data_ptr() for weight in bench.model.connections.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -241,12 +149,9 @@ def connection_activations(bench: Bench) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hidden = torch.randn(1, length, bench.anchor.config.hidden_size, requires_grad=True)
-    sum_of_all = hidden
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for connection in model.connections:
-            context = torch.randn(1, length, bench.augmenting.config.hidden_size)
-            sum_of_all = sum_of_all + connection(sum_of_all, context, alignment)
+        added = [connection(hidden, *others) for connection, hidden, others in inputs]
+    del added
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -261,44 +166,6 @@ def checkpoint(bench: Bench) -> Result:
     return Result(
         "checkpoint", sum(files.values()), parameters, "bytes", ratio, (ratio, ratio), target, {"files": files}
     )
-
-
-def hardware() -> dict[str, Any]:
-    """What it ran on. The load counts what else runs: above about 0.5 before the run, times are not to be trusted."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load_before": os.getloadavg()[0],
-        "system": platform.platform(),
-    }
-
-
-def show(report: dict[str, Any], results: list[Result]) -> None:
-    """Print the results as a table."""
-    machine, settings = report["hardware"], report["settings"]
-    table = Table(
-        title=f"{settings['anchor']} + its first {settings['specialist_layers']} layers, {settings['connections']} "
-        f"connections, {settings['tokens']} tokens, {settings['dtype']}; {machine['cpu']}, {machine['threads']} threads"
-    )
-    for column in ("", "composed", "parts", "ratio", "quartiles", "target", "met"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
-    for result in results:
-        scale, unit = (1e3, "ms") if result.unit == "s" else (1e-6, "MB")
-        table.add_row(
-            result.name,
-            f"{result.composed * scale:,.1f} {unit}",
-            f"{result.parts * scale:,.1f} {unit}",
-            f"{result.ratio:.4f}",
-            f"{result.spread[0]:.4f}-{result.spread[1]:.4f}",
-            f"{result.target:.4f}",
-            "yes" if result.met else "[bold red]no[/]",
-        )
-    Console(width=max(120, console.width)).print(table)
 
 
 def main(
@@ -339,7 +206,7 @@ def main(
         "date": now.isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
         "hardware": machine,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(PACKAGES),
         "settings": {
             "anchor": "SmolLM2-135M",
             "specialist_layers": specialist_layers,
@@ -350,13 +217,19 @@ def main(
             "dtype": "float32",
             "composition_parameters": planned.connections.parameters,
         },
-        "results": [asdict(result) for result in results],
+        "results": [
+            {"parts" if key == "reference" else key: value for key, value in asdict(result).items()}
+            for result in results
+        ],
         "seconds": round(time.perf_counter() - start),
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{now:%Y-%m-%d}-overhead.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    show(report, results)
+    write(path, report)
+    title = (
+        f"SmolLM2-135M + its first {specialist_layers} layers, {connections} connections, {tokens} tokens, float32; "
+        f"{machine['cpu']}, {machine['threads']} threads"
+    )
+    show(title, "parts", results)
     console.print(f"{path} ({report['seconds']} s)")
 
 

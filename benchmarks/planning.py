@@ -2,31 +2,28 @@
 
 Parameters and checkpoint size are to be exact, FLOPs within 5%, peak memory within 15%, and the step's time, from a
 calibration of this machine on other pairs, within 20% (issue 3). SmolLM2-135M with its own first half is real, the
-others have random weights; memory is measured in bfloat16 too. A step is that of `calm.training`, on a padded batch.
+others have random weights; memory is measured in bfloat16 too. A step is that of `calm.training`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from overhead import PACKAGES, RESULTS, console, hardware, peak_bytes
+from measuring import RESULTS, console, hardware, held_bytes, peak_bytes, versions, write
+from overhead import PACKAGES
 from real_models import SMOLLM2_135M
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -162,13 +159,11 @@ class Measured:
             augmenting = AutoModel.from_config(pair.augmenting, dtype=DTYPES[dtype])
         self.model = calm.compose(anchor.to(device), augmenting.to(device), pair.connections)
         self.ids = torch.randint(pair.augmenting.vocab_size, (pair.batch_size, pair.length), device=device)
-        self.mask = torch.ones_like(self.ids)
-        self.mask[0, -3:] = 0
         self.optimizer = connections_in_float32(self.model)
         self.device = device
 
     def step(self) -> None:
-        update(loss_of(self.model, self.ids, self.mask), self.optimizer)
+        update(loss_of(self.model, self.ids), self.optimizer)
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -188,10 +183,7 @@ class Measured:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             return torch.cuda.max_memory_allocated()
-        states = [state for states in self.optimizer.state.values() for state in states.values()]
-        tensors: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *states]
-        storages = {storage.data_ptr(): storage.nbytes() for t in tensors if (storage := t.untyped_storage())}
-        return sum(storages.values()) + peak_bytes(self.step)
+        return held_bytes(self.model, self.optimizer) + peak_bytes(self.step)
 
     def step_flops(self) -> int:
         """Attention and experts spelled out as matrix products, which PyTorch's own counter knows."""
@@ -284,16 +276,15 @@ def main(
         "date": now.isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/planning.py", *sys.argv[1:]]),
         "hardware": machine | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(PACKAGES),
         "settings": {"seed": 0, "turns": turns, "targets": TARGETS},
         "results": [asdict(result) for result in results],
         "details": details,
         "calibration": speed.model_dump(),
         "seconds": round(time.perf_counter() - start),
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{now:%Y-%m-%d}-planning.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write(path, report)
     show(results, machine)
     console.print(f"{path} ({report['seconds']} s)")
 

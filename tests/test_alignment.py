@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 
+import factories
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.masking_utils import find_packed_sequence_indices
 
-from calm.alignment import Alignment, align, document_ids, visible_same_tokenizer
+import calm
+from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import alibi_slopes
 
 INFINITY = float("inf")
@@ -97,12 +101,35 @@ def test_against_a_count_by_hand(data: st.DataObject) -> None:
 def test_packed_documents_against_a_count_by_hand(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    documents = document_ids(positions)
-    assert documents[0].tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    documents = find_packed_sequence_indices(positions)
+    if documents is None:
+        documents = torch.zeros_like(positions)
+    assert document_lengths(documents) == lengths
+    assert document_lengths(documents.expand(2, -1)) == lengths * 2
     total, slopes = sum(lengths), [1.0, 0.5]
     visible = visible_same_tokenizer(total, 0, None, torch.device("cpu"))
     alignment = align(visible, total, None, documents, torch.tensor(slopes))
     check(alignment, *by_hand(0, total, total, None, None, documents.tolist(), slopes, 1), 1)
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_causal_pieces_against_a_count_by_hand(data: st.DataObject) -> None:
+    """Rows that start here, whole and in blocks of any size, also the last few positions of them alone."""
+    length, block = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 10))
+    count = data.draw(st.integers(1, length))
+    slopes = data.draw(st.none() | st.sampled_from(([1.0, 0.25], [0.5])))
+    with factories.patched(calm.alignment, BLOCK=block):
+        causal = align_causal(length, None if slopes is None else torch.tensor(slopes), torch.device("cpu"))
+    bias, sight = by_hand(0, length, length, None, None, None, slopes, 1)
+    whole = torch.tensor(bias)[:, :, length - count :]
+    found, seen = torch.full_like(whole, -INFINITY), torch.zeros(count)
+    for rows, keys, piece in causal.last(count).blocks(count, length, torch.float32):
+        assert piece.shape[2] <= block
+        found[:, :, rows, :keys] = piece
+        seen[rows] += 1
+    torch.testing.assert_close(found, whole)
+    assert seen.eq(1).all() and causal.sees is None and np.all(sight)
 
 
 def test_one_prompt_length_for_all_rows() -> None:

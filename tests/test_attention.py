@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from calm.alignment import Alignment, align, visible_same_tokenizer
+import calm
+from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.errors import CalmError
 
@@ -95,6 +96,48 @@ def test_in_pieces_with_a_cache(attention: str) -> None:
         past += length
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     assert layer.keys.shape == (2, 2, 7, 4)
+
+
+@pytest.mark.parametrize("attention", ["paper", "normalized"])
+@pytest.mark.parametrize("length", [3, 4, 5, 11, 12])
+def test_long_rows_in_pieces(attention: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of four positions give what one piece gives, gradients included."""
+    connection = random_connection(6, 8, 2, attention, 0)
+    hidden, context = torch.randn(2, length, 8, requires_grad=True), torch.randn(2, length, 6, requires_grad=True)
+    direction = torch.randn(2, length, 8)
+
+    def found(alignment: Alignment) -> list[Tensor]:
+        out = connection(hidden, context, alignment)
+        return [out, *torch.autograd.grad(out, [hidden, context, *connection.parameters()], direction)]
+
+    whole = found(causal(length, 2, attention))
+    slopes = alibi_slopes(2) if attention == "normalized" else None
+    monkeypatch.setattr(calm.alignment, "BLOCK", 4)
+    for piece, expected in zip(found(align_causal(length, slopes, CPU)), whole, strict=True):
+        torch.testing.assert_close(piece, expected)
+
+
+@pytest.mark.parametrize("attention", ["paper", "normalized"])
+@pytest.mark.parametrize("block", [4, 512])
+def test_packed_rows_document_by_document(attention: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of documents give what a mask over whole rows gives, gradients included, and each what it has alone."""
+    monkeypatch.setattr(calm.alignment, "BLOCK", block)
+    connection = random_connection(6, 8, 2, attention, 0)
+    hidden, context = torch.randn(2, 12, 8, requires_grad=True), torch.randn(2, 12, 6, requires_grad=True)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] + [2] * 2])
+    slopes = alibi_slopes(2) if attention == "normalized" else None
+    direction = torch.randn(2, 12, 8)
+
+    def found(alignment: Alignment) -> list[Tensor]:
+        out = connection(hidden, context, alignment)
+        return [out, *torch.autograd.grad(out, [hidden, context, *connection.parameters()], direction)]
+
+    masked = found(align(visible_same_tokenizer(12, 0, None, CPU), 12, None, documents, slopes))
+    pieces = found(align_causal(12, slopes, CPU, document_lengths(documents)))
+    for piece, expected in zip(pieces, masked, strict=True):
+        torch.testing.assert_close(piece, expected)
+    alone = connection(hidden[1:, 9:10], context[1:, 9:10], causal(1, 2, attention))
+    torch.testing.assert_close(pieces[0][1:, 9:10], alone)
 
 
 def test_starts_at_zero_and_learns() -> None:

@@ -18,7 +18,7 @@ LABELS = IDS.clone()
 LABELS[0, :4], LABELS[1, :7], LABELS[2] = -100, -100, -100
 LABELS[2, 5] = IDS[2, 5]
 WIDE = 1000  # as nothing else is
-SMALL = 4 * VOCAB  # logits of four positions: several chunks, the last one shorter
+SMALL = 4  # positions: several chunks, the last one shorter
 
 
 def losses_and_gradients(model: calm.CalmForCausalLM, **kwargs: object) -> list[list[Tensor]]:
@@ -93,7 +93,7 @@ def test_the_vocabulary_is_never_there_for_more_than_a_chunk() -> None:
     for each in configs:
         each.vocab_size = WIDE
     model = calm.compose(*(transformers.AutoModelForCausalLM.from_config(each) for each in configs), 2).train()
-    with patched(loss, CHUNK=4 * WIDE), LargestVocabulary(model) as seen:
+    with patched(loss, CHUNK=4), LargestVocabulary(model) as seen:
         model(IDS, labels=LABELS, skip_logits=True).loss.backward()
     assert 0 < seen.rows <= 4
     with LargestVocabulary(model) as seen:  # negative control

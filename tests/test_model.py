@@ -141,6 +141,46 @@ def test_packed_rows_in_training() -> None:
     assert_same(packed, alone)
 
 
+@pytest.mark.parametrize("attend", ["causal", "prompt"])
+@pytest.mark.parametrize("augmenting", [("gpt2", "gemma3_text"), ("mamba",), ("falcon", "llama")])
+def test_kept_outputs_stand_for_the_augmenting_models(augmenting: tuple[str, ...], attend: str) -> None:
+    """The same logits, loss and gradients, also from a composition that has no augmenting models (any more)."""
+    model = Mix(augmenting=augmenting, attend=attend).build()
+    ids, mask, _ = factories.padded([*factories.tokens(1, 9), *factories.tokens(1, 6)], "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+
+    def losses_and_gradients(**kwargs: Any) -> list[Tensor]:
+        output = model(ids, attention_mask=mask, labels=labels, **kwargs)
+        gradients = torch.autograd.grad(output.loss, list(model.connections.parameters()))
+        return [output.loss, output.logits, *gradients]
+
+    expected = losses_and_gradients()
+    kept = model.augmenting_outputs(ids, mask)
+    assert not any(output.requires_grad for output in kept.values())
+    for found, wanted in zip(losses_and_gradients(augmenting_outputs=kept), expected, strict=True):
+        assert_identical(found, wanted)
+    shifted = {key: output.roll(1, 1) for key, output in kept.items()}  # negative control
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_same(losses_and_gradients(augmenting_outputs=shifted)[0], expected[0])
+    model.release_augmenting()
+    for found, wanted in zip(losses_and_gradients(augmenting_outputs=kept), expected, strict=True):
+        assert_identical(found, wanted)
+    with pytest.raises(CalmError, match=r"\['m0'.*were not loaded: pass their augmenting_outputs"):
+        model(ids)
+
+
+def test_kept_outputs_that_do_not_fit_are_refused() -> None:
+    model = Mix().shared()
+    kept = model.augmenting_outputs(IDS)
+    with pytest.raises(CalmError, match=r"and a cache"):
+        model(IDS, augmenting_outputs=kept, use_cache=True)
+    with pytest.raises(CalmError, match=r"'m0.1': \(2, 10, 24\).*expected .*'m0.1': \(2, 9, 24\)"):
+        model(IDS[:, :9], augmenting_outputs=kept)
+    with pytest.raises(CalmError, match=r"have the shapes \{'m0.1'.*expected \{'m0.1'.*'m0.3'"):
+        model(IDS, augmenting_outputs={"m0.1": kept["m0.1"]})
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 

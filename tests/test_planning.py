@@ -157,24 +157,23 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
         kept.add(wrapped := Kept(tensor))
         return wrapped
 
-    ids, mask = tokens(BATCH, LENGTH), torch.ones(BATCH, LENGTH, dtype=torch.long)
-    mask[0, :3] = 0
+    ids = tokens(BATCH, LENGTH)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapped: wrapped.tensor):
-        assert model(ids, attention_mask=mask, labels=ids, skip_logits=True).loss.requires_grad
+        assert model(ids, labels=ids, skip_logits=True).loss.requires_grad
     storages = {s.data_ptr(): s.nbytes() for wrapped in kept if (s := wrapped.tensor.untyped_storage())}
     found = sum(size for at, size in storages.items() if at not in weights)
     hidden_gradient = ids.numel() * 32 * getattr(torch, dtype).itemsize  # the loss has it already
-    assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.02)
+    assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.03)
 
 
-def peak_of_a_real_step(model: calm.CalmForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> int:
+def peak_of_a_real_step(model: calm.CalmForCausalLM, ids: torch.Tensor) -> int:
     """By PyTorch's CPU allocator, beside the weights and the states that are there before the step."""
     optimizer = connections_in_float32(model)
-    update(loss_of(model, ids, mask), optimizer)
+    update(loss_of(model, ids), optimizer)
     kept = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
     storages = {s.data_ptr(): s.nbytes() for tensor in kept if (s := tensor.untyped_storage())}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        update(loss_of(model, ids, mask), optimizer)
+        update(loss_of(model, ids), optimizer)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return sum(storages.values()) + max(held)
@@ -195,28 +194,24 @@ def test_peak_memory_is_that_of_a_real_step(mix: Mix, dtype: str, checkpointing:
     model = mix.build().to(getattr(torch, dtype))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids, mask = tokens(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
-    mask[0, -2:] = 0
-    found = peak_of_a_real_step(model, ids, mask)
+    found = peak_of_a_real_step(model, tokens(3, LENGTH))
     assert planned.training_bytes == pytest.approx(found, rel=0.15)
-    for changes in ({"batch_size": 6}, {"activation_checkpointing": not checkpointing}):
-        other = plan_of(mix, **{"dtype": dtype, "batch_size": 3, "activation_checkpointing": checkpointing} | changes)
-        assert other.training_bytes != pytest.approx(found, rel=0.15), changes
+    arguments = {"dtype": dtype, "batch_size": 3, "activation_checkpointing": checkpointing}
+    for changes in ({"batch_size": 6}, *([{"activation_checkpointing": False}] if checkpointing else [])):
+        assert plan_of(mix, **arguments | changes).training_bytes != pytest.approx(found, rel=0.15), changes
 
 
 def test_a_chunk_of_logits_is_in_the_peak() -> None:
     """Where the vocabulary is what is large, the peak is at the loss, and does not grow with further chunks."""
     llama = config("llama")
     llama.vocab_size = 50_000
-    one, chunk, four = (
-        plan(llama, llama, 1, sequence_length=length, batch_size=batch, dtype="float32")
-        for batch, length in ((1, 64), (7, 49), (28, 49))
+    half, one, four = (
+        plan(llama, llama, 1, sequence_length=33, batch_size=rows * loss.CHUNK // 32 // 2, dtype="float32")
+        for rows in (1, 2, 8)
     )
-    logits = 4 * llama.vocab_size
-    assert one.training_bytes - one.training_weight_bytes > 2 * 63 * logits
-    limit = loss.CHUNK // llama.vocab_size * logits  # of one chunk, in float32
-    assert chunk.training_bytes - chunk.training_weight_bytes > 2 * limit
-    assert four.training_bytes - chunk.training_bytes < limit + 5 * (four.activation_bytes - chunk.activation_bytes)
+    chunk = loss.CHUNK * llama.vocab_size * 4
+    assert one.training_bytes - half.training_bytes > chunk / 2
+    assert four.training_bytes - one.training_bytes < chunk / 4 + 2 * (four.activation_bytes - one.activation_bytes)
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])

@@ -7,11 +7,15 @@ counted. Padding is never seen, and neither is another document of a packed row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+BLOCK = 512
+"""Query positions of one piece of a long causal attention."""
 
 
 def visible_same_tokenizer(
@@ -41,32 +45,24 @@ def visible_same_tokenizer(
     return visible.clamp(max=prompt_length)
 
 
-def document_ids(position_ids: Tensor) -> Tensor:
-    """Number the documents of packed rows: a new one starts wherever positions do not go on by one.
-
-    Args:
-        position_ids: Int64 `[batch, length]`, restarting at 0 at each document.
-
-    Returns:
-        Int64 `[batch, length]`.
-    """
-    return (position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
-
-
 @dataclass
 class Alignment:
     """The additive attention bias of one forward pass, shared by every connection.
 
     Attributes:
         bias: Float32 `[1 or batch, 1 or heads, query length, key length]`: `-inf` where an augmenting position is not
-            seen, otherwise the ALiBi penalty (0 without slopes).
+            seen, otherwise the ALiBi penalty (0 without slopes). From `align_causal` it is that of the last positions
+            of the longest document, since that of others is the same, shifted.
         sees: Bool `[1 or batch, query length, 1]`, false where an anchor position sees nothing, or `None` when every
             position sees something. Such a position has no `-inf` in its `bias`, which keeps the softmax finite; the
             connection leaves its hidden state as it is.
+        documents: Lengths of the documents of packed rows, one row after another, or `None`. Documents do not see one
+            another.
     """
 
     bias: Tensor
     sees: Tensor | None
+    documents: list[int] | None = None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Alignment:
@@ -75,13 +71,30 @@ class Alignment:
             return self
         if device not in self._made:
             sees = None if self.sees is None else self.sees.to(device)
-            self._made[device] = Alignment(self.bias.to(device), sees)
+            self._made[device] = Alignment(self.bias.to(device), sees, self.documents)
         moved: Alignment = self._made[device]
         return moved
 
+    def blocks(self, query_length: int, key_length: int, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+        """Cut the attention of a row, or of one document, into pieces, each with the keys that may be seen in it.
+
+        Args:
+            query_length: Number of query positions, the last ones of those that have keys.
+            key_length: Number of keys.
+            dtype: Of the queries.
+
+        Returns:
+            Of each piece: its query positions, the number of leading keys, and the bias between them in that dtype.
+        """
+        bias = self.bias_in(dtype)
+        rows, longest = bias.shape[-2:]
+        for end in range(query_length % rows or rows, query_length + 1, rows):
+            start, keys = max(end - rows, 0), key_length - query_length + end
+            yield slice(start, end), keys, bias[:, :, rows - (end - start) :, longest - keys :]
+
     def last(self, count: int) -> Alignment:
         """That of the last `count` query positions (an anchor may drop the others before its last layers)."""
-        if self.bias.shape[2] == count:
+        if self.bias.shape[2] <= count or self.documents is not None:
             return self
         if count not in self._made:
             sees = None if self.sees is None else self.sees[:, -count:]
@@ -89,9 +102,19 @@ class Alignment:
         shorter: Alignment = self._made[count]
         return shorter
 
-    def first_row(self) -> Alignment:
-        """That of the batch's first row alone."""
-        return Alignment(self.bias[:1], None if self.sees is None else self.sees[:1])
+    def of_first_document(self, length: int) -> tuple[int, Alignment]:
+        """That of the batch's first row alone, or of its first document, for its last query positions.
+
+        Args:
+            length: Number of keys of a row.
+
+        Returns:
+            How many keys the document has, and the alignment of as many of its last positions as its bias has.
+        """
+        length = length if self.documents is None else self.documents[0]
+        rows, longest = self.bias.shape[-2:]
+        bias = self.bias[:1, :, max(rows - length, 0) :, longest - length :]
+        return length, Alignment(bias, None if self.sees is None else self.sees[:1])
 
     def bias_in(self, dtype: torch.dtype) -> Tensor:
         """The bias in the dtype of the queries; one copy serves all connections, forward and backward."""
@@ -101,6 +124,46 @@ class Alignment:
             self._made[dtype] = self.bias.to(dtype)
         cast: Tensor = self._made[dtype]
         return cast
+
+
+def document_lengths(documents: Tensor) -> list[int]:
+    """How long the documents of packed rows are.
+
+    Args:
+        documents: Int64 `[batch, length]`, a number for each document, as transformers finds them in position ids.
+
+    Returns:
+        Their lengths, one row after another; none goes on in the next row.
+    """
+    rows = torch.arange(len(documents), device=documents.device).unsqueeze(-1)
+    counts: list[int] = torch.unique_consecutive(documents + rows * documents.numel(), return_counts=True)[1].tolist()
+    return counts
+
+
+def align_causal(
+    length: int, slopes: Tensor | None, device: torch.device, documents: list[int] | None = None
+) -> Alignment:
+    """The alignment of rows that start here and hold no padding on their left: position t sees positions 0..t.
+
+    Made for a block of positions, not for all: the bias of `length` x `length` is large, and half of it hides keys.
+
+    Args:
+        length: Number of positions of a row.
+        slopes: Float32 `[heads]`, as for `align`.
+        device: Where the result lives.
+        documents: For packed rows, the lengths of their documents: t sees the positions of its own up to itself.
+
+    Returns:
+        The alignment.
+    """
+    length = length if documents is None else max(documents)
+    rows = length if torch.compiler.is_compiling() else min(length, BLOCK)  # a loop would be compiled for each length
+    positions = torch.arange(length, device=device)
+    distance = positions[-rows:].unsqueeze(-1) - positions
+    bias = torch.zeros(distance.shape, device=device).masked_fill_(distance < 0, float("-inf")).view(1, 1, rows, length)
+    if slopes is not None:
+        bias = bias - slopes.to(device).view(1, -1, 1, 1) * distance.clamp(min=0)
+    return Alignment(bias, None, documents)
 
 
 def align(
@@ -117,7 +180,7 @@ def align(
         visible: Int64 `[1 or batch, query_length]`, from `visible_same_tokenizer`.
         key_length: Number of augmenting positions held, those of a static cache that are still empty included.
         padding_mask: `[batch, <= key_length]`, 1 for a token and 0 for padding; missing columns count as padding.
-        documents: Int64 `[batch, key_length]` from `document_ids`, for packed rows without a cache.
+        documents: Int64 `[batch, key_length]`, a number for each document, for packed rows without a cache.
         slopes: Float32 `[heads]`, ALiBi slopes (Press et al., arXiv 2108.12409) over the distance from the last
             position seen, counted in real tokens.
         may_be_blind: Whether `visible` may be 0 somewhere.

@@ -91,7 +91,7 @@ class Connection(GradientCheckpointingLayer):
         queries, keys, values = self.project(hidden, context)
         if cache_layer is not None:
             keys, values = cache_layer.update(keys, values)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=alignment.bias_in(queries.dtype))
+        attended = _attend(queries, keys, values, alignment)
         injection = self.w_o(attended.transpose(1, 2).flatten(2)).to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees
@@ -101,9 +101,9 @@ class Connection(GradientCheckpointingLayer):
         """Where the anchor's positions look, for those who want to see it; `forward` never makes these weights.
 
         Args:
-            hidden: As for `forward`.
+            hidden: As for `forward`; no more positions than the alignment's `bias` has.
             context: `H_A` at all positions, `[batch, key length, D_A]`, of which the queries are the last.
-            alignment: As for `forward`.
+            alignment: As for `forward`, of these positions.
 
         Returns:
             Float32 `[batch, heads, query length, key length]`; rows of positions that see nothing are all zero.
@@ -130,3 +130,35 @@ class Connection(GradientCheckpointingLayer):
 
     def _split_heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, alignment: Alignment) -> Tensor:
+    """Attention as the alignment says, document by document and in blocks.
+
+    Args:
+        queries: `[batch, heads, query length, D_B / heads]`.
+        keys: `[batch, heads, key length, D_B / heads]`.
+        values: As `keys`.
+        alignment: Who sees what.
+
+    Returns:
+        As `queries`.
+    """
+    if alignment.documents is None:
+        return _attend_in_blocks(queries, keys, values, alignment)
+    # rows one after another: to split them once costs less in the backward pass than to cut each document out
+    split = [states.transpose(1, 2).flatten(0, 1).split(alignment.documents) for states in (queries, keys, values)]
+    attended = []
+    for document in zip(*split, strict=True):
+        q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in document)
+        attended.append(_attend_in_blocks(q, k, v, alignment).squeeze(0).transpose(0, 1))
+    joined = torch.cat(attended)
+    return joined.unflatten(0, (len(queries), -1)).transpose(1, 2)
+
+
+def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, alignment: Alignment) -> Tensor:
+    pieces = [
+        F.scaled_dot_product_attention(queries[:, :, rows], keys[:, :, :count], values[:, :, :count], attn_mask=bias)
+        for rows, count, bias in alignment.blocks(queries.shape[2], keys.shape[2], queries.dtype)
+    ]
+    return torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.config import depth_of, text_config
-from calm.errors import UnsupportedModelError
+from calm.errors import CalmError, UnsupportedModelError
 
 # Architectures that the rules below accept or cannot judge, but that break an invariant. Found by
 # docs/support_matrix.py, which tries every causal language model of the installed transformers.
@@ -291,3 +291,43 @@ def position_offset(config: PreTrainedConfig) -> int:
     """The position of a model's first token, in the way it counts when it is given no positions."""
     text = text_config(config)
     return text.pad_token_id + 1 if text.model_type in _OFFSET_POSITIONS else 0
+
+
+def check_documents_apart(anchor: PreTrainedModel, augmenting: nn.ModuleDict) -> None:
+    """Refuse rows that hold several documents for bases that let a document see the ones before it.
+
+    Some architectures ignore positions that start anew. Tried on the bases at hand: whether a document's states are
+    the same behind another document as they are alone.
+
+    Args:
+        anchor: The anchor.
+        augmenting: The augmenting decoders by name.
+
+    Raises:
+        CalmError: Naming the base.
+    """
+    bases = {"the anchor": decoder_of(anchor)}
+    bases |= {f"the augmenting model {name!r}": cast(PreTrainedModel, base) for name, base in augmenting.items()}
+    for name, base in bases.items():
+        if not _keeps_documents_apart(base):
+            raise CalmError(
+                f"packing = True: {name} (architecture {base.config.model_type!r}) does not keep the examples of a "
+                "packed row apart; train with packing: false (a recipe's batches then hold examples of about equal "
+                "length; packing=False and padding_free=False in TRL)"
+            )
+
+
+def _keeps_documents_apart(decoder: PreTrainedModel) -> bool:
+    if "position_ids" not in forward_parameters(decoder):
+        return False
+    ids = torch.arange(2, 18, device=decoder.device).remainder(text_config(decoder.config).vocab_size).unsqueeze(0)
+    positions = torch.arange(8, device=decoder.device).repeat(2).unsqueeze(0)
+    training = decoder.training
+    decoder.eval()  # no dropout
+    try:
+        with torch.no_grad(), torch.autocast(decoder.device.type, enabled=False):
+            packed = decoder(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 8:].float()
+            alone = decoder(input_ids=ids[:, 8:], position_ids=positions[:, 8:], use_cache=False)[0].float()
+    finally:
+        decoder.train(training)
+    return bool((packed - alone).norm() < (1e-3 if decoder.dtype == torch.float32 else 3e-2) * alone.norm())

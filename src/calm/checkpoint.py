@@ -52,11 +52,17 @@ def write(
         max_shard_size: Largest weights file, in bytes or as "5GB".
 
     Raises:
-        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters.
+        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters or
+            PEFT's copies of them.
     """
     weights = {key: value for key, value in state_dict.items() if key.startswith(CONNECTIONS_PREFIX)}
     if not weights:
         raise CheckpointError("The state dict to save holds no composition parameters (keys 'connections.*').")
+    if any(".modules_to_save." in key for key in weights):
+        raise CheckpointError(
+            "PEFT trains copies of the connections (modules_to_save), which a composition's checkpoint cannot hold: "
+            "save the PeftModel, whose adapter has them."
+        )
     target = Path(directory)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -157,7 +163,7 @@ def read_weights(path: str | os.PathLike[str], expected: Mapping[str, Tensor], *
     """
     name = os.fspath(path)
     weights: dict[str, Tensor] = {}
-    for file in _weight_files(name, **hub_kwargs):
+    for file in weight_files(name, **hub_kwargs):
         try:
             weights |= load_file(file)
         except (SafetensorError, OSError) as error:
@@ -182,7 +188,13 @@ def read_weights(path: str | os.PathLike[str], expected: Mapping[str, Tensor], *
     return weights
 
 
-def _weight_files(name: str, **hub_kwargs: Any) -> list[str]:
+def weight_files(name: str, **hub_kwargs: Any) -> list[str]:
+    """Find the safetensors files of a folder or hub repository, one or several shards.
+
+    Raises:
+        CheckpointError: If there are none, or one is missing.
+    """
+
     def find(file: str) -> str | None:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
 

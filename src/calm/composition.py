@@ -30,6 +30,7 @@ def compose(
     num_heads: int | None = None,
     attention: str = "normalized",
     attend: str = "causal",
+    load_augmenting: bool = True,
     anchor_tokenizer: PreTrainedTokenizerBase | None = None,
     augmenting_tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
     **load_kwargs: Any,
@@ -47,6 +48,8 @@ def compose(
         num_heads: Heads of a connection; the anchor's number by default.
         attention: `"normalized"`, or `"paper"` for the paper's formula to the letter.
         attend: `"causal"`, or `"prompt"` for the paper's ablation of the augmenting model as an encoder.
+        load_augmenting: False leaves the augmenting models where they are, for training on outputs that were kept:
+            `forward` has to be given `augmenting_outputs`.
         anchor_tokenizer: The tokenizer of an anchor given as a loaded model.
         augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models.
         load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `revision`, `token`, ...).
@@ -115,7 +118,7 @@ def compose(
     load_kwargs.pop("revision", None)  # it is part of the sources
     anchor_model = anchor if anchor_source is None else sources.load_anchor(anchor_source, anchor_config, **load_kwargs)
     augmenting_models = {}
-    for name, (base, base_config, source) in looked_at.items():
+    for name, (base, base_config, source) in looked_at.items() if load_augmenting else ():
         depth = config.augmenting_depth(name)
         if source is None:
             augmenting_models[name] = backbones.truncated(base, depth)
@@ -124,11 +127,12 @@ def compose(
         else:
             augmenting_models[name] = sources.load_augmenting(source, base_config, depth, **load_kwargs)
     fingerprints.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
-    config.anchor_reference = _reference(anchor_model, anchor_source)
-    for name, model in augmenting_models.items():
-        base, _, source = looked_at[name]
-        fingerprints.check_finite(model, f"the augmenting model {_name(base, source)}")
-        config.augmenting_references[name] = _reference(model, source)
+    config.anchor_reference = _reference(anchor, anchor_source, anchor_model)
+    for name, (base, _, source) in looked_at.items():
+        model = augmenting_models.get(name)
+        if model is not None:
+            fingerprints.check_finite(model, f"the augmenting model {_name(base, source)}")
+        config.augmenting_references[name] = _reference(base, source, model)
     return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
 
 
@@ -161,13 +165,13 @@ def _snapshot(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _reference(model: PreTrainedModel, source: Source | None) -> dict[str, Any]:
-    name = source.name_or_path if source else model.name_or_path
+def _reference(base: Any, source: Source | None, model: PreTrainedModel | None) -> dict[str, Any]:
+    name = source.name_or_path if source else base.name_or_path
     return {
         "name_or_path": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
         "gguf_file": source.gguf_file if source else None,
         "revision": source.revision if source else None,
-        "fingerprint": fingerprints.fingerprint(model),
+        "fingerprint": fingerprints.fingerprint(model) if model is not None else {},
     }
 
 

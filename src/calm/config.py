@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -37,6 +37,7 @@ class CalmConfig(PreTrainedConfig):
     """
 
     model_type = "calm"
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with a checkpoint; TRL asks every configuration for it
 
     anchor_config: Any = None
     augmenting_configs: Any = None

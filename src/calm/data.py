@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """The label of positions without loss, as in transformers."""
 
-Row = dict[str, np.ndarray]
-"""A tokenized example: `input_ids` and `labels`."""
+Row = dict[str, Any]
+"""A tokenized example: the arrays `input_ids` and `labels`."""
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 """A JSON or JSONL file, the name of a `datasets` data set, or the examples themselves."""
@@ -362,7 +362,8 @@ def pack(rows: list[Row], length: int) -> list[Row]:
 class CompletionCollator:
     """Pad tokenized examples on the right into one batch.
 
-    Packed rows have no mask, since positions say where a document ends; what fills them up is one more document.
+    There is no mask: in causal order nothing sees the padding that follows it, and without a mask every model may use
+    its quickest attention. In packed rows positions say where a document ends; what fills them up is one more.
 
     Args:
         pad_token_id: what to fill `input_ids` with; any valid id will do, since it is masked and has no label.
@@ -376,15 +377,16 @@ class CompletionCollator:
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(next(token for token in candidates if token is not None))
 
-    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
         """Collate rows of `load_examples`.
 
         Args:
-            rows: each with `input_ids` and `labels`, and `position_ids` if it is packed.
+            rows: each with `input_ids` and `labels`, `position_ids` if it is packed, and `augmenting_outputs` if they
+                were kept: tensors `[length, D_A]` by name.
 
         Returns:
-            `input_ids`, `labels` and `attention_mask` (`position_ids` of packed rows), int64 tensors of shape
-            [batch, longest row].
+            `input_ids` and `labels` (and `position_ids` of packed rows), int64 tensors of shape [batch, longest row];
+            `augmenting_outputs` likewise, by name.
         """
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -392,12 +394,15 @@ class CompletionCollator:
         def padded(arrays: list[np.ndarray], fill: int) -> torch.Tensor:
             return pad_sequence([torch.from_numpy(a).long() for a in arrays], batch_first=True, padding_value=fill)
 
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
             "labels": padded([row["labels"] for row in rows], IGNORED),
         }
+        if (kept := rows[0].get("augmenting_outputs")) is not None:
+            batch["augmenting_outputs"] = {
+                key: pad_sequence([row["augmenting_outputs"][key] for row in rows], batch_first=True) for key in kept
+            }
         if "position_ids" not in rows[0]:
-            batch["attention_mask"] = padded([np.ones_like(row["input_ids"]) for row in rows], 0)
             return batch
         longest = batch["input_ids"].shape[1]
         positions = [row["position_ids"] for row in rows]

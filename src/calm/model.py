@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -29,13 +31,17 @@ from transformers import (
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from calm import backbones, checkpoint, loss, sources
-from calm.alignment import Alignment, align, visible_same_tokenizer
+from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
 from calm.config import CalmConfig, context_of, text_config, width_of
 from calm.errors import CalmError
+from calm.headless import Headless
+
+logger = logging.getLogger(__name__)
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
@@ -45,9 +51,13 @@ class _Pass:
     """What the hooks need during one forward pass."""
 
     model: CalmForCausalLM
-    alignment: Alignment
-    cross: Cache | None
-    captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    captured: dict[str, Tensor] = field(default_factory=dict)  # by `_key`
+    alignment: Alignment | None = None
+    cross: Cache | None = None
+
+
+def _key(augmenting: str, layer: int) -> str:
+    return f"{augmenting}.{layer}"
 
 
 # Hooks have no argument for it. One for each thread, so that several may run one model at the same time.
@@ -62,11 +72,13 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     Args:
         config: The composition.
         anchor: The anchor, a causal language model; built with random weights from the configuration if `None`.
-        augmenting: Truncated augmenting decoders by name; built likewise if `None`.
+        augmenting: Truncated augmenting decoders by name; built likewise if `None`. With `{}` there are none, and
+            `forward` has to be given their outputs.
 
     Attributes:
         anchor: The frozen anchor.
-        augmenting: `nn.ModuleDict` of the frozen, truncated augmenting decoders.
+        augmenting: `nn.ModuleDict` of the frozen, truncated augmenting decoders; empty after
+            `release_augmenting()`.
         connections: `nn.ModuleList` of `Connection`, in the order of `config.layer_pairs`.
         context_length: The smallest context of the composed models in tokens, `None` where none states a limit.
     """
@@ -127,18 +139,32 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
         for name, layer_index in sorted({(pair.augmenting, pair.augmenting_layer) for pair in pairs}):
-            layer = backbones.layers_of(self.augmenting[name])[layer_index]
-            layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
+            if name in self.augmenting:
+                layer = backbones.layers_of(self.augmenting[name])[layer_index]
+                layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
         split = {name for base in (self.anchor, *self.augmenting.values()) for name in base._no_split_modules or ()}
         self._no_split_modules = sorted({*split, Connection.__name__})  # what FSDP shards one by one
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
-        self._keys_to_ignore_on_save = None
+        self._keys_to_ignore_on_save: set[str] | None = None
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
         self.post_init()
-        # exact keys, so that whoever checks a composition-only checkpoint for missing keys finds none
+        self._ignore_bases_on_save()
+
+    def _ignore_bases_on_save(self) -> None:
+        """Exact keys, so that whoever checks a composition-only checkpoint for missing keys finds none."""
         self._keys_to_ignore_on_save = {k for k in self.state_dict() if not k.startswith(checkpoint.CONNECTIONS_PREFIX)}
+
+    def release_augmenting(self) -> None:
+        """Let the augmenting models go, for training on `augmenting_outputs` that were kept."""
+        self.augmenting = nn.ModuleDict()
+        self._ignore_bases_on_save()
+
+    @cached_property
+    def base_model(self) -> Headless:
+        """Both models and the connections without the anchor's head; called, it returns the last hidden state."""
+        return Headless(self)
 
     def init_weights(self) -> None:
         """Nothing to do: connections initialise themselves, and the bases (with adapters on them) are as loaded."""
@@ -157,6 +183,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         prompt_length: int | Tensor | None = None,
         skip_logits: bool = False,
+        augmenting_outputs: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the augmenting models up to their last connected layer, then the anchor with the connections.
@@ -177,6 +204,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             skip_logits: With labels, compute the loss at labelled positions only, in chunks, and return no logits
                 (issue 3: those of the whole vocabulary are a training step's largest tensors). An anchor whose loss
                 is not the usual one, or whose head is trained, computes them nevertheless.
+            augmenting_outputs: What `augmenting_outputs()` returned for these tokens, kept since; the augmenting models
+                then do not run (issue 3). Not together with a cache.
             kwargs: Passed to the anchor.
 
         Returns:
@@ -184,7 +213,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             CalmError: On empty input, embeddings instead of tokens, a mask that is not two-dimensional, a cache that
-                is not a `CalmCache`, or more tokens than the smaller of the models' contexts.
+                is not a `CalmCache`, more tokens than the smaller of the models' contexts, kept outputs that do not
+                fit the input, or augmenting models that are needed and were not loaded.
         """
         if self._disabled:
             return self._forward_anchor_alone(
@@ -198,15 +228,18 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 kwargs,
             )
         input_ids = self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
+        if augmenting_outputs is not None:
+            self._check_augmenting_outputs(augmenting_outputs, input_ids, use_cache, past_key_values)
         if use_cache is None:
-            use_cache = not self.training and labels is None
+            use_cache = not self.training and labels is None and augmenting_outputs is None
         cache = past_key_values
         if cache is None and use_cache:
             cache = self._new_cache()
         length = input_ids.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int):
-            self._check_length(past_length + length)
+            packed = cache is None and attention_mask is None  # its documents' positions count, not the row's length
+            self._check_length(past_length + length, position_ids if packed else None)
         if self._is_stateful and length > 1 and past_length > 0:
             raise CalmError(
                 f"{length} new tokens after {int(past_length)} in the cache: a recurrent base can take one at a time "
@@ -223,9 +256,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             labels,
             input_ids.device,
         )
-        _thread.running = _Pass(self, alignment, cache.cross if cache is not None else None)
+        if augmenting_outputs is None:
+            augmenting_outputs = self._run_augmenting(input_ids, attention_mask, position_ids, cache)
+        cross = cache.cross if cache is not None else None
+        _thread.running = _Pass(self, dict(augmenting_outputs), alignment, cross)
         try:
-            self._run_augmenting(input_ids, attention_mask, position_ids, cache)
             arguments = self._base_arguments(
                 self.anchor,
                 self._anchor_parameters,
@@ -254,26 +289,56 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=outputs.get("attentions"),
         )
 
+    def augmenting_outputs(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Run the augmenting models alone, for outputs to look at or to keep: frozen models give the same each time.
+
+        Args:
+            input_ids: As for `forward`, like the other two.
+            attention_mask: `[batch, length]`.
+            position_ids: Int64 `[batch, length]`.
+
+        Returns:
+            The outputs of the connected augmenting layers, `[batch, length, D_A]` by `"NAME.LAYER"`.
+
+        Raises:
+            CalmError: As `forward`.
+        """
+        input_ids = self._check_inputs(input_ids, attention_mask, None, {})
+        self._check_length(input_ids.shape[1], position_ids if attention_mask is None else None)
+        return self._run_augmenting(input_ids, attention_mask, position_ids, None)
+
     def _run_augmenting(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: CalmCache | None,
-    ) -> None:
+    ) -> dict[str, Tensor]:
+        if missing := sorted(set(self.config.augmenting_configs) - set(self.augmenting)):
+            raise CalmError(
+                f"The augmenting models {missing} were not loaded: pass their augmenting_outputs, or load the "
+                "composition with them."
+            )
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        for name, model in self.augmenting.items():
-            arguments = self._base_arguments(
-                model,
-                self._augmenting_parameters[name],
-                input_ids,
-                attention_mask,
-                position_ids,
-                cache.augmenting[name] if cache is not None else None,
-            )
-            with torch.no_grad():
-                model(**arguments)
+        state = _thread.running = _Pass(self)
+        try:
+            for name, model in self.augmenting.items():
+                arguments = self._base_arguments(
+                    model,
+                    self._augmenting_parameters[name],
+                    input_ids,
+                    attention_mask,
+                    position_ids,
+                    cache.augmenting[name] if cache is not None else None,
+                )
+                with torch.no_grad():
+                    model(**arguments)
+        finally:
+            _thread.running = None
+        return state.captured
 
     @staticmethod
     def _base_arguments(
@@ -364,6 +429,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         slopes = (
             alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention == "normalized" else None
         )
+        starts_here = isinstance(past_length, int) and past_length == 0 and key_length == length
+        if starts_here and prompt_length is None and _is_right_padded(padding_mask):
+            if documents is None:
+                return align_causal(length, slopes, device)
+            if not is_tracing(documents):
+                return align_causal(length, slopes, device, document_lengths(documents))
         return align(
             visible_same_tokenizer(length, past_length, prompt_length, device),
             key_length,
@@ -375,11 +446,11 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _capture(self, name: str, layer: int, output: Any) -> None:
         if (state := self._running()) is not None:
-            state.captured[name, layer] = backbones.residual_of(output, self.augmenting[name].config)
+            state.captured[_key(name, layer)] = backbones.residual_of(output, self.augmenting[name].config)
 
     def _inject(self, indices: list[int], output: Any) -> Any:
         state = self._running()
-        if state is None:
+        if state is None or state.alignment is None:
             return None
         hidden = backbones.residual_of(output, self.anchor.config)
         alignment = state.alignment.to(hidden.device).last(hidden.shape[1])
@@ -387,7 +458,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         # all connections of a layer ask with the same hidden state, so that their order does not matter
         injections = []
         for i in indices:
-            context = state.captured[pairs[i].augmenting, pairs[i].augmenting_layer]
+            context = state.captured[_key(pairs[i].augmenting, pairs[i].augmenting_layer)]
             cache_layer = state.cross.layers[i] if state.cross is not None else None
             injections.append(self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer))
         return backbones.add_to_residual(output, sum(injections[1:], injections[0]), self.anchor.config)
@@ -424,7 +495,28 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return input_ids
 
-    def _check_length(self, length: int) -> None:
+    def _check_augmenting_outputs(
+        self, outputs: Mapping[str, Tensor], input_ids: Tensor, use_cache: bool | None, cache: CalmCache | None
+    ) -> None:
+        if use_cache or cache is not None:
+            raise CalmError(
+                "augmenting_outputs and a cache: the augmenting models would have to run to fill theirs. Leave one out."
+            )
+        configs = self.config.augmenting_configs
+        expected = {
+            _key(pair.augmenting, pair.augmenting_layer): (*input_ids.shape, width_of(configs[pair.augmenting]))
+            for pair in self._pairs
+        }
+        found = {key: tuple(output.shape) for key, output in outputs.items()}
+        if found != expected:
+            raise CalmError(
+                f"augmenting_outputs have the shapes {found}: expected {expected}, which is what augmenting_outputs() "
+                f"returns for input_ids of the shape {tuple(input_ids.shape)}."
+            )
+
+    def _check_length(self, length: int, position_ids: Tensor | None = None) -> None:
+        if self.context_length is not None and length > self.context_length and position_ids is not None:
+            length = int(position_ids.max()) + 1
         if self.context_length is not None and length > self.context_length:
             raise CalmError(
                 f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
@@ -554,12 +646,18 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
                 "pass. Upgrade transformers (which needs Python 3.11), or train without it."
             )
+        function = kwargs.get("gradient_checkpointing_func")
+        if enable and isinstance(function, partial) and function.keywords.get("use_reentrant", True):
+            raise CalmError(
+                "Activation checkpointing with use_reentrant=True would leave connections and adapters without "
+                "gradients, since no input of the frozen layers below them has any: pass use_reentrant=False."
+            )
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do, since gradients start at the connections.
+        """Nothing to do, since gradients start at the connections, or at an adapter that sits below them.
 
-        Starting them at the embeddings would store and back-propagate everything below the first connection.
+        Starting them at the embeddings would store and back-propagate everything below the first of these.
         """
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -618,6 +716,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
 
+        An adapter that trains on a base is not among them (a warning says so): PEFT saves it.
+
         Args:
             save_directory: Where to; made if missing. A failed save leaves what was there.
             state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
@@ -633,6 +733,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         weights = self._gathered_connections() if state_dict is None else state_dict
         if not is_main_process:
             return
+        if any(weight.requires_grad for base in (self.anchor, self.augmenting) for weight in base.parameters()):
+            logger.warning(
+                "%s holds the connections only, and not what else is trained, such as an adapter on the anchor: save "
+                "that too, with model.anchor.save_pretrained(FOLDER); model.anchor.load_adapter(FOLDER) loads it.",
+                os.fspath(save_directory),
+            )
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
@@ -697,7 +803,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             model_args: None are accepted.
             config: The composition's configuration, if already read.
             anchor: The anchor, or where it is now, instead of the recorded reference.
-            augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`.
+            augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
+                `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights are not those trained against.
             kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
                 (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
@@ -721,10 +828,15 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         model.connections.load_state_dict(
             {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
         )
-        model.name_or_path = name
+        model.name_or_path = config.name_or_path = name
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
+
+
+def _is_right_padded(mask: Tensor | None) -> bool:
+    """Whether padding, if any, is on the right, where causal order hides it from every token anyway."""
+    return mask is None or (not is_tracing(mask) and not (mask[:, 1:] > mask[:, :-1]).any())
 
 
 def _random_anchor(config: CalmConfig) -> PreTrainedModel:

@@ -73,7 +73,7 @@ class Plan:
 
     A FLOP is one multiplication or one addition; those of matrix products, convolutions and attention are counted,
     without the savings of kernels that skip what a causal mask hides. Memory is that of tensors; it leaves out what is
-    alive only within one operation, and the runtime's own. A training step is that of `calm.training`: a padded batch
+    alive only within one operation, and the runtime's own. A training step is that of `calm.training`: a batch
     with every token a label, the loss in chunks, gradients clipped, AdamW; steps that are logged measure the
     connections' attention on top of it.
 
@@ -313,7 +313,7 @@ def _count(
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable()
         with Trace() as step:
-            loss = loss_of(model, tokens, torch.ones_like(tokens))
+            loss = loss_of(model, tokens)
             activation_bytes = step.live_bytes
             update(loss, optimizer)
 

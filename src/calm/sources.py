@@ -225,7 +225,7 @@ def load_bases(
     Args:
         config: The composition.
         anchor: The anchor, or where it is now.
-        augmenting: The augmenting model(s), or where they are now: one, or by name.
+        augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
         verify: Compare fingerprints.
         load_kwargs: For `from_pretrained` of every base.
 
@@ -236,8 +236,10 @@ def load_bases(
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
     given: dict[str, Any] = {}
+    wanted = config.augmenting_configs
     if augmenting is not None:
         given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
+        wanted = wanted if given else {}
         if "" in given and len(config.augmenting_configs) == 1:
             given = {next(iter(config.augmenting_configs)): given[""]}
         if unknown := sorted(set(given) - set(config.augmenting_configs)):
@@ -251,7 +253,7 @@ def load_bases(
     )
     anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
     models = {}
-    for name, expected in config.augmenting_configs.items():
+    for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
         base, depth = given.get(name), config.augmenting_depth(name)
         source = None

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from transformers import masking_utils
 
 from calm.model import CalmForCausalLM
 
@@ -148,8 +149,14 @@ class Trace(TorchDispatchMode):
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Run tensors by their shapes, as if on a CPU: nothing is allocated or computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _KnownShapes():
-        yield
+    look_for_documents = masking_utils.find_packed_sequence_indices
+    # it would take positions that it cannot look at for those of packed rows, and have every model make a mask
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _KnownShapes():
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look_for_documents
 
 
 class _KnownShapes(TorchDispatchMode):
@@ -193,19 +200,17 @@ def connections_in_float32(model: CalmForCausalLM) -> torch.optim.AdamW:
     return optimizer
 
 
-def loss_of(model: CalmForCausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def loss_of(model: CalmForCausalLM, input_ids: Tensor) -> Tensor:
     """The forward half of a step: every token is a label, and logits are made in chunks.
 
     Args:
         model: The composed model.
-        input_ids: Int64 `[batch, length]`.
-        attention_mask: Int64 `[batch, length]`, 0 for padding.
+        input_ids: Int64 `[batch, length]`; a batch that is padded on the right needs no mask (`calm.data`).
 
     Returns:
         The loss.
     """
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    output = model(input_ids, attention_mask=attention_mask, labels=labels, skip_logits=True, use_cache=False)
+    output = model(input_ids, labels=input_ids, skip_logits=True, use_cache=False)
     loss: Tensor = output.loss
     return loss
 

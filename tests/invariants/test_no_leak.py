@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import calm
+from calm import alignment
+from calm.alignment import align
 
 ROUNDING = 2e-6  # experts and batched matrix products may sum in another order when another token changes
 
@@ -70,6 +72,17 @@ def test_no_leak(anchor: str, data: st.DataObject) -> None:
     check_no_gradient_from_later(mix.shared(), row, at, prompt_length)
 
 
+@pytest.mark.parametrize("anchor", factories.ANCHORS)
+def test_no_leak_in_long_rows(anchor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a block, so that a connection attends in pieces: here four positions at a time."""
+    monkeypatch.setattr(alignment, "BLOCK", 4)
+    model = Mix(anchor=anchor).shared()
+    row = factories.tokens(1, 14, seed=5)[0]
+    for at in (1, 5, 8, 13):
+        check_no_leak(model, row, at, None)
+        check_no_gradient_from_later(model, row, at, None)
+
+
 @pytest.mark.parametrize("augmenting", factories.AUGMENTING)
 @pytest.mark.parametrize("attend", ["causal", "prompt"])
 def test_no_leak_from_any_augmenting_model(augmenting: str, attend: str) -> None:
@@ -118,7 +131,11 @@ def one_too_many(visible: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_seeing_one_position_too_many_is_noticed(anchor: str, attend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Mix(anchor=anchor, attend=attend).shared()
     row = factories.tokens(1, 10, seed=5)[0]
-    monkeypatch.setattr(calm.model, "visible_same_tokenizer", one_too_many(calm.model.visible_same_tokenizer))
+    wrong = one_too_many(calm.model.visible_same_tokenizer)
+    monkeypatch.setattr(calm.model, "visible_same_tokenizer", wrong)
+    monkeypatch.setattr(
+        calm.model, "align_causal", lambda n, slopes, at: align(wrong(n, 0, None, at), n, slopes=slopes)
+    )
     with pytest.raises(AssertionError, match="differs by"):
         check_no_leak(model, row, 5, prompt_length=8)
     with pytest.raises(AssertionError, match="a later augmenting position"):

@@ -153,8 +153,8 @@ def test_an_augmenting_model_that_reads_padding_is_noticed(augmenting: str, monk
     model = Mix(augmenting=(augmenting,)).shared()
     run = model._run_augmenting
 
-    def wrong(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: object) -> None:
-        run(ids, None, positions, cache)
+    def wrong(ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: object) -> dict[str, Tensor]:
+        return run(ids, None, positions, cache)
 
     monkeypatch.setattr(model, "_run_augmenting", wrong)
     rows = [factories.tokens(1, n, seed=n)[0] for n in (9, 4)]

@@ -100,8 +100,11 @@ def test_composed_of_loaded_models(anchor: str, tmp_path: Path) -> None:
     loaded = CalmForCausalLM.from_pretrained(tmp_path / "out", anchor=tmp_path / "anchor", augmenting=augmenting)
     check_same_logits(loaded, model)
     assert loaded.config.to_dict() == model.config.to_dict() | {
-        key: loaded.config.to_dict()[key] for key in ("architectures", "dtype")
+        key: loaded.config.to_dict()[key] for key in ("architectures", "dtype", "_name_or_path")
     }
+    loaded.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "_name_or_path" not in written  # a folder of this machine
     check_refused(
         lambda: CalmForCausalLM.from_pretrained(tmp_path / "out", augmenting=augmenting),
         "the anchor",

@@ -302,18 +302,6 @@ def test_disk_that_fills_while_saving_leaves_the_last_good_checkpoint(
     assert checkpoints(recipe) == ["checkpoint-12", "checkpoint-8"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KB: room for two checkpoints, not for a third one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_disk_that_is_really_full_leaves_the_last_good_checkpoint(make_recipe: MakeRecipe, small_disk: Path):
     recipe = make_recipe(evaluates=False, output_dir=str(small_disk / "out"), save_steps=2, keep_checkpoints=9)
     with pytest.raises(CalmError, match=r"could not be written.*is whole and stays"):

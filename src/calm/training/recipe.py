@@ -49,6 +49,22 @@ class DataRecipe(_Section):
         False, description="true or false: lay short examples one after another into rows of max_length tokens"
     )
     append_eos: bool = Field(True, description="true or false: end prompt/completion completions with the EOS token")
+    augmenting_outputs: Literal["recompute", "memory", "disk"] = Field(
+        "recompute",
+        description="one of recompute, memory, disk: run the augmenting models in every step, or once and keep it",
+    )
+    augmenting_outputs_dir: str | None = Field(
+        None, description="a directory that can be written to, for augmenting_outputs: disk"
+    )
+
+    @model_validator(mode="after")
+    def _directory_is_used(self) -> DataRecipe:
+        if self.augmenting_outputs_dir is not None and self.augmenting_outputs != "disk":
+            raise ValueError(
+                f"data.augmenting_outputs_dir = {self.augmenting_outputs_dir!r}: nothing is kept there with "
+                f"augmenting_outputs = {self.augmenting_outputs!r}; expected augmenting_outputs: disk"
+            )
+        return self
 
     @field_validator("train", "eval")
     @classmethod

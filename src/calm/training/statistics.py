@@ -25,8 +25,8 @@ class ConnectionStatistics(TrainerCallback):
 
     `values` holds the last measurement: `connection_INDEX/injection`, the norm of what the connection adds relative to
     that of the anchor's hidden state (mean over positions); `.../entropy`, of its attention, in nats (mean over heads
-    and positions of the batch's first row: log(positions) where it looks everywhere, 0 where it looks at one);
-    `.../gradient`, the norm of its gradient after clipping.
+    and the last 512 positions of the batch's first document: log(positions) where it looks everywhere, 0 where it
+    looks at one); `.../gradient`, the norm of its gradient after clipping.
 
     Args:
         connections: Those of the model that is trained.
@@ -72,6 +72,8 @@ class _Watch:
         hidden, context, alignment = args[:3]
         added, residual = (states.float().norm(dim=-1).mean().item() for states in (output, hidden))
         self.values[f"connection_{self.index}/injection"] = added / residual
-        weights = connection.attention_weights(hidden[:1], context[:1], alignment.first_row())
+        length, first = alignment.of_first_document(context.shape[1])
+        rows = slice(length - first.bias.shape[2], length)
+        weights = connection.attention_weights(hidden[:1, rows], context[:1, :length], first)
         entropy = -torch.special.xlogy(weights, weights).sum(-1).mean().item()
         self.values[f"connection_{self.index}/entropy"] = entropy

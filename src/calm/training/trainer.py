@@ -17,11 +17,13 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
-from calm.backbones import decoder_of, forward_parameters
-from calm.config import CalmConfig, context_of, text_config
+from calm.backbones import check_documents_apart
+from calm.config import CalmConfig, context_of, depth_of
+from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
 from calm.sources import Source, load_config
+from calm.training import augmenting_outputs
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
 from calm.training.recipe import Recipe
 from calm.training.statistics import STATISTICS, ConnectionStatistics
@@ -101,10 +103,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     tokenizer = load_tokenizer(recipe.anchor)
     train_data, eval_data, examples = _load_data(recipe, tokenizer)
 
+    kept_dirs = _kept_dirs(recipe, output_dir, {"training": train_data, "evaluation": eval_data})
+    kept_before = bool(kept_dirs) and all(augmenting_outputs.is_kept(path) for path in kept_dirs.values())
     set_seed(recipe.training.seed)  # the new connections' weights
-    model = _load_model(recipe, checkpoint)
+    model = _load_model(recipe, checkpoint, load_augmenting=not kept_before)
+    if kept_before:
+        model.config.augmenting_references = augmenting_outputs.references(kept_dirs["training"])
     if recipe.data.packing:
-        _check_packing(model)
+        check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
         (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
@@ -116,6 +122,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         data_collator=CompletionCollator.for_tokenizer(tokenizer),
         callbacks=[LogBeforeSaving(), on_interrupt, ConnectionStatistics(model.connections)],
     )
+    if recipe.data.augmenting_outputs != "recompute":
+        _keep_augmenting_outputs(trainer, model, kept_dirs)
     patience = recipe.training.early_stopping_patience
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
@@ -250,6 +258,42 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     return train_data, eval_data, examples
 
 
+def _kept_dirs(recipe: Recipe, output_dir: Path, data: dict[str, list[Row] | None]) -> dict[str, Path]:
+    """Where the augmenting models' outputs for each data set are kept on the disk, or will be; empty if nowhere."""
+    if recipe.data.augmenting_outputs != "disk":
+        return {}
+    directory = Path(recipe.data.augmenting_outputs_dir or output_dir / "augmenting_outputs").absolute()
+    augmenting = {"augmenting": recipe.augmenting} if isinstance(recipe.augmenting, str) else recipe.augmenting
+    depths = {name: depth_of(load_config(Source.parse(base))) for name, base in augmenting.items()}
+    pairs = choose_pairs(recipe.connections, depths, depth_of(load_config(Source.parse(recipe.anchor))))
+    layers = {name: sorted({p.augmenting_layer for p in pairs if p.augmenting == name}) for name in augmenting}
+    precision = f"{recipe.dtype} bf16={recipe.training.bf16} fp16={recipe.training.fp16}"
+    return {
+        name: directory / augmenting_outputs.key_of(augmenting, layers, rows, precision)
+        for name, rows in data.items()
+        if rows is not None
+    }
+
+
+def _keep_augmenting_outputs(trainer: CompositionTrainer, model: CalmForCausalLM, dirs: dict[str, Path]) -> None:
+    """Have the trainer train and evaluate on kept outputs, and let the augmenting models go."""
+
+    def kept(name: str, rows: list[Row]) -> augmenting_outputs.RowsWithOutputs:
+        path = dirs.get(name)
+        if path is not None and augmenting_outputs.is_kept(path):
+            outputs = augmenting_outputs.open_kept(path, rows)
+        else:
+            batch_size = trainer.args.per_device_train_batch_size
+            collator = trainer.data_collator
+            outputs = augmenting_outputs.keep(model, rows, collator, trainer.accelerator, batch_size, path)
+        return augmenting_outputs.RowsWithOutputs(rows, outputs)
+
+    trainer.train_dataset = kept("training", trainer.train_dataset)
+    if trainer.eval_dataset is not None:
+        trainer.eval_dataset = kept("evaluation", trainer.eval_dataset)
+    model.release_augmenting()
+
+
 def _check_loggers(recipe: Recipe) -> None:
     """Refuse a logger that is not there, before the models are loaded."""
     available = get_available_reporting_integrations()
@@ -261,38 +305,16 @@ def _check_loggers(recipe: Recipe) -> None:
             )
 
 
-def _check_packing(model: CalmForCausalLM) -> None:
-    """Refuse to pack for a base that does not keep the documents of a row apart.
-
-    Some architectures ignore restarting positions and let a document see the ones before it. Tried on the base at
-    hand: whether a document's states are the same behind another document as they are alone.
-    """
-    bases = {"the anchor": decoder_of(model.anchor)}
-    bases |= {f"the augmenting model {name!r}": base for name, base in model.augmenting.items()}
-    for name, base in bases.items():
-        ids = torch.arange(2, 18, device=base.device).remainder(text_config(base.config).vocab_size).unsqueeze(0)
-        positions = torch.arange(8, device=base.device).repeat(2).unsqueeze(0)
-        apart = "position_ids" in forward_parameters(base)
-        if apart:
-            with torch.no_grad():
-                packed = base(input_ids=ids, position_ids=positions, use_cache=False)[0][:, 8:].float()
-                alone = base(input_ids=ids[:, 8:], position_ids=positions[:, 8:], use_cache=False)[0].float()
-            apart = bool((packed - alone).norm() < (1e-3 if base.dtype == torch.float32 else 3e-2) * alone.norm())
-        if not apart:
-            raise CalmError(
-                f"data.packing = True: {name} (architecture {base.config.model_type!r}) does not keep the examples of "
-                "a packed row apart; train with packing: false (batches then hold examples of about equal length)"
-            )
-
-
-def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
+def _load_model(recipe: Recipe, checkpoint: str | None, load_augmenting: bool) -> CalmForCausalLM:
     """Compose the models anew, or load a checkpoint, which also checks that the bases are still the same ones.
 
     What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
     """
     dtype = getattr(torch, recipe.dtype)
     if checkpoint is not None:
-        model = calm.CalmForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        model = calm.CalmForCausalLM.from_pretrained(
+            checkpoint, augmenting=None if load_augmenting else {}, dtype=dtype
+        )
         model.connections.float()
         return model
     model = calm.compose(
@@ -302,6 +324,7 @@ def _load_model(recipe: Recipe, checkpoint: str | None) -> CalmForCausalLM:
         num_heads=recipe.num_heads,
         attention=recipe.attention,
         attend=recipe.attend,
+        load_augmenting=load_augmenting,
         dtype=dtype,
     )
     model.connections.float()
