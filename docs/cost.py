@@ -98,8 +98,7 @@ checkpoint
 memory to train
 : The most that tensors take at any moment of a training step: all weights, AdamW's states, activations from the first
   connection upwards, and a chunk of logits or the gradients. What a kernel needs within itself, fragmentation and the
-  CUDA context (together often 1 to 3 GB on a GPU) are not in it, nor the attention weights that a logged step
-  measures.
+  GPU's own context are not in it, nor the attention weights that a logged step measures.
 
 data parallel
 : Each GPU holds all weights and trains on its own batch. Besides the above, a copy of the gradients to send.

@@ -168,5 +168,11 @@ def test_the_command_line_measures_and_predicts(
     assert sum(planned["training_step_flops_by_dtype"].values()) == planned["training_step_flops"]
     text = " ".join(run(*models, "--calibration", file, "--processes", "2", "--activation-checkpointing").split())
     assert "each of 2" in text and "FSDP2" in text
-    for wrong in ([], [tiny_bases["anchor"]], [*models, "--calibrate", file, "--calibration", file]):
+    assert "activation checkpointing)" in text
+    for wrong in (
+        [],
+        ["--calibrate", str(tmp_path / "no" / "folder.json")],
+        [tiny_bases["anchor"]],
+        [*models, "--calibrate", file, "--calibration", file],
+    ):
         assert "Usage" in run(*wrong, code=2)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import memory
 import pytest
 import torch
 from factories import CONTEXT, Mix, base, config, tokens
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -26,9 +28,9 @@ from calm import loss
 from calm.checkpoint import weights_bytes
 from calm.cli.plan import tables
 from calm.planning import Plan, plan
-from calm.tracing import connections_in_float32, loss_of, update
+from calm.tracing import connections_in_float32
 
-BATCH, LENGTH = 2, 48
+BATCH, LENGTH = memory.BATCH, memory.LENGTH
 MIXES = [
     Mix("llama", ("gpt2",), (((1, 1), (2, 3)),)),
     Mix("gemma2", ("mamba",), 2),
@@ -166,19 +168,6 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
     assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.03)
 
 
-def peak_of_a_real_step(model: calm.CalmForCausalLM, ids: torch.Tensor) -> int:
-    """By PyTorch's CPU allocator, beside the weights and the states that are there before the step."""
-    optimizer = connections_in_float32(model)
-    update(loss_of(model, ids), optimizer)
-    kept = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
-    storages = {s.data_ptr(): s.nbytes() for tensor in kept if (s := tensor.untyped_storage())}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        update(loss_of(model, ids), optimizer)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return sum(storages.values()) + max(held)
-
-
 @pytest.mark.parametrize(
     ("mix", "dtype", "checkpointing"),
     [
@@ -194,7 +183,7 @@ def test_peak_memory_is_that_of_a_real_step(mix: Mix, dtype: str, checkpointing:
     model = mix.build().to(getattr(torch, dtype))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    found = peak_of_a_real_step(model, tokens(3, LENGTH))
+    found = memory.peak_of_step(model, connections_in_float32(model), tokens(3, LENGTH))
     assert planned.training_bytes == pytest.approx(found, rel=0.15)
     arguments = {"dtype": dtype, "batch_size": 3, "activation_checkpointing": checkpointing}
     for changes in ({"batch_size": 6}, *([{"activation_checkpointing": False}] if checkpointing else [])):
@@ -235,6 +224,19 @@ def test_what_each_of_several_processes_holds() -> None:
         assert many.data_parallel_bytes == one.training_bytes + one.gradient_bytes
     kept = one.training_weight_bytes + one.optimizer_bytes
     assert two.sharded_bytes - eight.sharded_bytes == pytest.approx(kept * (1 / 2 - 1 / 8), abs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data_parallel", "sharded"])
+def test_each_of_two_processes_takes_what_was_planned(kind: str, tmp_path: Path) -> None:
+    """Two gloo processes; the negative control is the memory that one process on its own needs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, memory.__file__, kind, tmp_path / "peak"], env=environment, check=True, timeout=300)
+    found = int((tmp_path / "peak").read_text())
+    planned = plan_of(memory.SHARED_OUT, processes=2)
+    assert getattr(planned, f"{kind}_bytes") == pytest.approx(found, rel=0.15)
+    assert planned.training_bytes != pytest.approx(found, rel=0.02)
 
 
 def test_training_keeps_nothing_below_the_first_connection() -> None:

@@ -104,6 +104,7 @@ class Plan:
             first connection is kept, and of the logits only the gradient that they leave.
         training_bytes: The most memory that training takes: weights, optimizer states, and whatever else is alive at
             the step's worst moment (activations with a chunk of logits or with gradients).
+        activation_checkpointing: Whether the step recomputes the anchor's activations.
         processes: Processes (one for each GPU) that train together, each on its own batch.
         data_parallel_bytes: `training_bytes` of each of them when every one holds all weights.
         sharded_bytes: The same when weights and optimizer states are sharded over the processes (FSDP2, layer by
@@ -137,6 +138,7 @@ class Plan:
     optimizer_bytes: int
     activation_bytes: int
     training_bytes: int
+    activation_checkpointing: bool
     processes: int
     data_parallel_bytes: int
     sharded_bytes: int
@@ -373,6 +375,7 @@ def _count(
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activation_bytes,
         training_bytes=training_bytes,
+        activation_checkpointing=activation_checkpointing,
         processes=processes,
         data_parallel_bytes=data_parallel_bytes,
         sharded_bytes=sharded_bytes,

@@ -44,6 +44,8 @@ def plan(
         raise typer.BadParameter("give an anchor and an augmenting model, or --calibrate FILE.")
     if anchor is not None and not augmenting:
         raise typer.BadParameter("give an augmenting model after the anchor.")
+    if calibrate is not None and not calibrate.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--calibrate {calibrate}: there is no folder {calibrate.absolute().parent}.")
     models, pairs = parse_augmenting(augmenting or []), parse_connections(connections)
     from calm.calibration import calibrate as measure
     from calm.calibration import load_calibration
@@ -115,7 +117,8 @@ def tables(plan: Plan) -> Group:
             "memory to train",
             f"{decimal(plan.training_bytes)} at most: weights {decimal(plan.training_weight_bytes)}, AdamW "
             f"{decimal(plan.optimizer_bytes)}, then activations {decimal(plan.activation_bytes)} with logits or "
-            f"gradients ({decimal(plan.gradient_bytes)}) ({batch})",
+            f"gradients ({decimal(plan.gradient_bytes)}) ({batch}"
+            f"{', activation checkpointing' if plan.activation_checkpointing else ''})",
         ),
         *(
             [
