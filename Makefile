@@ -16,7 +16,7 @@ DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: help install demo test test-slow test-real lint types imports format bench bench-training bench-gpu docs clean
+.PHONY: help install demo test test-slow test-real lint types imports format bench bench-training bench-gpu bench-planning docs clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-training: $(BENCH) ## what a training step costs, against its floor, LoRA,
 
 bench-gpu: $(DEV) ## what training and decoding reach of a GPU; needs one
 	$(BIN)/python benchmarks/gpu.py
+
+bench-planning: $(DEV) ## calm plan's predictions against measurements (on an idle machine); writes benchmarks/results/
+	$(BIN)/python benchmarks/planning.py
 
 docs: $(DOCS) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

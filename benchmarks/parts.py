@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from calm import CalmForCausalLM
 from calm.backbones import layers_of
 from calm.loss import loss_without_logits, without_head
-from calm.planning import _flops
+from calm.tracing import Trace
 
 
 def randomize_outputs(model: CalmForCausalLM) -> CalmForCausalLM:
@@ -120,9 +120,9 @@ class Step:
 
     def connection_flops(self) -> int:
         """FLOPs of `connections`, counted as `calm.planning` counts."""
-        with _flops() as counter:
+        with Trace() as trace:
             self.connections()
-        return counter.get_total_flops()
+        return trace.flops
 
 
 def loss_of(model: Callable[..., Any], anchor: Any, batch: dict[str, Tensor], labels: Tensor) -> Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import memory
 import pytest
 import torch
 from factories import CONTEXT, Mix, base, config, tokens
@@ -20,10 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import calm
+from calm import loss
+from calm.checkpoint import weights_bytes
 from calm.cli.plan import tables
 from calm.planning import Plan, plan
+from calm.tracing import connections_in_float32
 
-BATCH, LENGTH = 2, 48
+BATCH, LENGTH = memory.BATCH, memory.LENGTH
 MIXES = [
     Mix("llama", ("gpt2",), (((1, 1), (2, 3)),)),
     Mix("gemma2", ("mamba",), 2),
@@ -69,8 +76,7 @@ def test_parameters_and_checkpoint_are_those_of_the_real_composition(mix: Mix, t
     assert planned.num_heads == model.config.num_heads
     assert planned.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     model.save_pretrained(tmp_path)
-    header = (tmp_path / "model.safetensors").stat().st_size - planned.checkpoint_bytes
-    assert 0 < header <= 16 * 1024
+    assert planned.checkpoint_bytes == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_caches_are_as_large_as_the_real_ones(mix: Mix) -> None:
@@ -153,15 +159,84 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
         kept.add(wrapped := Kept(tensor))
         return wrapped
 
-    ids, mask = tokens(BATCH, LENGTH), torch.ones(BATCH, LENGTH, dtype=torch.long)
-    mask[0, :3] = 0
+    ids = tokens(BATCH, LENGTH)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapped: wrapped.tensor):
-        loss = model(ids, attention_mask=mask, labels=ids, skip_logits=True).loss
-    assert loss.requires_grad
+        assert model(ids, labels=ids, skip_logits=True).loss.requires_grad
     storages = {s.data_ptr(): s.nbytes() for wrapped in kept if (s := wrapped.tensor.untyped_storage())}
     found = sum(size for at, size in storages.items() if at not in weights)
     hidden_gradient = ids.numel() * 32 * getattr(torch, dtype).itemsize  # the loss has it already
-    assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.02)
+    assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("mix", "dtype", "checkpointing"),
+    [
+        (Mix("llama", ("gpt2",), 2, anchor_shape=(64, 4, 4)), "float32", False),
+        (Mix("gemma3_text", ("gemma2", "llama"), 2), "bfloat16", False),
+        (Mix("gpt2", ("qwen3",), 3, attention="paper", num_heads=2), "float32", False),
+        (Mix("mixtral", ("llama",), 2), "float32", False),
+        (Mix("llama", ("llama",), 2, anchor_shape=(64, 4, 4)), "float32", True),
+    ],
+)
+def test_peak_memory_is_that_of_a_real_step(mix: Mix, dtype: str, checkpointing: bool) -> None:
+    planned = plan_of(mix, dtype=dtype, batch_size=3, activation_checkpointing=checkpointing)
+    model = mix.build().to(getattr(torch, dtype))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    found = memory.peak_of_step(model, connections_in_float32(model), tokens(3, LENGTH))
+    assert planned.training_bytes == pytest.approx(found, rel=0.15)
+    arguments = {"dtype": dtype, "batch_size": 3, "activation_checkpointing": checkpointing}
+    for changes in ({"batch_size": 6}, *([{"activation_checkpointing": False}] if checkpointing else [])):
+        assert plan_of(mix, **arguments | changes).training_bytes != pytest.approx(found, rel=0.15), changes
+
+
+def test_a_chunk_of_logits_is_in_the_peak() -> None:
+    """Where the vocabulary is what is large, the peak is at the loss, and does not grow with further chunks."""
+    llama = config("llama")
+    llama.vocab_size = 50_000
+    half, one, four = (
+        plan(llama, llama, 1, sequence_length=33, batch_size=rows * loss.CHUNK // 32 // 2, dtype="float32")
+        for rows in (1, 2, 8)
+    )
+    chunk = loss.CHUNK * llama.vocab_size * 4
+    assert one.training_bytes - half.training_bytes > chunk / 2
+    assert four.training_bytes - one.training_bytes < chunk / 4 + 2 * (four.activation_bytes - one.activation_bytes)
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_checkpoint_size_is_exact_in_any_number_of_shards(shard_size: str, tmp_path: Path) -> None:
+    model = MIXES[5].fresh()
+    for dtype in (torch.float32, torch.bfloat16):
+        model.connections.to(dtype)
+        model.save_pretrained(tmp_path, max_shard_size=shard_size)
+        files = list(tmp_path.glob("*.safetensors"))
+        assert (len(files) > 1) == (shard_size == "20KB")
+        weights = model.connections.state_dict(prefix="connections.")
+        meta = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+        assert weights_bytes(meta, shard_size) == sum(file.stat().st_size for file in files)
+
+
+def test_what_each_of_several_processes_holds() -> None:
+    one, two, eight = (plan_of(MIXES[0], processes=processes) for processes in (1, 2, 8))
+    assert one.data_parallel_bytes == one.sharded_bytes == one.training_bytes
+    for many in (two, eight):
+        assert many.training_bytes == one.training_bytes and many.processes > 1
+        assert many.data_parallel_bytes == one.training_bytes + one.gradient_bytes
+    kept = one.training_weight_bytes + one.optimizer_bytes
+    assert two.sharded_bytes - eight.sharded_bytes == pytest.approx(kept * (1 / 2 - 1 / 8), abs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data_parallel", "sharded"])
+def test_each_of_two_processes_takes_what_was_planned(kind: str, tmp_path: Path) -> None:
+    """Two gloo processes; the negative control is the memory that one process on its own needs."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*torchrun, memory.__file__, kind, tmp_path / "peak"], env=environment, check=True, timeout=300)
+    found = int((tmp_path / "peak").read_text())
+    planned = plan_of(memory.SHARED_OUT, processes=2)
+    assert getattr(planned, f"{kind}_bytes") == pytest.approx(found, rel=0.15)
+    assert planned.training_bytes != pytest.approx(found, rel=0.02)
 
 
 def test_training_keeps_nothing_below_the_first_connection() -> None:
@@ -185,7 +260,8 @@ def test_memory_adds_up_and_follows_the_dtype() -> None:
     trained = full.connections.weight_bytes
     assert full.gradient_bytes == trained and full.optimizer_bytes == 2 * trained
     assert full.inference_bytes == full.weight_bytes + full.cache_bytes
-    assert full.training_bytes == full.weight_bytes + 3 * trained + full.activation_bytes
+    kept = full.weight_bytes + 2 * trained
+    assert kept + full.activation_bytes < full.training_bytes < kept + trained + 2 * full.activation_bytes
     assert half.weight_bytes * 2 == full.weight_bytes and half.cache_bytes * 2 == full.cache_bytes
     for field in ("checkpoint_bytes", "gradient_bytes", "optimizer_bytes"):  # trained, and saved, in float32
         assert getattr(half, field) == getattr(full, field), field
@@ -260,6 +336,7 @@ def test_it_can_be_read_by_programs_and_people() -> None:
         ({"dtype": "int8"}, "dtype='int8': expected one of 'float32'"),
         ({"sequence_length": 0}, "sequence_length=0: expected a whole number, at least 1"),
         ({"batch_size": 1.5}, "batch_size=1.5: expected"),
+        ({"processes": 0}, "processes=0: expected a whole number"),
         ({"sequence_length": CONTEXT + 1}, f"sequence_length={CONTEXT + 1}: the context of the anchor is {CONTEXT}"),
         ({"num_heads": 5}, "num_heads=5 does not divide the anchor's width 32"),
         ({"attention": "other"}, "attention='other': expected one of"),

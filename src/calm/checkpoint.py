@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    save_torch_state_dict,
+    split_torch_state_dict_into_shards,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +29,7 @@ from calm.errors import CheckpointError
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONNECTIONS_PREFIX = "connections."
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write(
@@ -77,6 +83,36 @@ def write(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def weights_bytes(state_dict: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> int:
+    """The size of the weights files (`model.safetensors`, or all its shards) that `write` makes of a state dict.
+
+    A safetensors file is eight bytes of length, a JSON header padded to a multiple of eight, and the tensors, those of
+    wider dtypes first and then by name.
+
+    Args:
+        state_dict: Composition parameters of one dtype; only names, dtypes and shapes count (meta tensors will do).
+        max_shard_size: As for `write`.
+
+    Returns:
+        Bytes; the index of a checkpoint in shards is not among them.
+    """
+    total = 0
+    shards = split_torch_state_dict_into_shards(dict(state_dict), max_shard_size=max_shard_size)
+    for names in shards.filename_to_tensors.values():
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in sorted(names):
+            start, end = end, end + state_dict[name].nbytes
+            header[name] = {
+                "dtype": _SAFETENSORS_DTYPES[state_dict[name].dtype],
+                "shape": list(state_dict[name].shape),
+                "data_offsets": [start, end],
+            }
+        length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+        total += 8 + length + -length % 8 + end
+    return total
 
 
 def _move_over(staging: Path, target: Path) -> None:

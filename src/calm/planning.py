@@ -1,25 +1,23 @@
-"""What a composition will cost (parameters, memory, FLOPs), worked out from configurations before any weight is loaded.
+"""What a composition will cost (parameters, memory, FLOPs, time), worked out before any weight is loaded.
 
 Nothing here is a formula about one architecture. The composed model is built without memory (on PyTorch's meta
-device), checked by `compose` itself, and then run on tensors that have shapes but no contents, while what is counted
-is counted: the same matrix products, saved activations and caches as in a real run.
+device), checked by `compose` itself, and then run and trained on tensors that have shapes but no contents, while
+everything is written down (`calm.tracing`): the same matrix products, tensors and caches as in a real run.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -29,20 +27,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calm import backbones, loss, sources
+from calm import backbones, checkpoint, sources
+from calm.calibration import DTYPES, Calibration
 from calm.composition import compose
 from calm.config import context_of, depth_of, width_of
 from calm.connections import LayerPair
 from calm.errors import CalmError, UnsupportedModelError
 from calm.model import CalmForCausalLM
 from calm.sources import Source
+from calm.tracing import Trace, connections_in_float32, loss_of, shapes_only, update
 
 Base: TypeAlias = PreTrainedModel | PreTrainedConfig | str | os.PathLike[str]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameters' size
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,9 @@ class Plan:
 
     A FLOP is one multiplication or one addition; those of matrix products, convolutions and attention are counted,
     without the savings of kernels that skip what a causal mask hides. Memory is that of tensors; it leaves out what is
-    alive only within one operation, and the runtime's own.
+    alive only within one operation, and the runtime's own. A training step is that of `calm.training`: a batch
+    with every token a label, the loss in chunks, gradients clipped, AdamW; steps that are logged measure the
+    connections' attention on top of it.
 
     Attributes:
         anchor: The anchor.
@@ -92,8 +91,8 @@ class Plan:
         total_parameters: Parameters of all parts; weights that an augmenting model shares with the anchor, because
             both are the same base, count once.
         weight_bytes: Bytes that these take, to run.
-        checkpoint_bytes: Bytes of the composition parameters in a checkpoint, as training saves them; headers and
-            configuration add a few KB.
+        checkpoint_bytes: Size of a checkpoint's weights (`model.safetensors`, or all its shards), as training saves
+            them.
         cache_bytes: Bytes of all caches for one batch.
         cache_bytes_per_token: `cache_bytes` by token; with sliding windows or recurrent states it falls as sequences
             get longer.
@@ -101,12 +100,22 @@ class Plan:
         training_weight_bytes: Bytes of all weights in training.
         gradient_bytes: Bytes of the connections' gradients.
         optimizer_bytes: Bytes of AdamW's two states of the connections.
-        activation_bytes: Bytes that a training step's forward pass keeps for its backward pass, with a padding mask;
-            nothing below the first connection is kept, and of the logits only the gradient that they leave.
-        training_bytes: Sum of weights, gradients, optimizer states and activations.
+        activation_bytes: Bytes that a training step's forward pass keeps for its backward pass; nothing below the
+            first connection is kept, and of the logits only the gradient that they leave.
+        training_bytes: The most memory that training takes: weights, optimizer states, and whatever else is alive at
+            the step's worst moment (activations with a chunk of logits or with gradients).
+        activation_checkpointing: Whether the step recomputes the anchor's activations.
+        processes: Processes (one for each GPU) that train together, each on its own batch.
+        data_parallel_bytes: `training_bytes` of each of them when every one holds all weights.
+        sharded_bytes: The same when weights and optimizer states are sharded over the processes (FSDP2, layer by
+            layer): embeddings and heads, and of the layers the largest two, are there whole.
         forward_flops_per_token: FLOPs of a forward pass by token, at `sequence_length`.
-        training_step_flops: FLOPs of one forward and backward pass over one batch. Gradients flow back to the first
-            connection only, and only connections get gradients of weights.
+        training_step_flops: FLOPs of one training step over one batch. Gradients flow back to the first connection
+            only, and only connections get gradients of weights.
+        training_step_flops_by_dtype: The same by the dtype that they are computed in.
+        training_step_seconds: How long a step of one process takes on the machine of the calibration, if one is given.
+            What several processes send to one another is not in it.
+        hardware: That machine.
     """
 
     anchor: Part
@@ -129,8 +138,15 @@ class Plan:
     optimizer_bytes: int
     activation_bytes: int
     training_bytes: int
+    activation_checkpointing: bool
+    processes: int
+    data_parallel_bytes: int
+    sharded_bytes: int
     forward_flops_per_token: int
     training_step_flops: int
+    training_step_flops_by_dtype: dict[str, int]
+    training_step_seconds: float | None
+    hardware: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, under the attributes' names."""
@@ -147,6 +163,9 @@ def plan(
     sequence_length: int = 512,
     batch_size: int = 1,
     dtype: str = "bfloat16",
+    processes: int = 1,
+    activation_checkpointing: bool = False,
+    calibration: Calibration | None = None,
     revision: str | None = None,
 ) -> Plan:
     """Work out what `compose` with the same arguments would cost (issue 2, section 3).
@@ -162,18 +181,27 @@ def plan(
         sequence_length: Tokens in a sequence.
         batch_size: Sequences in a batch.
         dtype: Of all weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        processes: How many train together.
+        activation_checkpointing: Train with it, as in a recipe: less memory, more FLOPs.
+        calibration: The speed of the machine to train on, from `calm.calibration`.
         revision: Of hub repositories.
 
     Returns:
         The plan.
 
     Raises:
-        CalmError: Whatever `compose` would refuse (connections, architectures, tokenizers), an unknown dtype, or
-            sequences longer than the smaller of the models' contexts.
+        CalmError: Whatever `compose` would refuse (connections, architectures, tokenizers), an unknown dtype, a
+            calibration of another one, or sequences longer than the smaller of the models' contexts.
     """
     if dtype not in DTYPES:
         raise CalmError(f"dtype={dtype!r}: expected one of {', '.join(map(repr, DTYPES))}.")
-    for name, number in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+    if calibration is not None:
+        calibration.check_dtype(dtype)
+    for name, number in (
+        ("sequence_length", sequence_length),
+        ("batch_size", batch_size),
+        ("processes", processes),
+    ):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise CalmError(f"{name}={number!r}: expected a whole number, at least 1.")
 
@@ -206,7 +234,7 @@ def plan(
         )
     _check_length(composed, sequence_length)
     try:
-        return _count(composed, sequence_length, batch_size, dtype)
+        return _count(composed, sequence_length, batch_size, dtype, processes, activation_checkpointing, calibration)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         architectures = {anchor_model.config.model_type, *(m.config.model_type for m in models.values())}
         raise UnsupportedModelError(
@@ -246,7 +274,15 @@ def _check_length(model: CalmForCausalLM, length: int) -> None:
 # -- counting -----------------------------------------------------------------------------------------------------
 
 
-def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype: str) -> Plan:
+def _count(
+    model: CalmForCausalLM,
+    sequence_length: int,
+    batch_size: int,
+    dtype: str,
+    processes: int,
+    activation_checkpointing: bool,
+    calibration: Calibration | None,
+) -> Plan:
     config = model.config
     total_parameters = model.get_nb_trainable_parameters()[1]
     weights = {
@@ -254,31 +290,37 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         "connections": list(model.connections.parameters()),
         **{f"augmenting.{name}": list(m.parameters()) for name, m in model.augmenting.items()},
     }
-    weight_bytes = _bytes(model.parameters())
+    weight_bytes, buffer_bytes = _bytes(model.parameters()), _bytes(model.buffers())
     trained_bytes = sum(weight.numel() for weight in weights["connections"]) * torch.float32.itemsize
 
-    with _shapes_only():
+    trained = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
+    checkpoint_bytes = checkpoint.weights_bytes({name: weight.float() for name, weight in trained.items()})
+    whole_bytes = _whole_when_sharded(model)  # before weights that are tied to one another are made apart
+
+    with shapes_only():
         model.to_empty(device="cpu")
         tokens = torch.empty(batch_size, sequence_length, dtype=torch.long)
         flops = {}
         with torch.no_grad():
-            with _flops() as composed:
+            with Trace() as composed:
                 cache = model(tokens, use_cache=True).past_key_values
-            with _flops() as flops["anchor"], model.composition_disabled():
+            with Trace() as flops["anchor"], model.composition_disabled():
                 model(tokens, use_cache=True)
             for name, augmenting in model.augmenting.items():
-                with _flops() as flops[f"augmenting.{name}"]:
+                with Trace() as flops[f"augmenting.{name}"]:
                     augmenting(input_ids=tokens, use_cache=True)
-        for linear in model.connections.modules():  # as `calm.training` does; Module.float() refuses such tensors
-            for name, weight in list(linear.named_parameters(recurse=False)):
-                setattr(linear, name, nn.Parameter(weight.float()))
-        with _flops() as step:
-            model.train()(tokens, labels=tokens).loss.backward()
-        with _activations(model) as kept, loss.without_head(model.anchor) as decoded:
-            model(tokens, attention_mask=torch.ones_like(tokens))
+        optimizer = connections_in_float32(model)
+        if activation_checkpointing:
+            with warnings.catch_warnings():  # the name that every version 5 knows
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable()
+        with Trace() as step:
+            loss = loss_of(model, tokens)
+            activation_bytes = step.live_bytes
+            update(loss, optimizer)
 
-    forward_flops = composed.get_total_flops()
-    forward = {name: counter.get_total_flops() for name, counter in flops.items()}
+    forward_flops = composed.flops
+    forward = {name: trace.flops for name, trace in flops.items()}
     forward["connections"] = forward_flops - sum(forward.values())
     caches = {"anchor": cache.anchor, "connections": cache.cross}
     caches |= {f"augmenting.{name}": part for name, part in cache.augmenting.items()}
@@ -296,10 +338,19 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
             forward_flops=forward[name],
         )
 
-    activation_bytes = sum(kept.values()) + decoded.hidden.nbytes  # its gradient, which the loss leaves (`calm.loss`)
     cache_bytes = sum(cached.values())
     optimizer_bytes = ADAMW_STATES * trained_bytes
     training_weight_bytes = weight_bytes - _bytes(weights["connections"]) + trained_bytes
+    training_bytes = training_weight_bytes + optimizer_bytes + buffer_bytes + step.peak_bytes
+    data_parallel_bytes = sharded_bytes = training_bytes
+    if processes > 1:
+        data_parallel_bytes += trained_bytes  # buckets to send gradients in
+        shared_out = training_weight_bytes + optimizer_bytes
+        sharded_bytes += whole_bytes - (shared_out - -(-shared_out // processes))
+    step_flops: Counter[str] = Counter()
+    for operation in step.operations:
+        if operation.flops:
+            step_flops[operation.dtype] += operation.flops
     return Plan(
         anchor=part("anchor", config.anchor_config, depth_of(config.anchor_config)),
         augmenting={
@@ -315,7 +366,7 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         dtype=dtype,
         total_parameters=total_parameters,
         weight_bytes=weight_bytes,
-        checkpoint_bytes=trained_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         cache_bytes=cache_bytes,
         cache_bytes_per_token=cache_bytes // (batch_size * sequence_length),
         inference_bytes=weight_bytes + cache_bytes,
@@ -323,67 +374,30 @@ def _count(model: CalmForCausalLM, sequence_length: int, batch_size: int, dtype:
         gradient_bytes=trained_bytes,
         optimizer_bytes=optimizer_bytes,
         activation_bytes=activation_bytes,
-        training_bytes=training_weight_bytes + trained_bytes + optimizer_bytes + activation_bytes,
+        training_bytes=training_bytes,
+        activation_checkpointing=activation_checkpointing,
+        processes=processes,
+        data_parallel_bytes=data_parallel_bytes,
+        sharded_bytes=sharded_bytes,
         forward_flops_per_token=forward_flops // (batch_size * sequence_length),
-        training_step_flops=step.get_total_flops(),
+        training_step_flops=step_flops.total(),
+        training_step_flops_by_dtype=dict(step_flops),
+        training_step_seconds=calibration.seconds(step.operations) if calibration else None,
+        hardware=calibration.hardware if calibration else None,
     )
 
 
-@contextmanager
-def _shapes_only() -> Iterator[None]:
-    """Run tensors by their shapes, as if on a CPU: nothing is allocated or computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _AnyDtypeGroupedProducts():
-        yield
+def _whole_when_sharded(model: CalmForCausalLM) -> int:
+    """Bytes of weights that FSDP2 has whole at a time: what is in no layer, and a layer with the next one on its way.
 
-
-class _AnyDtypeGroupedProducts(TorchDispatchMode):
-    """Lets mixtures of experts run by their shapes in other dtypes than bfloat16, which PyTorch's own rule demands."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not aten._grouped_mm.default:
-            return func(*args, **(kwargs or {}))
-        rows, experts, *rest = args
-        return func(rows.bfloat16(), experts.bfloat16(), *rest, **(kwargs or {})).to(rows.dtype)
-
-
-def _flops() -> FlopCounterMode:
-    """PyTorch's counter, taught the operations that it does not count."""
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
-            aten._grouped_mm: _grouped_mm_flop,
-        },
-    )
-
-
-def _attention_flop(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(queries, keys, values)
-
-
-def _attention_backward_flop(gradient: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(gradient, queries, keys, values)
-
-
-def _grouped_mm_flop(rows: Any, experts: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    return 2 * prod(out_shape) * rows[-1]
-
-
-@contextmanager
-def _activations(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect the bytes of each storage that is kept for the backward pass, weights left out."""
-    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield kept
+    Layers and connections are sharded one by one (`model._no_split_modules`); what is in none of them is gathered at
+    the beginning of a step and stays.
+    """
+    units = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    inside = {weight for unit in units for weight in unit.parameters()}
+    connections = [sum(weight.numel() for weight in c.parameters()) for c in model.connections]
+    largest = max(max(connections) * torch.float32.itemsize, *(_bytes(unit.parameters()) for unit in units))
+    return _bytes(set(model.parameters()) - inside) + 2 * largest
 
 
 def _cache_bytes(cache: Cache) -> int:
