@@ -52,10 +52,16 @@ def test_card_without_names_names_no_base_model() -> None:
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
 
 
-def test_card_does_not_publish_local_folders(tmp_path: Path) -> None:
-    model = Mix().build()
-    model.config.anchor_reference["name_or_path"] = str(tmp_path)
-    assert "base_model" not in yaml.safe_load(str(checkpoint.model_card(model.config, 5)).split("---\n")[1])
+@pytest.mark.parametrize("folder", ["here", "moved since"])
+def test_card_does_not_publish_local_folders(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    model = composition()
+    model.config.anchor_reference["name_or_path"] = str(tmp_path / folder)
+    model.config.augmenting_references["m1"]["name_or_path"] = str(tmp_path / folder)
+    card = str(checkpoint.model_card(model.config, 5))
+    assert str(tmp_path.parent) not in card
+    assert f"anchor: `{folder}` at `v2` (gemma3_text)" in card and f"`m1`: `{folder}` (mamba)" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == ["other/expert"]
 
 
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
@@ -69,6 +75,15 @@ def test_a_card_that_was_edited_is_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None:
+    model = Mix().shared()
+    for wrong in ({"nonsense": 1}, {"safe_serialization": False}, {"private": True}):
+        with pytest.raises(calm.CalmError, match=next(iter(wrong))):
+            model.save_pretrained(tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", safe_serialization=True)
 
 
 @pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])

@@ -341,6 +341,19 @@ def test_wrong_choices_are_refused_before_anything_is_loaded(kwargs: dict, words
         calm.compose(tmp_path / "anchor", tmp_path / "other", 2)
 
 
+@pytest.mark.parametrize("kwargs", [{"num_head": 2}, {"dtype": torch.bfloat16}, {"revision": "v2", "token": "x"}])
+def test_arguments_that_nothing_would_read_are_refused(kwargs: dict, tmp_path: Path) -> None:
+    """Misspelt, or for loading bases that are loaded already."""
+    with pytest.raises(CalmError) as error:
+        small(**kwargs)
+    assert all(f"{key}={value!r}" in str(error.value) for key, value in kwargs.items()), str(error.value)
+    factories.base("gpt2").save_pretrained(tmp_path)
+    calm.compose(factories.base("llama"), tmp_path, 2, dtype=torch.bfloat16)
+    for bases in ((factories.base("llama"), tmp_path), (tmp_path, tmp_path)):
+        with pytest.raises(CheckpointError, match=r"Cannot load.*'num_head'"):
+            calm.compose(*bases, 2, num_head=2)
+
+
 def test_different_vocabularies_are_refused() -> None:
     config = factories.config("gpt2")
     config.vocab_size = 80

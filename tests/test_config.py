@@ -9,6 +9,7 @@ import factories
 import pytest
 from transformers import AutoConfig, GPT2Config, MambaConfig
 
+from calm.checkpoint import read_config
 from calm.config import CalmConfig, context_of, depth_of, width_of
 from calm.errors import CalmError, CheckpointError
 
@@ -68,6 +69,9 @@ def test_sizes_of_a_base(architecture: str) -> None:
         ({"num_heads": 5}, ["num_heads=5", "32", "4"]),
         ({"num_heads": 0}, ["num_heads=0", "32"]),
         ({"num_heads": 64}, ["num_heads=64", "32"]),
+        ({"num_heads": "x"}, ["num_heads='x'", "whole number", "32"]),
+        ({"num_heads": 2.0}, ["num_heads=2.0", "whole number", "32"]),
+        ({"num_heads": True}, ["num_heads=True", "whole number", "32"]),
         ({"attention": "linear"}, ["attention='linear'", "'normalized'", "'paper'"]),
         ({"attend": "both"}, ["attend='both'", "'causal'", "'prompt'"]),
         ({"connections": [PAIRS[0] | {"augmenting": "b"}]}, ["['b']", "['a']"]),
@@ -89,10 +93,35 @@ def test_an_anchor_without_heads_wants_a_number() -> None:
     assert make(anchor_config=anchor, num_heads=4).num_heads == 4
 
 
-def test_of_a_newer_format_or_damaged() -> None:
+def test_of_a_newer_format() -> None:
     with pytest.raises(CheckpointError, match=r"format version 2.*reads up to 1.*Upgrade"):
         make(format_version=2)
-    with pytest.raises(CheckpointError, match="'augmenting_layer'"):
-        make(connections=[{"augmenting": "a"}])
-    with pytest.raises(CheckpointError, match="no-such-type"):
-        make(anchor_config={"model_type": "no-such-type"})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"format_version": None}, ["format_version=None", "whole number"]),
+        ({"format_version": "1"}, ["format_version='1'", "whole number"]),
+        ({"connections": [{"augmenting": "a"}]}, ["'augmenting_layer'"]),
+        ({"connections": [PAIRS[0] | {"augmenting": ["a"]}]}, ["connections=", "'augmenting_layer'"]),
+        ({"connections": 5}, ["connections=5", "a list"]),
+        ({"anchor_config": None}, ["is None", "configuration"]),
+        ({"anchor_config": 3}, ["is 3", "configuration"]),
+        ({"anchor_config": {"model_type": "no-such-type"}}, ["no-such-type"]),
+        ({"anchor_config": {"model_type": "llama", "hidden_size": "wide"}}, ["hidden_size"]),
+        ({"augmenting_configs": {"a": None}}, ["is None", "configuration"]),
+        ({"augmenting_configs": [1]}, ["augmenting_configs=[1]", "by name"]),
+        ({"anchor_reference": "x/y"}, ["anchor_reference='x/y'", "dictionary"]),
+        ({"augmenting_references": ["x"]}, ["augmenting_references=['x']", "by name"]),
+    ],
+)
+def test_of_a_damaged_checkpoint(kwargs: dict, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        make(**kwargs)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    make().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | kwargs))
+    with pytest.raises(CheckpointError):
+        read_config(tmp_path)

@@ -7,7 +7,9 @@ from pathlib import Path
 import factories
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import calm
 from calm import (
@@ -54,6 +56,82 @@ def test_a_bfloat16_base_loaded_in_float32_is_the_same_base() -> None:
     fingerprints.check_fingerprint(factories.base("llama").bfloat16().float(), recorded, "it")
     with pytest.raises(CheckpointError):
         fingerprints.check_fingerprint(factories.base("llama"), recorded, "it")
+
+
+def test_fingerprints_do_not_change_from_release_to_release() -> None:
+    """Saved compositions hold them."""
+    model = nn.Linear(3, 2)
+    model.load_state_dict({"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -1.0])})
+    assert fingerprints.fingerprint(model) == {
+        "float32": "9cc59e4cc8272463cbe110dd61ffb8d4",
+        "bfloat16": "9c24529b0b269b690ac5c1bbd41c8ec9",
+        "float16": "332aa5548187f5c40651f46293fc95c1",
+    }
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture
+def routed(tmp_path: Path) -> Path:
+    """A model that chooses its experts by a bias, which is no parameter but a buffer."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "vocab_size": factories.VOCAB}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8}
+    heads |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    torch.manual_seed(0)
+    config = DeepseekV3Config(num_hidden_layers=2, first_k_dense_replace=1, **sizes, **heads, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def change_bias(folder: Path, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[BIAS][2] += value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["anchor", "augmenting"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_buffer_is_refused(part: str, dtype: torch.dtype, routed: Path, tmp_path: Path) -> None:
+    bases = {"anchor": tmp_path / "llama", "augmenting": tmp_path / "llama"} | {part: routed}
+    factories.base("llama").save_pretrained(tmp_path / "llama")
+    model = factories.perturb(calm.compose(**bases, connections=[(1, 1)]))
+    model.save_pretrained(tmp_path / "out")
+    ids = factories.tokens(2, 9)
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out")
+    factories.assert_identical(loaded(ids).logits, model(ids).logits)
+    calm.CalmForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    change_bias(routed, 5.0)
+    with pytest.raises(CheckpointError, match=rf"weights of the {part}.*trained against"):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    changed = calm.CalmForCausalLM.from_pretrained(tmp_path / "out", verify_bases=False)
+    assert not torch.equal(changed(ids).logits, model(ids).logits)
+
+
+def test_nan_in_a_buffer_is_refused(routed: Path) -> None:
+    change_bias(routed, float("nan"))
+    with pytest.raises(CheckpointError, match=r"e_score_correction_bias.*NaN or infinite"):
+        calm.compose(routed, routed, 1)
+
+
+def test_buffers_count_when_they_are_saved() -> None:
+    """Whole numbers as they are, in every precision; buffers that are computed anew not at all."""
+
+    def model(saved: int, computed: int) -> nn.Module:
+        made = nn.Linear(2, 2)
+        for parameter in made.parameters():
+            nn.init.ones_(parameter)
+        made.register_buffer("table", torch.tensor([[1 << 40, saved]]))
+        made.register_buffer("computed", torch.tensor(computed), persistent=False)
+        return made
+
+    recorded = fingerprints.fingerprint(model(1, 1))
+    fingerprints.check_fingerprint(model(1, 2), recorded, "it")
+    fingerprints.check_fingerprint(model(1, 1).bfloat16(), recorded, "it")
+    for changed in (model(2, 1), model(2, 1).half()):
+        with pytest.raises(CheckpointError):
+            fingerprints.check_fingerprint(changed, recorded, "it")
 
 
 def test_quantized_weights_have_one_fingerprint() -> None:

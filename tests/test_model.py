@@ -16,7 +16,7 @@ import torch
 from factories import Mix, assert_identical, assert_same
 from test_attention import formula
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 import calm
 from calm import CalmError, backbones
@@ -231,6 +231,9 @@ def test_what_cannot_work_says_so() -> None:
             getattr(model, name)([[3, 4]])
     with pytest.raises(CalmError, match="resize them before composing"):
         model.resize_token_embeddings(70)
+    for given in ({"assistant_early_exit": 2}, {"generation_config": GenerationConfig(assistant_early_exit=2)}):
+        with pytest.raises(CalmError, match=r"assistant_early_exit=2.*assistant_model="):
+            model.generate(IDS[:1], max_new_tokens=4, **given)
 
 
 # -- pipelines and streams --------------------------------------------------------------------------------------------

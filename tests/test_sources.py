@@ -10,7 +10,7 @@ import pytest
 import torch
 from factories import assert_identical, assert_same
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_gguf_pytorch_utils
 
 import calm
 from calm import (
@@ -93,6 +93,23 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    factories.config("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": "wide"'))
+    with pytest.raises(CheckpointError, match=r"(?s)No usable configuration.*hidden_size.*wide"):
+        sources.load_config(Source.parse(tmp_path))
+
+
+def test_gguf_files_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source.parse(write_gguf(tmp_path / "a.gguf"))
+    config = sources.load_config(source)
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "is_gguf_available", lambda: False)
+    for load in (sources.load_config, sources.load_tokenizer, lambda source: sources.load_anchor(source, config)):
+        with pytest.raises(CheckpointError, match=r"(?s)gguf.*pip install 'calm-lm\[gguf\]'"):
+            load(source)
 
 
 def test_gguf_files(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import re
 import weakref
 from typing import Any, cast
 
@@ -65,6 +67,13 @@ _OFFSET_POSITIONS = {
     "xmod",
 }
 
+# Fields of a configuration that leave a model's logits as they are. What quantization changes, the weights show.
+_NOT_COMPUTED = re.compile(
+    "_name_or_path|architectures|dtype|transformers_version|quantization_config|id2label|label2id|problem_type|"
+    "output_(attentions|hidden_states|router_logits)|return_dict|use_cache|.*_implementation|initializer_range|"
+    ".*(dropout|dropout_prob|dropout_p|pdrop|layerdrop)|(bos|eos|pad)_token_id"
+)
+
 # Their own masks take the length of the cache for that of the sequence.
 NO_STATIC_CACHE = {"gpt_neo"}
 
@@ -99,6 +108,28 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
         reason = "it attends in both directions (is_decoder=False), so a composition would see future tokens"
     if reason is not None:
         raise UnsupportedModelError(f"The {role} has the architecture {config.model_type!r}: {reason}.")
+
+
+def computation_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of its decoder's computation: with it and the weights, the logits are given.
+
+    Args:
+        config: A base's configuration.
+
+    Returns:
+        JSON values by field, without names, dtypes, quantization, dropout, kernels, special tokens.
+    """
+    text = text_config(config)
+    kept = "pad_token_id" if text.model_type in _OFFSET_POSITIONS else None
+
+    def computed(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: computed(value) if isinstance(value, dict) else value
+            for key, value in values.items()
+            if key == kept or not _NOT_COMPUTED.fullmatch(key)
+        }
+
+    return computed(json.loads(text.to_json_string(use_diff=False)))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

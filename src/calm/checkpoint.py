@@ -187,9 +187,9 @@ def model_card(config: CalmConfig, num_parameters: int) -> ModelCard:
     Returns:
         The card, with the hub's metadata.
     """
-    anchor = describe_reference(config.anchor_reference, config.anchor_config.model_type)
+    anchor = describe_reference(_for_others(config.anchor_reference), config.anchor_config.model_type)
     augmenting = {
-        name: describe_reference(config.augmenting_references.get(name, {}), base.model_type)
+        name: describe_reference(_for_others(config.augmenting_references.get(name, {})), base.model_type)
         for name, base in config.augmenting_configs.items()
     }
     references = [config.anchor_reference, *config.augmenting_references.values()]
@@ -197,10 +197,7 @@ def model_card(config: CalmConfig, num_parameters: int) -> ModelCard:
         library_name="calm-lm",
         pipeline_tag="text-generation",
         tags=["calm", "composition"],
-        base_model=[
-            r["name_or_path"] for r in references if r.get("name_or_path") and not os.path.exists(r["name_or_path"])
-        ]
-        or None,
+        base_model=[r["name_or_path"] for r in references if r.get("name_or_path") and not _is_local(r)] or None,
     )
     rows = "\n".join(
         f"| {pair.augmenting} | {pair.augmenting_layer} | {pair.anchor_layer} |" for pair in config.layer_pairs
@@ -233,6 +230,17 @@ model = calm.CalmForCausalLM.from_pretrained("THIS_REPOSITORY")
 ```
 """
     )
+
+
+def _is_local(reference: Mapping[str, Any]) -> bool:
+    name = reference.get("name_or_path") or ""
+    return os.path.isabs(name) or os.path.exists(name)
+
+
+def _for_others(reference: Mapping[str, Any]) -> dict[str, Any]:
+    """A reference as readers of a card may see it: where folders lie on this computer does not concern them."""
+    name = reference.get("name_or_path")
+    return {**reference, "name_or_path": Path(name).name if name and _is_local(reference) else name}
 
 
 def describe_reference(reference: Mapping[str, Any], model_type: str) -> str:

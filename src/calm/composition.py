@@ -61,7 +61,7 @@ def compose(
         The composed model in evaluation mode; its connections have the anchor's dtype and devices.
 
     Raises:
-        CalmError: If connections, heads or modes do not fit the models.
+        CalmError: If connections, heads or modes do not fit the models, or if an argument is unknown.
         UnsupportedModelError: If an architecture cannot be composed.
         TokenizerMismatchError: If an augmenting model has another tokenizer than the anchor.
         CheckpointError: If a base cannot be loaded or holds NaN.
@@ -82,6 +82,12 @@ def compose(
             f"The anchor is a {type(anchor).__name__}, which has no language-model head: pass a ...ForCausalLM."
         )
     looked_at = {name: _look_at(base, "augmenting model", load_kwargs) for name, base in bases.items()}
+    if load_kwargs and anchor_source is None and all(source is None for _, _, source in looked_at.values()):
+        raise CalmError(
+            f"compose() got {', '.join(f'{key}={value!r}' for key, value in load_kwargs.items())}, which would be for "
+            "loading the bases, but all of them are loaded models. Leave it out, or pass names or folders; compose()'s "
+            "own arguments are connections, num_heads, attention, attend and the tokenizers."
+        )
     hub_kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
     if (
         anchor_tokenizer is None

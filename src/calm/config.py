@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from calm.connections import LayerPair, check_pairs
@@ -15,9 +17,9 @@ ATTEND_MODES = ("causal", "prompt")
 
 
 class CalmConfig(PreTrainedConfig):
-    """Configuration of a composed model.
+    """Configuration of a composed model; each attribute is also an argument by name.
 
-    Args:
+    Attributes:
         anchor_config: Configuration of the anchor `m_B` (a `PreTrainedConfig`, or its dictionary).
         augmenting_configs: Configurations of the augmenting models `m_A` by name, untruncated.
         connections: The connections as dictionaries with `augmenting` (name), `augmenting_layer` and `anchor_layer`.
@@ -31,7 +33,7 @@ class CalmConfig(PreTrainedConfig):
         format_version: Version of the checkpoint format.
 
     Raises:
-        CheckpointError: If the format is newer than this library's.
+        CheckpointError: If the format is newer than this library's, or if a value is of the wrong type.
         CalmError: If a connection lies outside a model or is given twice, if heads do not divide the anchor's width,
             or if a choice is unknown.
     """
@@ -51,6 +53,15 @@ class CalmConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for field, kind, expected in (
+            ("format_version", int, "a whole number"),
+            ("augmenting_configs", Mapping | None, "configurations by name"),
+            ("connections", list | tuple | None, "a list"),
+            ("anchor_reference", Mapping | None, "a dictionary"),
+            ("augmenting_references", Mapping | None, "dictionaries by name"),
+        ):
+            if not isinstance(getattr(self, field), kind):
+                raise CheckpointError(f"{field}={getattr(self, field)!r}: expected {expected}.")
         if self.format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"This composition has format version {self.format_version}; the installed calm-lm reads up to "
@@ -61,8 +72,8 @@ class CalmConfig(PreTrainedConfig):
         self.anchor_reference = dict(self.anchor_reference or {})
         self.augmenting_references = dict(self.augmenting_references or {})
         super().__post_init__(**kwargs)
-        if self.anchor_config is None:  # transformers makes default instances to compare against
-            return
+        if self.anchor_config is None and not (self.augmenting_configs or self.connections):
+            return  # transformers makes default instances to compare against
         self.anchor_config = _as_config(self.anchor_config)
         self.augmenting_configs = {name: _as_config(c) for name, c in self.augmenting_configs.items()}
         if self.num_heads is None:
@@ -78,12 +89,12 @@ class CalmConfig(PreTrainedConfig):
                 raise CalmError(f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}.")
         try:
             pairs = self.layer_pairs
+            unknown = {pair.augmenting for pair in pairs} - set(self.augmenting_configs)
         except (TypeError, KeyError) as error:
             raise CheckpointError(
                 f"connections={self.connections!r}: expected dictionaries with 'augmenting', 'augmenting_layer' and "
                 "'anchor_layer'."
             ) from error
-        unknown = {pair.augmenting for pair in pairs} - set(self.augmenting_configs)
         if unknown:
             raise CalmError(
                 f"connections name the augmenting models {sorted(unknown)}, which are not among "
@@ -92,6 +103,8 @@ class CalmConfig(PreTrainedConfig):
         depths = {name: depth_of(config) for name, config in self.augmenting_configs.items()}
         check_pairs(pairs, depths, depth_of(self.anchor_config))
         width, heads = width_of(self.anchor_config), cast(int, self.num_heads)
+        if isinstance(heads, bool) or not isinstance(heads, int):
+            raise CalmError(f"num_heads={heads!r}: expected a whole number that divides the anchor's width {width}.")
         if heads < 1 or width % heads:
             raise CalmError(
                 f"num_heads={heads} does not divide the anchor's width {width}: pass num_heads= with a "
@@ -155,9 +168,11 @@ def _nearest_divisor(width: int, wanted: int) -> int:
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - wanted))
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+def _as_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"The configuration of a base is {config!r}: expected a configuration or a dictionary.")
     values = dict(config)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -165,3 +180,5 @@ def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(
             f"The configuration of a base names no model type that the installed transformers knows: {error}"
         ) from error
+    except StrictDataclassError as error:
+        raise CheckpointError(f"The configuration of a base has a value that does not fit: {error}") from error

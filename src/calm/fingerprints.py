@@ -43,9 +43,9 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         Digests by dtype name; a single one under `"stored"` for weights that are not plain floats (quantized); empty
         for weights that are not materialised.
     """
-    if any(weight.is_meta for weight in model.parameters()):
-        return {}
     weights = _weights(model)
+    if any(weight.is_meta for weight in weights.values()):
+        return {}
     if _is_quantized(model):
         return {"stored": _digest(weights, None)}
     return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
@@ -61,14 +61,15 @@ def _has_parts(weight: Tensor) -> bool:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name; of a quantized model everything that it consists of.
+    """The parameters by name, and the buffers that are saved with them, which count as much: routing biases, scales.
 
-    Codes alone do not tell weights apart: scales, which are not parameters in every library, belong to them.
+    Of a quantized model everything that it consists of, since codes alone do not tell weights apart.
     """
+    saved = model.state_dict()
     if not _is_quantized(model):
-        return dict(model.named_parameters())
+        return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
     parts: dict[str, Tensor] = {}
-    stack = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    stack = [(name, value) for name, value in saved.items() if isinstance(value, Tensor)]
     while stack:
         name, value = stack.pop()
         if _has_parts(value):
@@ -81,7 +82,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        data = weight.detach() if dtype is None else weight.detach().to(dtype)
+        data = weight.detach()
+        if dtype is not None and weight.is_floating_point():  # buffers may be whole numbers
+            data = data.to(dtype)
         data = data.contiguous()
         bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
         bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
@@ -102,7 +105,8 @@ def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> 
     Raises:
         CheckpointError: If its weights differ.
     """
-    if not recorded or any(weight.is_meta for weight in model.parameters()):
+    weights = _weights(model)
+    if not recorded or any(weight.is_meta for weight in weights.values()):
         return
     quantized = _is_quantized(model)
     if quantized != ("stored" in recorded):
@@ -114,7 +118,7 @@ def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> 
     # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
     dtypes = {weight.dtype for weight in model.parameters()}
     key = "stored" if quantized else [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes][-1]
-    found = _digest(_weights(model), FINGERPRINT_DTYPES.get(key))
+    found = _digest(weights, FINGERPRINT_DTYPES.get(key))
     if found != recorded.get(key):
         raise CheckpointError(
             f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "

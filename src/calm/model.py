@@ -580,6 +580,12 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         self._check_length(max_cache_length)
+        if generation_config.assistant_early_exit is not None:
+            raise CalmError(
+                f"assistant_early_exit={generation_config.assistant_early_exit}: a composed model cannot draft with "
+                "its first layers, since its connections need all of their own. Pass a smaller model that shares "
+                "the tokenizer as assistant_model=."
+            )
         mask = model_kwargs.get("attention_mask")
         length = mask.shape[1] if mask is not None else generation_config._mask_length
         if generation_config.use_cache is False:
@@ -754,11 +760,19 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
             push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
-            kwargs: For `push_to_hub`.
+            kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
+            CalmError: If an argument is unknown.
             CheckpointError: If the directory cannot be written to.
         """
+        if not kwargs.pop("safe_serialization", True):
+            raise CalmError("safe_serialization=False: a composition is saved as safetensors only. Leave it out.")
+        if kwargs and not push_to_hub:
+            raise CalmError(
+                f"save_pretrained() got {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}, which it "
+                "does not know. Leave it out, or pass push_to_hub=True if it is for that."
+            )
         weights = self._gathered_connections() if state_dict is None else state_dict
         if not is_main_process:
             return
@@ -835,7 +849,7 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             anchor: The anchor, or where it is now, instead of the recorded reference.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
-            verify_bases: Refuse bases whose weights are not those trained against.
+            verify_bases: Refuse bases whose weights or configurations are not those trained against.
             kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
                 (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_MAPPING,
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from calm.backbones import decoder_of, freeze, truncate_config, truncated
+from calm.backbones import computation_of, decoder_of, freeze, truncate_config, truncated
 from calm.config import CalmConfig, depth_of, text_config, width_of
 from calm.errors import CheckpointError, TokenizerMismatchError
 from calm.fingerprints import check_fingerprint
@@ -87,8 +88,10 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"No usable configuration for {source.name_or_path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
+        ) from error
 
 
 def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
@@ -139,14 +142,19 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
             model, info = auto_class.from_pretrained(
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}{_advice(source, error)}") from error
     if missing := sorted(info.get("missing_keys", ())):
         raise _IncompleteError(
             f"{source.name_or_path!r} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]!r} among "
             "them: its files are incomplete, or of another architecture."
         )
     return model
+
+
+def _advice(source: Source, error: Exception) -> str:
+    missing = source.gguf_file is not None and isinstance(error, ImportError)
+    return "\nInstall what reads GGUF files: pip install 'calm-lm[gguf]'" if missing else ""
 
 
 @contextmanager
@@ -160,12 +168,18 @@ def _quiet() -> Iterator[None]:
 
 
 def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """Load a base's tokenizer, `None` where it has none beside its weights."""
+    """Load a base's tokenizer, `None` where it has none beside its weights.
+
+    Raises:
+        CheckpointError: If reading it from a GGUF file takes a package that is not installed.
+    """
     hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     arguments = source.arguments() | hub_kwargs
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if advice := _advice(source, error):
+            raise CheckpointError(f"Cannot load the tokenizer in {source.gguf_file!r}: {error}{advice}") from error
         return None
     if source.gguf_file is None:  # where there are no files, transformers makes up an empty tokenizer
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -227,7 +241,7 @@ def load_bases(
         config: The composition.
         anchor: The anchor, or where it is now.
         augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
-        verify: Compare fingerprints.
+        verify: Compare configurations and fingerprints.
         load_kwargs: For `from_pretrained` of every base. A base that was quantized while it was loaded is so again,
             in the same dtype, unless they say otherwise.
 
@@ -254,7 +268,7 @@ def load_bases(
         None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
     )
     anchor_kwargs = _as_recorded(config.anchor_reference, load_kwargs)
-    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **anchor_kwargs)
+    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, verify, **anchor_kwargs)
     models = {}
     for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
@@ -264,7 +278,7 @@ def load_bases(
             source = _find(role, base, reference)
         if source is not None and source == anchor_source:  # one set of weights serves as both
             base, source = anchor_model, None
-        models[name] = _take(role, base, source, expected, depth, **_as_recorded(reference, load_kwargs))
+        models[name] = _take(role, base, source, expected, verify, depth, **_as_recorded(reference, load_kwargs))
     if verify:
         check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
         for name, model in models.items():
@@ -285,14 +299,15 @@ def _take(
     base: Any,
     source: Source | None,
     expected: PreTrainedConfig,
+    verify: bool,
     depth: int | None = None,
     **load_kwargs: Any,
 ) -> PreTrainedModel:
     if source is None:
-        _check_shape(base.config, expected, role)
+        _check_config(base.config, expected, role, verify)
         return freeze(base) if depth is None else truncated(base, depth)
     found = load_config(source, **load_kwargs)
-    _check_shape(found, expected, role)
+    _check_config(found, expected, role, verify)
     if depth is None:
         return load_anchor(source, found, **load_kwargs)
     return load_augmenting(source, found, depth, **load_kwargs)
@@ -316,7 +331,7 @@ def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
     return source
 
 
-def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str) -> None:
+def _check_config(found: PreTrainedConfig, expected: PreTrainedConfig, role: str, verify: bool) -> None:
     for what, value in (
         ("architecture", lambda c: text_config(c).model_type),
         ("width", width_of),
@@ -326,4 +341,15 @@ def _check_shape(found: PreTrainedConfig, expected: PreTrainedConfig, role: str)
             raise CheckpointError(
                 f"{role} has {what} {value(found)!r}; this composition was trained against {value(expected)!r}. Give "
                 "the base that it was made with."
+            )
+    if not verify:
+        return
+    here, then = computation_of(found), computation_of(expected)
+    # a field that one side lacks says only that another version of transformers wrote it
+    for field in sorted(here.keys() & then.keys()):
+        if here[field] != then[field]:
+            raise CheckpointError(
+                f"{role} has {field}={here[field]!r} in its configuration; this composition was trained against "
+                f"{then[field]!r}. Give the base that it was made with, or pass verify_bases=False if the change is "
+                "meant."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -108,6 +107,16 @@ def test_compose_saves_what_the_library_composes(tmp_path: Path, tiny_bases: dic
     assert "already holds a model" in again.stderr
 
 
+def test_compose_leaves_nothing_behind_where_the_anchor_has_no_tokenizer(tmp_path: Path, tiny_bases: dict[str, str]):
+    anchor = shutil.copytree(tiny_bases["anchor"], tmp_path / "anchor")
+    for file in anchor.glob("*token*"):
+        file.unlink()
+    arguments = ("compose", anchor, tiny_bases["augmenting"], "--connections", "1", "--out", tmp_path / "out")
+    assert "no tokenizer was found" in run(*arguments, code=1).stderr
+    assert not (tmp_path / "out").exists()
+    assert "No usable configuration" in run("compose", "no", *arguments[2:], code=1).stderr, "not: no tokenizer"
+
+
 def test_library_errors_are_a_message_and_code_1(tmp_path: Path, tiny_bases: dict[str, str]):
     """Also in a process of its own: the message is on standard error, without a stack trace."""
     arguments = (
@@ -133,7 +142,9 @@ def test_generate_streams_and_batches_what_the_library_generates(composed: Path)
     assert answer != expected(composed, "1+2=", 8, off=True), "the composition changes the answer"
     streamed = run("generate", composed, "1+2=", "--max-new-tokens", 8).stdout
     assert streamed.rstrip("\n") == answer.rstrip("\n")
-    assert run("generate", composed, "-", "--max-new-tokens", 8, stdin="1+2=").stdout == streamed
+    for piped in ("1+2=", "1+2=\n"):  # as printf and as echo write it
+        assert run("generate", composed, "-", "--max-new-tokens", 8, stdin=piped).stdout == streamed
+    assert expected(composed, "1+2=\n", 8) != answer, "a newline would change the answer"
     prompts = ("1+2=", "a much longer prompt")
     batch = json.loads(run("generate", composed, *prompts, "--max-new-tokens", 8, "--json").stdout)
     assert batch == [{"prompt": p, "completion": expected(composed, p, 8)} for p in prompts]
@@ -156,11 +167,26 @@ def test_generate_options(composed: Path):
 
 def test_generate_errors(tmp_path: Path, composed: Path, tiny_bases: dict[str, str]):
     assert "prompt is empty" in run("generate", composed, "", code=1).stderr
+    assert "prompt is empty" in run("generate", composed, "-", stdin="\n", code=1).stderr
     assert "context" in run("generate", composed, "x" * 70, code=1).stderr
     assert "not a composition" in run("generate", tiny_bases["anchor"], "x", code=1).stderr
     assert "error" in run("generate", tmp_path / "nowhere", "x", code=1).stderr
     run("generate", composed, code=2)
     run("generate", composed, "x", "--top-p", 2, code=2)
+
+
+@pytest.mark.parametrize("device", ["foo", "mps:7", "meta"])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_device_that_is_not_there_is_refused_before_loading(command: str, device: str, tmp_path: Path):
+    prompt = ["x"] if command == "generate" else []
+    error = run(command, tmp_path / "nowhere", *prompt, "--device", device, code=1).stderr
+    assert f"--device {device}: PyTorch cannot compute on it here; expected cpu" in error
+
+
+@pytest.mark.parametrize("line", [["generate", "m", "x"], ["chat", "m"], ["compose", "a", "b", "--out", "c"]])
+def test_an_unknown_dtype_is_wrong_usage(line: list[str]):
+    error = run(*line, "--dtype", "float8", code=2).stderr
+    assert all(word in error for word in ("float8", "auto", "float32", "bfloat16", "float16"))
 
 
 def test_generate_with_a_base_that_has_moved(tmp_path: Path, tiny_bases: dict[str, str]):
@@ -267,7 +293,6 @@ def test_inspect_shows_the_training(recipe: Path):
     assert json.loads(run("inspect", out, "--json").stdout)["training"]["steps"] == 4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("calm.planning") is None, reason="calm.planning")
 def test_plan_reads_configurations_only(tmp_path: Path, tiny_bases: dict[str, str]):
     for name, folder in tiny_bases.items():
         (tmp_path / name).mkdir()

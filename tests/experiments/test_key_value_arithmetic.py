@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 
 import pytest
 import torch
@@ -362,6 +363,17 @@ def test_finished_stages_are_kept(finished, monkeypatch):
     again = run.main("tiny", 0, out)
     assert again["table"] == first["table"] and again["seconds"] == pytest.approx(first["seconds"], abs=2)
     assert again["kept_stages"] == [stage.name for stage in STAGES]
+
+
+def test_without_matplotlib_there_is_no_plot_and_everything_else(finished, monkeypatch, capsys):
+    out, first = finished
+    for file in ("results.json", "table.png"):
+        (out / file).unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run.main("tiny", 0, out)["table"] == first["table"]
+    assert json.loads((out / "results.json").read_text())["table"] == first["table"]
+    assert not (out / "table.png").exists()
+    assert "pip install 'calm-lm[train]'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_only_what_is_missing_is_trained(finished, monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from factories import Mix, assert_identical
+from factories import EOS, Mix, assert_identical
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +46,11 @@ def check_refused(load: Callable[[], object], *words: str) -> None:
         raise AssertionError("it was loaded")
 
 
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 class Saved:
     """Two bases on disk, a composition of them, and its checkpoint."""
 
@@ -60,8 +65,7 @@ class Saved:
         return CalmForCausalLM.from_pretrained(self.out, **kwargs)
 
     def edit_config(self, **changes: object) -> None:
-        path = self.out / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        change_config(self.out, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +247,28 @@ def test_wrong_bases(pristine: Saved, tmp_path: Path) -> None:
     wider.save_pretrained(tmp_path)
     check_refused(lambda: pristine.load(anchor=tmp_path), "the anchor", "width", "48", "32")
     check_refused(lambda: pristine.load(anchor=tmp_path / "no"), "no such folder")
+
+
+@pytest.mark.parametrize("part", ["anchor", "augmenting"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rms_norm_eps"])
+def test_the_same_weights_with_another_configuration_are_refused(part: str, field: str, tmp_path: Path) -> None:
+    """They are another model: its logits differ."""
+    saved = Saved(tmp_path, anchor="llama", augmenting="qwen3")
+    change = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}, "rms_norm_eps": 0.1}[field]
+    change_config(getattr(saved, part), **{field: change})
+    check_refused(saved.load, f"the {part}", f"{field}={change!r}", "trained against", "verify_bases=False")
+    changed = AutoModelForCausalLM.from_pretrained(getattr(saved, part))
+    check_refused(lambda: saved.load(**{part: changed}), f"the {part}", field)
+    assert (saved.load(verify_bases=False)(IDS).logits - saved.model(IDS).logits).abs().max() > 0.01
+
+
+def test_settings_that_change_no_logits_may_differ(saved: Saved) -> None:
+    for folder in (saved.anchor, saved.augmenting):
+        change_config(folder, use_cache=False, attention_dropout=0.1, pad_token_id=3)
+    check_same_logits(saved.load(), saved.model)
+    by_hand = {part: AutoModelForCausalLM.from_pretrained(getattr(saved, part)) for part in ("anchor", "augmenting")}
+    by_hand["anchor"].config.eos_token_id = EOS
+    check_same_logits(saved.load(**by_hand), saved.model)
 
 
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])
@@ -428,6 +454,12 @@ def test_a_base_that_is_not_checked_is_noticed(pristine: Saved, monkeypatch: pyt
     monkeypatch.setattr(sources, "check_fingerprint", lambda *args: None)
     with pytest.raises(AssertionError, match="it was loaded"):
         check_refused(lambda: pristine.load(anchor=factories.base("llama", seed=5)), "trained against")
+
+
+def test_a_configuration_that_is_not_compared_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "computation_of", lambda config: {})
+    with pytest.raises(AssertionError, match="it was loaded"):
+        test_the_same_weights_with_another_configuration_are_refused("anchor", "rms_norm_eps", tmp_path)
 
 
 def test_a_fingerprint_that_sums_up_is_noticed(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,9 @@ def test_what_is_kept_is_named_by_everything_that_it_depends_on(bases: dict[str,
     ]
     assert len(set(keys)) == len(keys)
     assert keys[0] == augmenting_outputs.key_of(augmenting, {"augmenting": [1]}, rows, "float32")
+    config = Path(bases["augmenting"], "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    assert keys[0] != augmenting_outputs.key_of(augmenting, {"augmenting": [1]}, rows, "float32")
 
 
 def test_a_directory_that_is_cut_off_is_refused(tmp_path: Path, bases: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line `calm`: one thin file a command. Torch is imported inside commands, so that --help is quick."""
+"""The command line `calm`: one thin file a command."""
 
 from __future__ import annotations
 

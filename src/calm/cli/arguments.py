@@ -1,13 +1,15 @@
-"""How the command line writes models and connections: NAME=PATH, and 4 or 7:11,15:23."""
+"""How the command line writes models, connections and dtypes: NAME=PATH, and 4 or 7:11,15:23."""
 
 from __future__ import annotations
 
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the bases' weights.")]
 
 
 def parse_augmenting(models: list[str]) -> str | dict[str, str]:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from rich.console import Console
 
 from calm.cli import loading
+from calm.cli.arguments import Dtype
 from calm.errors import CalmError
 
 HELP = "/quit ends, /reset forgets the conversation, /off and /on switch the composition off and on, /help shows this"
@@ -21,7 +22,7 @@ def chat(
     seed: loading.Seed = None,
     anchor: loading.Anchor = None,
     augmenting: loading.Augmenting = None,
-    dtype: loading.Dtype = "auto",
+    dtype: Dtype = "auto",
     device: loading.Device = None,
 ) -> None:
     """Talk to a composition. Without a chat template each line is a prompt of its own, and is completed."""

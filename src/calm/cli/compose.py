@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from calm.cli.arguments import parse_augmenting, parse_connections, stdout_for
+from calm.cli.arguments import Dtype, parse_augmenting, parse_connections, stdout_for
 from calm.errors import CalmError
 
 
@@ -21,7 +21,7 @@ def compose(
     num_heads: Annotated[int | None, typer.Option(help="Attention heads (as many as the anchor's).")] = None,
     attention: Annotated[str, typer.Option(help="normalized or paper.")] = "normalized",
     attend: Annotated[str, typer.Option(help="causal or prompt.")] = "causal",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -33,14 +33,17 @@ def compose(
 
     import calm
     from calm.data import load_tokenizer
+    from calm.sources import Source, load_config
 
     with stdout_for(as_json):
+        load_config(Source.parse(anchor))  # where there is no model, that is to be said, not that it has no tokenizer
+        tokenizer = load_tokenizer(anchor)
         set_seed(seed)
         model = calm.compose(
             anchor, models, pairs, num_heads=num_heads, attention=attention, attend=attend, dtype=dtype
         )
         model.save_pretrained(out)
-        load_tokenizer(anchor).save_pretrained(out)
+        tokenizer.save_pretrained(out)
     trainable, total = model.get_nb_trainable_parameters()
     layers = [(c["augmenting"], c["augmenting_layer"], c["anchor_layer"]) for c in model.config.connections]
     if as_json:

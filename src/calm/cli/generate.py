@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from calm.cli import loading
-from calm.cli.arguments import stdout_for
+from calm.cli.arguments import Dtype, stdout_for
 from calm.errors import CalmError
 
 
@@ -26,12 +26,13 @@ def generate(
     off: Annotated[bool, typer.Option("--off", help="Switch the composition off: the bare anchor answers.")] = False,
     anchor: loading.Anchor = None,
     augmenting: loading.Augmenting = None,
-    dtype: loading.Dtype = "auto",
+    dtype: Dtype = "auto",
     device: loading.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Complete prompts; a single one streams. Prompts are taken as they are, without a chat template."""
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    # what `echo` ends a line with is not part of the prompt, and would change the answer
+    prompts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in prompt]
     if not all(prompts):
         raise CalmError("a prompt is empty; there is nothing to continue")
     from transformers import TextStreamer

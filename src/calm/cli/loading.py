@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from calm.cli.arguments import parse_augmenting
+from calm.errors import CalmError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,6 @@ Anchor = Annotated[str | None, typer.Option(help="Where the anchor is now, if it
 Augmenting = Annotated[
     list[str] | None, typer.Option(help="Where the augmenting model is now (NAME=PATH for several).")
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (the GPU if there is one).")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens to generate; by default 256, or what fits into the context.")
@@ -35,17 +35,25 @@ def load(
     """Load a composition, on the GPU if there is one, and its tokenizer, set to pad on the left.
 
     Raises:
-        CalmError: If either cannot be loaded.
+        CalmError: If either cannot be loaded, or if there is no such device.
     """
     import torch
 
     import calm
     from calm.data import load_tokenizer
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # as it is unknown, not built for, or not there
+        there = torch.accelerator.current_accelerator()
+        raise CalmError(
+            f"--device {device}: PyTorch cannot compute on it here; expected cpu{f' or {there.type}' if there else ''}"
+        ) from error
     composed = calm.CalmForCausalLM.from_pretrained(
         model, anchor=anchor, augmenting=parse_augmenting(augmenting) if augmenting else None, dtype=dtype
     )
-    composed.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    composed.to(device)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
 
+from calm.backbones import computation_of
 from calm.checkpoint import weight_files
 from calm.data import CompletionCollator, Row
 from calm.errors import CalmError
-from calm.sources import Source
+from calm.sources import Source, load_config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,7 +97,7 @@ def key_of(augmenting: Mapping[str, str], layers: Mapping[str, list[int]], rows:
             files = weight_files(source.name_or_path, revision=source.revision)
         else:
             files = [cached_file(source.name_or_path, source.gguf_file, revision=source.revision)]
-        digest.update(name.encode())
+        digest.update(json.dumps([name, computation_of(load_config(source))], sort_keys=True).encode())
         for file in files:
             with open(file, "rb") as opened:
                 while block := opened.read(1 << 24):
