@@ -113,6 +113,7 @@ class CompositionTrainer(Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
             self._delete_old_checkpoints(run_dir)
+        self.accelerator.wait_for_everyone()  # until the checkpoint is where all look for it
 
     def _delete_old_checkpoints(self, run_dir: Path) -> None:
         """Keep the last `save_total_limit` checkpoints, the best one among them.
@@ -168,7 +169,7 @@ class CompositionTrainer(Trainer):
         """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
         try:
             if checkpoint is not None and self.is_fsdp_enabled:
-                found = torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True)
+                found = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
                 self.optimizer.load_state_dict(sharding.optimizer_state(found, self.optimizer))
                 self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
             else:
