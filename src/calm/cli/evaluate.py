@@ -22,8 +22,8 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, joined by commas; * stands for any name.")],
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     part: Annotated[
-        str, typer.Option(help="What of a composition: composed, anchor, or the name of an augmenting model.")
-    ] = "composed",
+        str | None, typer.Option(help="What of a composition: composed, anchor, or an augmenting model's name.")
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt (the task's number).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 8,

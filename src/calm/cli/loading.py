@@ -55,9 +55,9 @@ def load(
 
 
 def load_model(
-    model: str, part: str, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
+    model: str, part: str | None, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a composition, one part of it ("anchor", or an augmenting model's name), or any causal language model.
+    """Load a composition, a part of it ("anchor", or the name of an augmenting model), or any causal language model.
 
     Returns:
         The model, on the GPU if there is one, and the tokenizer; a part's is the composition's, so that all of them
@@ -74,13 +74,13 @@ def load_model(
 
     source = sources.Source.parse(model)
     config = sources.load_config(source)
-    if isinstance(config, calm.CalmConfig) and part == "composed":
-        return load(model, anchor, augmenting, dtype, device)
     if isinstance(config, calm.CalmConfig):
+        if part is None or part == "composed":
+            return load(model, anchor, augmenting, dtype, device)
         moved = parse_augmenting(augmenting) if augmenting else None
         where = anchor if part == "anchor" else moved.get(part) if isinstance(moved, dict) else moved
         loaded = sources.load_part(config, part, where, dtype=dtype)
-    elif part != "composed" or anchor or augmenting:
+    elif part is not None or anchor or augmenting:
         raise CalmError(f"{model!r} is not a composition, but a {config.model_type!r}: it has no parts to name.")
     else:
         loaded = sources.load_anchor(source, config, dtype=dtype)

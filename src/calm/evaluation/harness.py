@@ -84,6 +84,7 @@ def evaluate(
         groups=results.read(found, "groups"),
         settings={
             **(settings or {}),
+            "model_type": model.config.model_type,
             "num_fewshot": num_fewshot,
             "limit": limit,
             "batch_size": batch_size,
