@@ -80,8 +80,8 @@ def evaluate(
         confirm_run_unsafe_code=allow_code_execution,
     )
     return results.Evaluation(
-        tasks=results.read(found, "results"),
-        groups=results.read(found, "groups"),
+        tasks=results.read(found, tasks["tasks"]),
+        groups=results.read(found, tasks.get("groups", {}), "groups"),
         settings={
             **(settings or {}),
             "model_type": model.config.model_type,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,9 @@ def interval(value: float, stderr: float | None, samples: Sequence[float]) -> tu
     return None if stderr is None else (value - NORMAL_95 * stderr, value + NORMAL_95 * stderr)
 
 
-def read(results: Mapping[str, Any], kind: str) -> dict[str, TaskResult]:
-    """Read the tasks (`kind="results"`) or the groups (`kind="groups"`) of lm-eval's results."""
-    groups = results.get("groups", {})
-    names = groups if kind == "groups" else [name for name in results["results"] if name not in groups]
-    return {name: _read_one(results, name, results[kind][name]) for name in names}
+def read(results: Mapping[str, Any], names: Iterable[str], kind: str = "results") -> dict[str, TaskResult]:
+    """Read tasks (`kind="results"`) or groups' aggregates (`kind="groups"`) out of lm-eval's results."""
+    return {name: _read_one(results, name, found) for name in names if (found := results.get(kind, {}).get(name))}
 
 
 def _read_one(results: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> TaskResult:
@@ -144,4 +142,4 @@ def _read_one(results: Mapping[str, Any], name: str, found: Mapping[str, Any]) -
             interval(float(value), stderr, numbers),
             results.get("higher_is_better", {}).get(name, {}).get(metric),
         )
-    return TaskResult(found["sample_len"], results["n-shot"].get(name), results["versions"].get(name), metrics)
+    return TaskResult(found.get("sample_len", 0), results["n-shot"].get(name), results["versions"].get(name), metrics)

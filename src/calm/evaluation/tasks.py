@@ -44,7 +44,7 @@ def load_tasks(
     folders = [SHIPPED, *([_checked(Path(include_path))] if include_path is not None else [])]
     # the tasks that come with lm-eval are many files, which take seconds to read
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(set(manager.match_tasks([name])) & set(manager.all_subtasks) for name in names):
+    if not all(_has(manager, name) for name in names):
         manager = TaskManager(include_path=folders)
     for folder in folders:
         _find_data_files(manager, folder)
@@ -76,6 +76,14 @@ def _checked(folder: Path) -> Path:
         except Exception as error:  # whatever may be wrong with a file of somebody else's
             raise CalmError(f"{file} is not a task file of lm-eval: {error}") from error
     return folder
+
+
+def _has(manager: TaskManager, name: str) -> bool:
+    """Whether there are tasks of this name, and everything that they name is there, too."""
+    if name in manager.all_groups:
+        members = (manager.task_index[name].cfg or {}).get("task", [])
+        return all(_has(manager, member if isinstance(member, str) else member["task"]) for member in members)
+    return bool(manager.match_tasks([name]))
 
 
 def _match(manager: TaskManager, name: str) -> list[str]:
