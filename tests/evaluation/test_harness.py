@@ -97,6 +97,19 @@ def test_the_same_tasks_serve_several_models_and_runs(composed_folder: Path):
     assert first.tasks["sums"].samples == 12
 
 
+def test_the_seed_chooses_the_examples(composed_folder: Path):
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
+    tasks = load_tasks(["sums"], TASKS)
+
+    def prompts(seed: int) -> list[str]:
+        evaluate(model, tokenizer, tasks, seed=seed)
+        return [instance.args[0] for instance in tasks["tasks"]["sums"].instances]
+
+    first = prompts(1)
+    assert first != prompts(2)
+    assert first == prompts(1)
+
+
 def test_chat_templates_change_the_prompt(composed_folder: Path):
     model = calm.CalmForCausalLM.from_pretrained(composed_folder)
     tasks = load_tasks(["sums_choice"], TASKS)
