@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import byte_tokenizer, save_base, sums, write_jsonl
+from tokenizers import normalizers
 
 import calm
 from calm.data import CompletionCollator, load_examples, load_tokenizer, tokenize_example
@@ -87,6 +88,16 @@ def test_chat_prompt_is_what_generation_sees_and_the_last_turn_is_the_completion
 def test_unusable_examples_are_refused(example: dict, message: str):
     with pytest.raises(CalmError, match=f"^here: .*{message}"):
         tokenize_example(example, byte_tokenizer(chat=True), where="here")
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_a_completion_without_tokens_is_refused(append_eos: bool):
+    """Its row would have no label, or EOS alone: some tokenizers drop characters that they do not know."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\N{ZERO WIDTH SPACE}", "")
+    with pytest.raises(CalmError, match=r"row 7: the tokenizer makes no tokens of the completion '\\u200b' \(str\)"):
+        example = {"prompt": "a", "completion": "\N{ZERO WIDTH SPACE}"}
+        tokenize_example(example, tokenizer, where="row 7", append_eos=append_eos)
 
 
 def test_chat_needs_a_template_and_an_empty_prompt_a_bos_token():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import calm
-from calm import loss
+from calm import CalmError, loss
 
 IDS = tokens(3, 11)
 LABELS = IDS.clone()
@@ -114,6 +114,21 @@ def test_items_of_a_whole_batch() -> None:
     expected, found = losses_and_gradients(Mix().build().train(), num_items_in_batch=torch.tensor(60))
     for a, b in zip(found, expected, strict=True):
         assert_same(a, b)
+
+
+def test_a_batch_without_labels() -> None:
+    """Alone it has no loss; as a part of a step that has labels it adds nothing, and zero gradients."""
+    model, nothing = Mix().build().train(), torch.full_like(LABELS, -100)
+    with pytest.raises(CalmError, match=r"labels are -100 everywhere .* pass num_items_in_batch"):
+        model(IDS, labels=nothing, skip_logits=True)
+    only_first = nothing.clone()
+    only_first[:, 0] = 5
+    with pytest.raises(CalmError, match="labels are -100 everywhere"):
+        model(IDS, labels=only_first, skip_logits=True)
+    loss = model(IDS, labels=nothing, skip_logits=True, num_items_in_batch=7).loss
+    loss.backward()
+    assert loss == 0
+    assert all(weight.grad.count_nonzero() == 0 for weight in model.connections.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,11 +7,14 @@ from pathlib import Path
 import factories
 import numpy as np
 import pytest
-from factories import assert_identical
-from transformers import AutoModelForCausalLM
+import torch
+from factories import assert_identical, assert_same
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import calm
 from calm import (
+    CalmError,
     CheckpointError,
     TokenizerMismatchError,
     backbones,
@@ -43,9 +46,12 @@ def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
         calm.compose(tmp_path, tmp_path, 1)
 
 
-def write_gguf(path: Path, width: int = 32, layers: int = 3, seed: int = 0) -> Path:
-    """A tiny llama as a GGUF file."""
+def write_gguf(
+    path: Path, width: int = 32, layers: int = 3, seed: int = 0, *, stored: str = "F32", values: str | None = None
+) -> Path:
+    """A tiny llama as a GGUF file, its matrices stored in one of GGUF's types, rounded to the `values` of another."""
     gguf = pytest.importorskip("gguf")
+    types = gguf.GGMLQuantizationType
     numbers = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(factories.CONTEXT)
@@ -63,8 +69,13 @@ def write_gguf(path: Path, width: int = 32, layers: int = 3, seed: int = 0) -> P
 
     def add(name: str, *shape: int) -> None:
         scale = 1 if len(shape) == 1 else shape[1] ** -0.5
-        weight = numbers.standard_normal(shape) * scale if len(shape) == 2 else np.ones(shape)
-        writer.add_tensor(name, weight.astype(np.float32))
+        weight = (numbers.standard_normal(shape) * scale if len(shape) == 2 else np.ones(shape)).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(name, weight)
+            return
+        if values is not None:
+            weight = gguf.quants.dequantize(gguf.quants.quantize(weight, types[values]), types[values])
+        writer.add_tensor(name, gguf.quants.quantize(weight, types[stored]), raw_dtype=types[stored])
 
     add("token_embd.weight", factories.VOCAB, width)
     add("output_norm.weight", width)
@@ -98,6 +109,31 @@ def test_gguf_files(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", seed=5)
     with pytest.raises(CheckpointError, match=r"the anchor.*trained against"):
         calm.CalmForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_quantized_gguf_files_train(tmp_path: Path) -> None:
+    """Loss and gradients are those of the dequantized weights."""
+
+    def trained(**stored: str) -> list[Tensor]:
+        anchor = write_gguf(tmp_path / f"{len(stored)}a.gguf", **stored)
+        augmenting = write_gguf(tmp_path / f"{len(stored)}b.gguf", seed=1, **stored)
+        torch.manual_seed(0)  # the connections
+        model = factories.perturb(calm.compose(anchor, augmenting, 2)).train()
+        loss = model(IDS, labels=IDS, skip_logits=True).loss
+        loss.backward()
+        return [loss.detach(), *(weight.grad for weight in model.connections.parameters())]
+
+    quantized, expected = trained(stored="Q8_0"), trained(stored="F32", values="Q8_0")
+    for found, wanted in zip(quantized, expected, strict=True):
+        assert_same(found, wanted)
+    assert not torch.allclose(quantized[0], trained()[0], rtol=1e-5), "the weights are quantized"
+
+
+def test_gguf_files_are_not_quantized_once_more(tmp_path: Path) -> None:
+    anchor = write_gguf(tmp_path / "a.gguf")
+    for other in (anchor, write_gguf(tmp_path / "b.gguf", seed=1)):
+        with pytest.raises(CalmError, match=r"a\.gguf.* cannot be quantized.*quantization_config out"):
+            calm.compose(anchor, other, 1, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

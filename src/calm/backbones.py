@@ -272,8 +272,32 @@ def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch off gradients of all weights."""
+    """Switch off gradients of all weights, and keep a quantized model differentiable with respect to its input.
+
+    On CPUs that multiply in bfloat16, bitsandbytes packs 4-bit weights anew in the first evaluation, for a kernel that
+    has no gradient; training after an evaluation would stop there, with no more than a warning.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
+
+
+def device_map_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Where the parts of a model are that was spread over devices while it was loaded; else empty."""
+    return dict(getattr(model, "hf_device_map", {}))
+
+
+def runs_on(model: PreTrainedModel) -> torch.device:
+    """Where the parts of a model run that are offloaded: on its first other device, or on the CPU.
+
+    Args:
+        model: A model with weights on the meta device; if it was not offloaded, that is where it is.
+    """
+    places = device_map_of(model)
+    if not places:
+        return torch.device("meta")
+    return torch.device(next((place for place in places.values() if place not in ("cpu", "disk")), "cpu"))
 
 
 def cache_argument(model: nn.Module) -> str:

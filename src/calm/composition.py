@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +53,9 @@ def compose(
             `forward` has to be given `augmenting_outputs`.
         anchor_tokenizer: The tokenizer of an anchor given as a loaded model.
         augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models.
-        load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `revision`, `token`, ...).
+        load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `quantization_config`,
+            `revision`, `token`, ...). A base that is quantized while it is loaded will be so again with the saved
+            composition.
 
     Returns:
         The composed model in evaluation mode; its connections have the anchor's dtype and devices.
@@ -99,9 +102,11 @@ def compose(
             anchor_tokenizer, tokenizer, anchor_config, config, (_name(anchor, anchor_source), _name(base, source))
         )
 
+    anchor_quantization = _quantization(anchor, anchor_config, anchor_source, load_kwargs)
+    quantizations = {name: _quantization(*found, load_kwargs) for name, found in looked_at.items()}
     config = CalmConfig(
-        anchor_config=_snapshot(anchor_config),
-        augmenting_configs={name: _snapshot(config) for name, (_, config, _) in looked_at.items()},
+        anchor_config=_snapshot(anchor_config, anchor_quantization),
+        augmenting_configs={n: _snapshot(config, quantizations[n]) for n, (_, config, _) in looked_at.items()},
         connections=[
             pair.to_dict()
             for pair in choose_pairs(
@@ -127,12 +132,12 @@ def compose(
         else:
             augmenting_models[name] = sources.load_augmenting(source, base_config, depth, **load_kwargs)
     fingerprints.check_finite(anchor_model, f"the anchor {_name(anchor, anchor_source)}")
-    config.anchor_reference = _reference(anchor, anchor_source, anchor_model)
+    config.anchor_reference = _reference(anchor, anchor_source, anchor_model, anchor_quantization)
     for name, (base, _, source) in looked_at.items():
         model = augmenting_models.get(name)
         if model is not None:
             fingerprints.check_finite(model, f"the augmenting model {_name(base, source)}")
-        config.augmenting_references[name] = _reference(base, source, model)
+        config.augmenting_references[name] = _reference(base, source, model, quantizations[name])
     return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
 
 
@@ -156,23 +161,51 @@ def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any,
     return base, config, source
 
 
-def _snapshot(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that says nothing of how this one instance was read (a GGUF file is dequantized at loading)."""
+def _quantization(
+    base: Any, config: PreTrainedConfig, source: Source | None, load_kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The configuration by which a base is quantized while it is loaded; `None` for one that is stored as it is."""
+    if source is None:
+        quantizer = getattr(base, "hf_quantizer", None)  # there is one if loading quantized the model
+        quantization = None if quantizer is None or quantizer.pre_quantized else quantizer.quantization_config
+    else:
+        quantization = load_kwargs.get("quantization_config")
+        if quantization is not None and source.gguf_file is not None:
+            raise CalmError(
+                f"{_name(base, source)} cannot be quantized while it is loaded: transformers reads a GGUF file's "
+                "weights as they are, or dequantizes them. Leave quantization_config out, or take the model's "
+                "safetensors files."
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            quantization = None
+    if quantization is None or isinstance(quantization, dict):
+        return quantization
+    return cast(dict[str, Any], json.loads(quantization.to_json_string(use_diff=False)))
+
+
+def _snapshot(config: PreTrainedConfig, quantization: dict[str, Any] | None) -> PreTrainedConfig:
+    """A copy that says nothing of how this one instance was read (quantized; a GGUF file is dequantized)."""
     config = copy.deepcopy(config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and "gguf" in str(getattr(quantization, "quant_method", "")).lower():
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None and (quantization or "gguf" in str(getattr(quantized, "quant_method", "")).lower()):
         del config.quantization_config
     return config
 
 
-def _reference(base: Any, source: Source | None, model: PreTrainedModel | None) -> dict[str, Any]:
+def _reference(
+    base: Any, source: Source | None, model: PreTrainedModel | None, quantization: dict[str, Any] | None
+) -> dict[str, Any]:
     name = source.name_or_path if source else base.name_or_path
-    return {
+    reference = {
         "name_or_path": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
         "gguf_file": source.gguf_file if source else None,
         "revision": source.revision if source else None,
         "fingerprint": fingerprints.fingerprint(model) if model is not None else {},
     }
+    if model is not None and quantization is not None:  # the same weights come of it in the same dtype only
+        dtype = str(model.dtype).removeprefix("torch.")
+        reference["loaded_with"] = {"quantization_config": quantization, "dtype": dtype}
+    return reference
 
 
 def _name(base: Any, source: Source | None) -> str:

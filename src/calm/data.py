@@ -229,7 +229,7 @@ def tokenize_example(
         if not completion.strip():
             raise CalmError(f"{where}: the completion is empty; there is nothing to learn from it")
         prompt_ids, completion_ids = _tokenize_pair(prompt, completion, tokenizer, special_tokens=True)
-        if append_eos:
+        if append_eos and completion_ids:
             if tokenizer.eos_token_id is None:
                 raise CalmError(
                     f"the tokenizer {tokenizer.name_or_path!r} has no EOS token to end completions with: the model "
@@ -241,6 +241,11 @@ def tokenize_example(
         raise CalmError(
             f"{where}: the prompt is empty and the tokenizer adds no BOS token, so nothing comes before the "
             "completion's first token to predict it from; write a prompt"
+        )
+    if not completion_ids:
+        raise CalmError(
+            f"{where}: the tokenizer makes no tokens of the completion {_shown(completion)}, so there is nothing to "
+            "learn from it"
         )
     return {
         "input_ids": [*prompt_ids, *completion_ids],

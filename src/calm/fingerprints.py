@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from calm.errors import CheckpointError
 
@@ -20,7 +23,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises:
         CheckpointError: Naming the weight.
     """
-    for key, weight in model.named_parameters():
+    for key, weight in _weights(model).items():
         if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
@@ -40,12 +43,39 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         Digests by dtype name; a single one under `"stored"` for weights that are not plain floats (quantized); empty
         for weights that are not materialised.
     """
-    weights = dict(model.named_parameters())
-    if any(weight.is_meta for weight in weights.values()):
+    if any(weight.is_meta for weight in model.parameters()):
         return {}
-    if not all(weight.dtype in _FLOATS for weight in weights.values()):
+    weights = _weights(model)
+    if _is_quantized(model):
         return {"stored": _digest(weights, None)}
     return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return not all(weight.dtype in _FLOATS and not _has_parts(weight) for weight in model.parameters())
+
+
+def _has_parts(weight: Tensor) -> bool:
+    """Whether a tensor stands for others, as torchao's quantized ones do; it then claims the dtype that it replaces."""
+    return is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name; of a quantized model everything that it consists of.
+
+    Codes alone do not tell weights apart: scales, which are not parameters in every library, belong to them.
+    """
+    if not _is_quantized(model):
+        return dict(model.named_parameters())
+    parts: dict[str, Tensor] = {}
+    stack = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    while stack:
+        name, value = stack.pop()
+        if _has_parts(value):
+            stack += [(f"{name}.{part}", getattr(value, part)) for part in cast(Any, value).__tensor_flatten__()[0]]
+        else:
+            parts[name] = value
+    return parts
 
 
 def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
@@ -72,19 +102,22 @@ def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> 
     Raises:
         CheckpointError: If its weights differ.
     """
-    dtypes = {weight.dtype for weight in model.parameters()}
     if not recorded or any(weight.is_meta for weight in model.parameters()):
         return
+    quantized = _is_quantized(model)
+    if quantized != ("stored" in recorded):
+        now, then = ("quantized", "not") if quantized else ("not quantized", "quantized")
+        raise CheckpointError(
+            f"{name} is {now}, and was {then} when this composition was trained against it. Load it as it was, or pass "
+            "verify_bases=False if the change is meant."
+        )
     # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
-    keys = [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes] if dtypes <= _FLOATS else []
-    key = keys[-1] if keys else "stored"
-    if keys and "stored" not in recorded:
-        found = _digest(dict(model.named_parameters()), FINGERPRINT_DTYPES[key])
-    else:
-        found = _digest(dict(model.named_parameters()), None)
+    dtypes = {weight.dtype for weight in model.parameters()}
+    key = "stored" if quantized else [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes][-1]
+    found = _digest(_weights(model), FINGERPRINT_DTYPES.get(key))
     if found != recorded.get(key):
         raise CheckpointError(
             f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "
-            f"recorded {recorded.get(key)}). Load the right base, or pass verify_bases=False if the change is meant "
-            "(for example another quantization of the same model)."
+            f"recorded {recorded.get(key)}). Load the right base, quantized and in the dtype as then if it is "
+            "quantized, or pass verify_bases=False if the change is meant."
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from calm.backbones import decoder_of
+from calm.errors import CalmError
 
 IGNORED = -100
 CHUNK = 256
@@ -79,11 +80,19 @@ def loss_without_logits(
         num_items_in_batch: What the sum is divided by; the number of labels by default.
 
     Returns:
-        The loss, a float32 scalar.
+        The loss, a float32 scalar; 0 where a batch of several has no labels, if `num_items_in_batch` counts them.
+
+    Raises:
+        CalmError: If there are no labels and `num_items_in_batch` is not given: their mean is not a number.
     """
     labels = labels[:, 1:].to(decoded.hidden.device)
     labelled = labels != IGNORED
     rows, targets = decoded.hidden[:, :-1][labelled], labels[labelled]
+    if not len(targets) and num_items_in_batch is None:
+        raise CalmError(
+            "labels are -100 everywhere (but for first tokens, which nothing precedes): there is no loss to take the "
+            "mean of. Leave such a batch out, or pass num_items_in_batch, the number of labels of the whole step."
+        )
 
     def head(rows: Tensor) -> Tensor:
         with _standing_in(decoder_of(anchor), _replaced(decoded.output, rows.unsqueeze(0))):

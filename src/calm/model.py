@@ -18,7 +18,6 @@ import transformers
 from huggingface_hub import HfApi
 from packaging import version
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -40,6 +39,7 @@ from calm.cache import CalmCache
 from calm.config import CalmConfig, context_of, text_config, width_of
 from calm.errors import CalmError
 from calm.headless import Headless
+from calm.sharding import gathered, whole
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             )
             reference = next(anchor_layers[pair.anchor_layer].parameters())
             dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
-            self.connections.append(connection.to(device=reference.device, dtype=dtype))
+            device = backbones.runs_on(self.anchor) if reference.is_meta else reference.device
+            self.connections.append(connection.to(device=device, dtype=dtype))
 
         self._disabled = False
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
@@ -143,23 +144,29 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 layer = backbones.layers_of(self.augmenting[name])[layer_index]
                 layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
 
-        split = {name for base in (self.anchor, *self.augmenting.values()) for name in base._no_split_modules or ()}
-        self._no_split_modules = sorted({*split, Connection.__name__})  # what FSDP shards one by one
+        placed = {f"anchor.{name}": place for name, place in backbones.device_map_of(self.anchor).items()}
+        for key, base in self.augmenting.items():
+            placed |= {f"augmenting.{key}.{name}": place for name, place in backbones.device_map_of(base).items()}
+        if placed:  # whoever trains the model leaves it where it is
+            self.hf_device_map = placed
+        self._no_split_modules = [Connection.__name__]  # post_init adds the bases'
         self.accepts_loss_kwargs = "**" in self._anchor_parameters
         self._is_stateful = any(base._is_stateful for base in (self.anchor, *self.augmenting.values()))
         self._keys_to_ignore_on_save: set[str] | None = None
         self.generation_config = copy.deepcopy(self.anchor.generation_config)
         self.post_init()
-        self._ignore_bases_on_save()
+        self._list_what_is_there()
 
-    def _ignore_bases_on_save(self) -> None:
-        """Exact keys, so that whoever checks a composition-only checkpoint for missing keys finds none."""
+    def _list_what_is_there(self) -> None:
+        """Say what FSDP shards one by one, which has to be there, and which exact keys no checkpoint has."""
+        classes = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(classes & set(self._no_split_modules))
         self._keys_to_ignore_on_save = {k for k in self.state_dict() if not k.startswith(checkpoint.CONNECTIONS_PREFIX)}
 
     def release_augmenting(self) -> None:
         """Let the augmenting models go, for training on `augmenting_outputs` that were kept."""
         self.augmenting = nn.ModuleDict()
-        self._ignore_bases_on_save()
+        self._list_what_is_there()
 
     @cached_property
     def base_model(self) -> Headless:
@@ -634,7 +641,19 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
     # -- being frozen -------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> CalmForCausalLM:
-        """Switch the anchor and the connections; augmenting models stay in evaluation mode."""
+        """Switch the anchor and the connections; augmenting models stay in evaluation mode.
+
+        Raises:
+            CalmError: For training, if a part of the anchor is offloaded: its weights are not there in backward passes.
+        """
+        if mode and backbones.device_map_of(self.anchor):
+            gone = [name for name, weight in self.anchor.named_parameters() if weight.is_meta]
+            if gone:
+                raise CalmError(
+                    f"The device_map offloads {len(gone)} weights of the anchor ({gone[0]!r}, ...), which can generate "
+                    "and not train: gradients flow back through it, and its weights would be gone by then. Load it "
+                    "within devices, or quantized; augmenting models may be offloaded."
+                )
         super().train(mode)
         self.augmenting.eval()
         return self
@@ -659,6 +678,16 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Starting them at the embeddings would store and back-propagate everything below the first of these.
         """
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What `DistributedDataParallel` leaves alone: all that is frozen, which every process has loaded itself.
+
+        It would send it to the others first, and cannot where it is quantized by torchao.
+        """
+        parameters = self.named_parameters(remove_duplicate=False)
+        frozen = [name for name, weight in parameters if not weight.requires_grad]
+        return frozen + [name for name, _ in self.named_buffers(remove_duplicate=False)]
 
     def _replicate_for_data_parallel(self) -> Any:
         raise CalmError(
@@ -747,8 +776,9 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 
     def _gathered_connections(self) -> dict[str, Tensor]:
-        weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
-        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+        with gathered(self.connections):
+            weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
+            return {name: whole(weight) for name, weight in weights.items()}
 
     def push_to_hub(
         self,

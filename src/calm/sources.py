@@ -124,7 +124,8 @@ def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load
         return truncated(load_anchor(source, config, **load_kwargs), depth)
     config = copy.deepcopy(config)
     truncate_config(config, depth)
-    if type(config) in MODEL_MAPPING:
+    stored_quantized = getattr(config, "quantization_config", None) is not None
+    if type(config) in MODEL_MAPPING and not stored_quantized:  # torchao's metadata name the causal model's weights
         try:
             return freeze(decoder_of(_load(AutoModel, source, config, **load_kwargs)))
         except _IncompleteError:
@@ -227,7 +228,8 @@ def load_bases(
         anchor: The anchor, or where it is now.
         augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
         verify: Compare fingerprints.
-        load_kwargs: For `from_pretrained` of every base.
+        load_kwargs: For `from_pretrained` of every base. A base that was quantized while it was loaded is so again,
+            in the same dtype, unless they say otherwise.
 
     Returns:
         The anchor, and the truncated augmenting models by name.
@@ -251,17 +253,18 @@ def load_bases(
     anchor_source = (
         None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
     )
-    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **load_kwargs)
+    anchor_kwargs = _as_recorded(config.anchor_reference, load_kwargs)
+    anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, **anchor_kwargs)
     models = {}
     for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
         base, depth = given.get(name), config.augmenting_depth(name)
-        source = None
+        source, reference = None, config.augmenting_references.get(name, {})
         if not isinstance(base, PreTrainedModel):
-            source = _find(role, base, config.augmenting_references.get(name, {}))
+            source = _find(role, base, reference)
         if source is not None and source == anchor_source:  # one set of weights serves as both
             base, source = anchor_model, None
-        models[name] = _take(role, base, source, expected, depth, **load_kwargs)
+        models[name] = _take(role, base, source, expected, depth, **_as_recorded(reference, load_kwargs))
     if verify:
         check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
         for name, model in models.items():
@@ -291,11 +294,16 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
         )
     role, reference = f"the augmenting model {name!r}", config.augmenting_references.get(name, {})
     source = _find(role, where, reference)
-    found = load_config(source, **load_kwargs)
-    _check_shape(found, config.augmenting_configs[name], role)
-    model = load_anchor(source, found, **load_kwargs)
+    model = _take(role, None, source, config.augmenting_configs[name], **_as_recorded(reference, load_kwargs))
     check_fingerprint(truncated(model, config.augmenting_depth(name)), reference.get("fingerprint", {}), role)
     return model
+
+
+def _as_recorded(reference: Mapping[str, Any], load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """How to load a base: as it was, where it was quantized, and otherwise as asked for."""
+    recorded = {} if "quantization_config" in load_kwargs else reference.get("loaded_with", {})
+    asked = {key: value for key, value in load_kwargs.items() if key != "dtype" or value not in (None, "auto")}
+    return {**load_kwargs, **recorded, **asked} if recorded else dict(load_kwargs)
 
 
 def _take(

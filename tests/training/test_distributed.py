@@ -95,8 +95,17 @@ def test_data_parallel_training_is_that_of_one_process(recipe: dict[str, Any], t
 
 
 def test_one_example_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe["data"] = {"train": str(write_jsonl(tmp_path / "single.jsonl", sums(1)))}
-    recipe["training"] = {"max_steps": 2, "per_device_batch_size": 1, "log_steps": 1}
+    recipe["data"] = dict.fromkeys(("train", "eval"), str(write_jsonl(tmp_path / "single.jsonl", sums(1))))
+    recipe["training"] = {"max_steps": 2, "per_device_batch_size": 1, "log_steps": 1, "eval_steps": 1}
+    train(recipe, tmp_path / "one", 1)
+    train(recipe, tmp_path / "two", 2)
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
+
+
+def test_quantized_bases_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Which torchao's weights, unlike others, cannot be sent from one process to another."""
+    recipe["quantization"] = "int8"
+    recipe["training"] |= {"max_steps": 4}
     train(recipe, tmp_path / "one", 1)
     train(recipe, tmp_path / "two", 2)
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)

@@ -45,6 +45,7 @@ def fields(**changes: Any) -> dict[str, Any]:
         ({"attention": "fast"}, "attention = 'fast': expected one of normalized, paper"),
         ({"attend": "all"}, "attend = 'all': expected one of causal, prompt"),
         ({"dtype": "int8"}, "dtype = 'int8': expected one of float32, bfloat16"),
+        ({"quantization": "int3"}, "quantization = 'int3': expected one of int8 (torchao), nf4 (4 bits, bitsandbytes)"),
         ({"trainig": {}}, "trainig: unknown field; did you mean 'training'?"),
         ({"data": None}, "data = None: expected the section that says what to train on"),
         ({"data": {}}, "data.train: missing; expected a .jsonl or .json file"),
@@ -90,6 +91,13 @@ def test_all_problems_are_reported_at_once():
         "data.trai",
         "training.seed",
     ]
+
+
+def test_gguf_files_are_not_quantized_once_more(tmp_path: Path):
+    (tmp_path / "a.gguf").touch()
+    for bases in ({"anchor": str(tmp_path / "a.gguf")}, {"augmenting": {"it": str(tmp_path / "a.gguf")}}):
+        with pytest.raises(CalmError, match=r"quantization = 'nf4': .*a.gguf is a GGUF file, .*leave quantization out"):
+            check_recipe(fields(**bases, quantization="nf4"))
 
 
 def test_directory_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

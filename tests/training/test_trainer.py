@@ -336,6 +336,104 @@ def test_what_a_kill_while_saving_leaves_is_not_resumed_from(make_recipe: MakeRe
     assert weights(Path(recipe.training.output_dir, "checkpoint-8"))
 
 
+@pytest.mark.parametrize("doomed", ["checkpoint-4", "recipe.json"])
+def test_a_kill_while_deleting_or_beginning_leaves_nothing_half(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, die_at: DieAt, doomed: str
+):
+    """An old checkpoint that is being deleted is no checkpoint any more; a recipe is written as a whole."""
+    recipe = make_recipe(evaluates=False)
+    out = Path(recipe.training.output_dir)
+    rmtree, write_text = shutil.rmtree, Path.write_text
+
+    def delete(path: Any, **kwargs: Any) -> None:
+        if Path(path).name.endswith(doomed) and not Path(path).name.startswith(".saving-"):
+            next(Path(path).iterdir()).unlink()
+            raise Killed
+        rmtree(path, **kwargs)
+
+    def write(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if path.name.endswith(doomed) and checkpoints(recipe):
+            write_text(path, text[: len(text) // 2])
+            raise Killed
+        return write_text(path, text, *args, **kwargs)
+
+    with die_at(10), pytest.raises(Killed):
+        trainer.train(recipe)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", delete)
+        patch.setattr(Path, "write_text", write)
+        trainer.train(recipe, resume=True)
+    visible = [set(path.iterdir()) for path in out.glob("checkpoint-*")]
+    assert len(visible) >= 2 and {len(files) for files in visible} == {len(visible[0])}, "all have all their files"
+    json.loads((out / "recipe.json").read_text())
+    trainer.train(recipe, resume=True)
+    assert checkpoints(recipe) == ["checkpoint-12", "checkpoint-8"]
+
+
+def damaged_by(content: Any) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        if content is None:
+            (checkpoint / "optimizer.pt").unlink()
+        elif isinstance(content, bytes):
+            (checkpoint / "optimizer.pt").write_bytes(content)
+        else:
+            torch.save(content(torch.load(checkpoint / "optimizer.pt")), checkpoint / "optimizer.pt")
+
+    return damage
+
+
+def narrower(state: dict[str, Any]) -> dict[str, Any]:
+    state["state"][3] |= {name: value[:, :5] for name, value in state["state"][3].items() if value.dim()}
+    return state
+
+
+def of_fewer_weights(state: dict[str, Any]) -> dict[str, Any]:
+    state["param_groups"][0]["params"].pop()
+    return state
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (narrower, r"'exp_avg' has shape \(32, 5\) for a weight of shape \(32, 32\): .*of another composition"),
+        (of_fewer_weights, "it cannot be read: loaded state dict contains a parameter group that doesn't match"),
+        (b"PK half of a file", "it cannot be read: "),
+        (None, "it is not there"),
+    ],
+)
+def test_an_optimiser_state_that_does_not_fit_is_refused(
+    make_recipe: MakeRecipe, die_at: DieAt, content: Any, reason: str
+):
+    recipe = make_recipe(evaluates=False)
+    with die_at(10), pytest.raises(Killed):
+        trainer.train(recipe)
+    last = Path(recipe.training.output_dir, "checkpoint-8")
+    damaged_by(content)(last)
+    with pytest.raises(CalmError, match=rf"(?s)optimiser state in .*checkpoint-8 cannot be used: {reason}.*take that"):
+        trainer.train(recipe, resume=True)
+    shutil.rmtree(last)
+    assert trainer.train(recipe, resume=True).resumed_from == 4
+
+
+def test_other_batches_are_only_reported_if_a_step_has_other_examples(
+    make_recipe: MakeRecipe, die_at: DieAt, caplog: pytest.LogCaptureFixture
+):
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(make_recipe(evaluates=False))
+    same, other = {"per_device_batch_size": 4, "gradient_accumulation": 1}, {"gradient_accumulation": 3}
+    with die_at(10), pytest.raises(Killed):
+        trainer.train(make_recipe(evaluates=False, **same), resume=True)
+    assert "the recipe has changed" not in caplog.text
+    trainer.train(make_recipe(evaluates=False, **other), resume=True)
+    assert "training.gradient_accumulation: 1 -> 3" in caplog.text
+    assert "examples of an optimiser step: 4 -> 6 (" in caplog.text
+    last = Path(make_recipe().training.output_dir, "checkpoint-12")
+    for process in (0, 1):  # as two processes leave it
+        shutil.copy(last / "rng_state.pth", last / f"rng_state_{process}.pth")
+    trainer.train(make_recipe(evaluates=False, **other), resume=True)
+    assert "examples of an optimiser step: 12 -> 6 (" in caplog.text
+
+
 def test_loss_that_is_not_a_number_stops_the_run(make_recipe: MakeRecipe):
     recipe = make_recipe(learning_rate=1e38, warmup=0, max_grad_norm=1e30)
     with pytest.raises(CalmError, match=r"not a number at step 2 .*norm is nan.*lower training.learning_rate"):
@@ -523,3 +621,29 @@ def test_bfloat16(make_recipe: MakeRecipe, settings: dict[str, Any]):
     assert evaluated[20] < evaluated[10] - 0.02
     # the frozen models may be in bfloat16; what is trained and saved never is
     assert {w.dtype for w in weights(recipe.training.output_dir).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_bases(make_recipe: MakeRecipe, die_at: DieAt, quantization: str):
+    """The loss falls also after evaluations, a resumed run is the same, and what was trained is found again."""
+    settings = {"top": {"quantization": quantization}, "max_steps": 20, "eval_steps": 4}
+    whole, halves = make_recipe("whole", **settings), make_recipe("halves", **settings)
+    trainer.train(whole)
+    evaluated = losses(whole)["eval_loss"]
+    assert evaluated[20] < evaluated[8] < evaluated[4]
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(halves)
+    trainer.train(halves, resume=True)
+    assert losses(halves) == losses(whole)
+    assert {w.dtype for w in weights(whole.training.output_dir).values()} == {torch.float32}
+    model = calm.CalmForCausalLM.from_pretrained(whole.training.output_dir, dtype="auto")
+    names = {type(weight).__name__ for weight in (*model.anchor.parameters(), *model.augmenting.parameters())}
+    assert names == {"Parameter", {"int8": "Int8Tensor", "nf4": "Params4bit"}[quantization]}
+    with pytest.raises(CalmError, match=r"trained with another quantization \(quantization: '\w+' -> None\)"):
+        trainer.train(make_recipe("whole", max_steps=30), resume=True)
+
+
+def test_a_missing_quantization_library_is_named_at_once(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("calm.training.quantization.is_torchao_available", lambda: False)
+    with pytest.raises(CalmError, match=r"quantization = 'int8' needs torchao.*pip install 'calm-lm\[quantization\]'"):
+        trainer.train(make_recipe(top={"quantization": "int8"}))

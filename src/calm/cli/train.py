@@ -30,6 +30,10 @@ def train(
             result = run(checked, resume=resume)
     except TrainingInterrupted as interruption:
         raise TrainingInterrupted(f"{interruption}; go on with: calm train {recipe} --resume") from interruption
+    from torch import distributed
+
+    if distributed.is_initialized():  # left open, it may abort the process while Python ends
+        distributed.destroy_process_group()
     if as_json:
         print(json.dumps(asdict(result)))
         return

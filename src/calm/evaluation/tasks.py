@@ -82,7 +82,8 @@ def _has(manager: TaskManager, name: str) -> bool:
     """Whether there are tasks of this name, and everything that they name is there, too."""
     if name in manager.all_groups:
         members = (manager.task_index[name].cfg or {}).get("task", [])
-        return all(_has(manager, member if isinstance(member, str) else member["task"]) for member in members)
+        named = [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
+        return all(_has(manager, member) for member in named)
     return bool(manager.match_tasks([name]))
 
 

@@ -16,12 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from calm import sharding
+from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
 from calm.data import IGNORED
 from calm.errors import CalmError
 from calm.training.statistics import ConnectionStatistics
@@ -91,9 +94,9 @@ class CompositionTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
             if self.args.should_save:
-                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 _flush(staging / name)
                 os.replace(staging / name, run_dir / name)
@@ -109,9 +112,81 @@ class CompositionTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
+            self._delete_old_checkpoints(run_dir)
+
+    def _delete_old_checkpoints(self, run_dir: Path) -> None:
+        """Keep the last `save_total_limit` checkpoints, the best one among them.
+
+        Each is renamed first: a run that is killed while it deletes leaves no half of one.
+        """
+        checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir))]
+        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
+        excess = len(checkpoints) - max(self.args.save_total_limit, len(kept))
+        for old in [path for path in checkpoints if path not in kept][: max(excess, 0)]:
+            condemned = run_dir / f".deleting-{old.name}"
+            os.replace(old, condemned)
+            shutil.rmtree(condemned, ignore_errors=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer; of a sharded run without the frozen models, and of FSDP in the files of any other run."""
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            state = sharding.whole(self.optimizer.state_dict())
+            if self.args.should_save:
+                torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps: int, loader: DataLoader, checkpoint: str | None) -> tuple[Any, Any]:
+        """As the Trainer; DeepSpeed's checkpoints lack the frozen models, which are loaded already."""
+        if checkpoint is None or not self.is_deepspeed_enabled:
+            prepared: tuple[Any, Any] = super()._prepare_for_training(max_steps, loader, checkpoint)
+            return prepared
+        prepared = super()._prepare_for_training(max_steps, loader, None)
+        deepspeed_load_checkpoint(self.model_wrapped, checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As the Trainer; FSDP's connections are loaded before they are sharded."""
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best model, which is a composition, sharded or not."""
+        connections = self.accelerator.unwrap_model(self.model).connections
+        with sharding.gathered(connections):
+            expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
+            weights = read_weights(str(self.state.best_model_checkpoint), expected)
+        sharding.load(connections, {key.removeprefix(CONNECTIONS_PREFIX): value for key, value in weights.items()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
+        try:
+            if checkpoint is not None and self.is_fsdp_enabled:
+                found = torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True)
+                self.optimizer.load_state_dict(sharding.optimizer_state(found, self.optimizer))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:  # of the file system, of unpickling, of the optimiser: it depends on the damage
+            raise _unfit_optimizer(checkpoint, f"it cannot be read: {error}") from error
+        if checkpoint is None or self.is_deepspeed_enabled:  # which loads it with the model
+            return
+        if not self.optimizer.state:
+            raise _unfit_optimizer(checkpoint, "it is not there")
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != weight.shape:
+                    raise _unfit_optimizer(
+                        checkpoint,
+                        f"{name!r} has shape {tuple(value.shape)} for a weight of shape {tuple(weight.shape)}: it is "
+                        "that of another composition",
+                    )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save every new best model, also between the regular checkpoints."""
@@ -170,6 +245,13 @@ class LengthGrouped(Sampler[int]):
         """The indices of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+
+
+def _unfit_optimizer(checkpoint: str | None, reason: str) -> CalmError:
+    return CalmError(
+        f"the optimiser state in {checkpoint} cannot be used: {reason}; take that folder away to resume from the "
+        "checkpoint before it, or start a new run in another training.output_dir"
+    )
 
 
 def _flush(directory: Path) -> None:

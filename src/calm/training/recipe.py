@@ -161,6 +161,9 @@ class Recipe(_Section):
     attention: Literal["normalized", "paper"] = Field("normalized", description="one of normalized, paper")
     attend: Literal["causal", "prompt"] = Field("causal", description="one of causal, prompt")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="one of float32, bfloat16")
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="one of int8 (torchao), nf4 (4 bits, bitsandbytes), or left out"
+    )
     data: DataRecipe = Field(description="the section that says what to train on")
     training: TrainingRecipe = Field(description="the section that says how to train")
 
@@ -193,6 +196,16 @@ class Recipe(_Section):
             raise ValueError(
                 f"training.save_steps = {self.save_steps}: expected a multiple of training.eval_steps = "
                 f"{self.training.eval_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_once(self) -> Recipe:
+        models = [self.anchor, *([self.augmenting] if isinstance(self.augmenting, str) else self.augmenting.values())]
+        if self.quantization is not None and (gguf := [model for model in models if model.endswith(".gguf")]):
+            raise ValueError(
+                f"quantization = {self.quantization!r}: {gguf[0]} is a GGUF file, which transformers cannot quantize "
+                "while it loads it; leave quantization out, or take the model's safetensors files"
             )
         return self
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
 from calm.attention import Connection
+from calm.sharding import is_zero3, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -37,6 +39,13 @@ class ConnectionStatistics(TrainerCallback):
         self.values: dict[str, float] = {}
         self._hooks: list[Any] = []
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by the Trainer when the model is wrapped: where FSDP shards connections, they are gathered to look."""
+        for connection in self.connections:
+            register_fsdp_forward_method(connection, "attention_weights")
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -58,6 +67,9 @@ class ConnectionStatistics(TrainerCallback):
         self._hooks.clear()
         for index, connection in enumerate(self.connections):
             norms = [p.grad.float().norm() for p in connection.parameters() if p.grad is not None]
+            if is_zero3(next(connection.parameters())):  # which has taken the gradients away already
+                continue
+            norms = whole(norms)
             self.values[f"connection_{index}/gradient"] = torch.stack(norms).norm().item() if norms else 0.0
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, is_fsdp_enabled, unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
@@ -25,6 +26,7 @@ from calm.errors import CalmError, CheckpointError
 from calm.sources import Source, load_config
 from calm.training import augmenting_outputs
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
+from calm.training.quantization import quantization_config
 from calm.training.recipe import Recipe
 from calm.training.statistics import STATISTICS, ConnectionStatistics
 
@@ -94,9 +96,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
+    dtype = getattr(torch, recipe.dtype)
+    load_kwargs = {"dtype": dtype, "quantization_config": quantization_config(recipe.quantization, dtype)}
     arguments = _arguments(recipe, output_dir)  # from here on the processes of a distributed run know one another
+    _check_launch(recipe)
     with arguments.main_process_first(local=False, desc="looking at output_dir"):
-        checkpoint = _check_output_dir(output_dir, recipe, resume)
+        checkpoint = _check_output_dir(output_dir, recipe, resume, arguments.world_size)
     if checkpoint is not None and (finished := _finished_result(output_dir, recipe)) is not None:
         logger.warning("%s: this run is finished, so there is nothing to resume", output_dir)
         return finished
@@ -106,13 +111,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     kept_dirs = _kept_dirs(recipe, output_dir, {"training": train_data, "evaluation": eval_data})
     kept_before = bool(kept_dirs) and all(augmenting_outputs.is_kept(path) for path in kept_dirs.values())
     set_seed(recipe.training.seed)  # the new connections' weights
-    model = _load_model(recipe, checkpoint, load_augmenting=not kept_before)
+    model = _load_model(recipe, checkpoint, load_kwargs, load_augmenting=not kept_before)
     if kept_before:
         model.config.augmenting_references = augmenting_outputs.references(kept_dirs["training"])
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
-        (output_dir / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2))
+        _write_whole(output_dir / RECIPE_FILE, recipe.model_dump_json(indent=2))
     on_interrupt = SaveAndStop()
     trainer = CompositionTrainer(
         model=model,
@@ -150,21 +155,21 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     )
     try:
         trainer.save_model()  # the best one: the Trainer has loaded it back
-        if not arguments.should_save:
-            return result
-        tokenizer.save_pretrained(output_dir)
-        _plot_losses(output_dir, state.log_history)
-        _plot_connections(output_dir, state.log_history, model.config)
-        _write_log(output_dir, recipe, result, state.log_history)
+        if arguments.should_save:
+            tokenizer.save_pretrained(output_dir)
+            _plot_losses(output_dir, state.log_history)
+            _plot_connections(output_dir, state.log_history, model.config)
+            _write_log(output_dir, recipe, result, state.log_history)
     except (CheckpointError, OSError) as error:
         best = f"{PREFIX_CHECKPOINT_DIR}-{result.best_step}"
         raise CalmError(
             f"training is done and {output_dir / best} holds the model, but saving it failed: {error}"
         ) from error
+    trainer.accelerator.wait_for_everyone()  # launchers end the others when one process ends badly, however late
     return result
 
 
-def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | None:
+def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes: int) -> str | None:
     """Make `output_dir` and find the checkpoint to resume from; refuse to mix two runs in one directory."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -173,7 +178,7 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
         raise CalmError(
             f"training.output_dir = {recipe.training.output_dir!r} cannot be written to: {error}"
         ) from error
-    for stale in output_dir.glob(".saving-*"):  # of a run that was killed while it saved
+    for stale in (*output_dir.glob(".saving-*"), *output_dir.glob(".deleting-*")):  # of a run that was killed meanwhile
         shutil.rmtree(stale, ignore_errors=True)
     last = get_last_checkpoint(output_dir)
     if not resume:
@@ -197,6 +202,18 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool) -> str | N
         raise CalmError(
             f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so "
             "its checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
+        )
+    sizes = [
+        values["training"]["per_device_batch_size"] * values["training"]["gradient_accumulation"] * count
+        for values, count in ((before, _processes_of(last)), (recipe.model_dump(), processes))
+    ]
+    for field in ("training.per_device_batch_size", "training.gradient_accumulation"):
+        if sizes[0] == sizes[1]:  # in other batches, or on other processes, but the same examples at each step
+            changed.pop(field, None)
+    if sizes[0] != sizes[1]:
+        changed["step"] = (
+            f"examples of an optimiser step: {sizes[0]} -> {sizes[1]} (per_device_batch_size x gradient_accumulation "
+            f"x {processes} processes)"
         )
     if changed:
         logger.warning(
@@ -224,6 +241,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") ->
         elif before.get(key) != now[key]:
             found[f"{path}{key}"] = f"{path}{key}: {before.get(key)!r} -> {now[key]!r}"
     return found
+
+
+def _processes_of(checkpoint: str) -> int:
+    """How many processes wrote a checkpoint: each leaves its random state."""
+    return max(len(list(Path(checkpoint).glob("rng_state_*.pth"))), 1)
 
 
 def _step_of(checkpoint: str) -> int:
@@ -267,7 +289,7 @@ def _kept_dirs(recipe: Recipe, output_dir: Path, data: dict[str, list[Row] | Non
     depths = {name: depth_of(load_config(Source.parse(base))) for name, base in augmenting.items()}
     pairs = choose_pairs(recipe.connections, depths, depth_of(load_config(Source.parse(recipe.anchor))))
     layers = {name: sorted({p.augmenting_layer for p in pairs if p.augmenting == name}) for name in augmenting}
-    precision = f"{recipe.dtype} bf16={recipe.training.bf16} fp16={recipe.training.fp16}"
+    precision = f"{recipe.dtype} {recipe.quantization} bf16={recipe.training.bf16} fp16={recipe.training.fp16}"
     return {
         name: directory / augmenting_outputs.key_of(augmenting, layers, rows, precision)
         for name, rows in data.items()
@@ -294,6 +316,23 @@ def _keep_augmenting_outputs(trainer: CompositionTrainer, model: CalmForCausalLM
     model.release_augmenting()
 
 
+def _check_launch(recipe: Recipe) -> None:
+    """Refuse what cannot be sharded, and see to it that each process loads the frozen models, which it compares."""
+    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    if sharded and recipe.quantization == "int8":
+        raise CalmError(
+            "quantization = 'int8': FSDP and DeepSpeed cannot shard torchao's weights; take nf4, which they can, or "
+            "data parallelism (torchrun, or examples/accelerate/ddp.yaml)"
+        )
+    if is_fsdp_enabled():  # transformers means by it that this flag is set
+        raise CalmError(
+            "fsdp_cpu_ram_efficient_loading = true: only one process of a node would load the frozen models, and each "
+            "compares them with those that a checkpoint was trained against; set it to false, as in "
+            "examples/accelerate/fsdp2.yaml"
+        )
+    unset_hf_deepspeed_config()  # which would have ZeRO-3 shard weights as they are loaded
+
+
 def _check_loggers(recipe: Recipe) -> None:
     """Refuse a logger that is not there, before the models are loaded."""
     available = get_available_reporting_integrations()
@@ -305,15 +344,16 @@ def _check_loggers(recipe: Recipe) -> None:
             )
 
 
-def _load_model(recipe: Recipe, checkpoint: str | None, load_augmenting: bool) -> CalmForCausalLM:
+def _load_model(
+    recipe: Recipe, checkpoint: str | None, load_kwargs: dict[str, Any], load_augmenting: bool
+) -> CalmForCausalLM:
     """Compose the models anew, or load a checkpoint, which also checks that the bases are still the same ones.
 
     What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
     """
-    dtype = getattr(torch, recipe.dtype)
     if checkpoint is not None:
         model = calm.CalmForCausalLM.from_pretrained(
-            checkpoint, augmenting=None if load_augmenting else {}, dtype=dtype
+            checkpoint, augmenting=None if load_augmenting else {}, **load_kwargs
         )
         model.connections.float()
         return model
@@ -325,7 +365,7 @@ def _load_model(recipe: Recipe, checkpoint: str | None, load_augmenting: bool) -
         attention=recipe.attention,
         attend=recipe.attend,
         load_augmenting=load_augmenting,
-        dtype=dtype,
+        **load_kwargs,
     )
     model.connections.float()
     return model
@@ -382,9 +422,14 @@ def _write_log(output_dir: Path, recipe: Recipe, result: TrainingResult, history
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "history": history,
     }
-    staging = output_dir / f".{LOG_FILE}"
-    staging.write_text(json.dumps(log, indent=2))
-    staging.replace(output_dir / LOG_FILE)  # its presence says that the run is finished
+    _write_whole(output_dir / LOG_FILE, json.dumps(log, indent=2))  # its presence says that the run is finished
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that a run that is killed leaves the one from before."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(text)
+    staging.replace(path)
 
 
 def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
