@@ -287,6 +287,32 @@ def load_bases(
     return anchor_model, models
 
 
+def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: Any) -> PreTrainedModel:
+    """Load one base of a composition alone and whole, with its own head: what the composition is compared with.
+
+    Args:
+        config: The composition.
+        name: `"anchor"`, or an augmenting model's name.
+        where: Where it is now, instead of its recorded reference.
+        load_kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: If there is no such part, if it is missing or unreadable, or not the base trained against.
+    """
+    if name == "anchor":
+        return load_bases(config, where, augmenting={}, **load_kwargs)[0]
+    if name not in config.augmenting_configs:
+        raise CheckpointError(
+            f"This composition has no part {name!r}: expected 'anchor' or one of its augmenting models, "
+            f"{', '.join(map(repr, config.augmenting_configs))}."
+        )
+    role, reference = f"the augmenting model {name!r}", config.augmenting_references.get(name, {})
+    source = _find(role, where, reference)
+    model = _take(role, None, source, config.augmenting_configs[name], **_as_recorded(reference, load_kwargs))
+    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference.get("fingerprint", {}), role)
+    return model
+
+
 def _as_recorded(reference: Mapping[str, Any], load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """How to load a base: as it was, where it was quantized, and otherwise as asked for."""
     recorded = {} if "quantization_config" in load_kwargs else reference.get("loaded_with", {})

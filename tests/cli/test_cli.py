@@ -75,7 +75,7 @@ def expected(folder: Path, prompt: str, tokens: int, **options: Any) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", ["", "demo", "plan", "compose", "train", "generate", "chat", "inspect"])
+@pytest.mark.parametrize("name", ["", "demo", "plan", "compose", "train", "generate", "chat", "evaluate", "inspect"])
 def test_help_and_wrong_usage(name: str):
     assert "Usage: " in run(*name.split(), "--help").output
     assert "No such option" in run(*name.split(), "--nonsense", code=2).output

@@ -1,4 +1,4 @@
-"""Loads a composition and its tokenizer for the commands that generate."""
+"""Loads a composition and its tokenizer for the commands that generate, and other models for `calm evaluate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from calm.cli.arguments import parse_augmenting
 from calm.errors import CalmError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from calm.model import CalmForCausalLM
 
@@ -59,6 +59,40 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return composed, tokenizer
+
+
+def load_model(
+    model: str, part: str | None, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a composition, a part of it ("anchor", or the name of an augmenting model), or any causal language model.
+
+    Returns:
+        The model, on the GPU if there is one, and the tokenizer; a part's is the composition's, so that all of them
+        are asked the same.
+
+    Raises:
+        CalmError: If it cannot be loaded.
+    """
+    import torch
+
+    import calm
+    from calm import sources
+    from calm.data import load_tokenizer
+
+    source = sources.Source.parse(model)
+    config = sources.load_config(source)
+    if isinstance(config, calm.CalmConfig):
+        if part is None or part == "composed":
+            return load(model, anchor, augmenting, dtype, device)
+        moved = parse_augmenting(augmenting) if augmenting else None
+        where = anchor if part == "anchor" else moved.get(part) if isinstance(moved, dict) else moved
+        loaded = sources.load_part(config, part, where, dtype=dtype)
+    elif part is not None or anchor or augmenting:
+        raise CalmError(f"{model!r} is not a composition, but a {config.model_type!r}: it has no parts to name.")
+    else:
+        loaded = sources.load_anchor(source, config, dtype=dtype)
+    loaded.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded, load_tokenizer(model)
 
 
 def length(composed: CalmForCausalLM, prompt_length: int, max_new_tokens: int | None) -> int:

