@@ -307,6 +307,15 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
+def computing_device(model: PreTrainedModel, layer: nn.Module) -> torch.device:
+    """Where a layer of a model computes: where its weights are or, if offloaded, where they are brought to."""
+    device = next(layer.parameters()).device
+    placed = getattr(model, "hf_device_map", None)  # a model that transformers spread over devices has one
+    if device.type != "meta" or placed is None:
+        return device
+    return torch.device(next((place for place in placed.values() if place not in ("cpu", "disk")), "cpu"))
+
+
 def cache_argument(model: nn.Module) -> str:
     """The name under which a model's forward takes its cache."""
     return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache_params"

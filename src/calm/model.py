@@ -112,9 +112,10 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 cast(int, config.num_heads),
                 config.attention,
             )
-            reference = next(anchor_layers[pair.anchor_layer].parameters())
-            dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
-            self.connections.append(connection.to(device=reference.device, dtype=dtype))
+            layer = anchor_layers[pair.anchor_layer]
+            dtype = next(layer.parameters()).dtype
+            dtype = dtype if dtype.is_floating_point else self.anchor.dtype
+            self.connections.append(connection.to(backbones.computing_device(self.anchor, layer), dtype))
 
         self._disabled = False
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
