@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm.cli import loading
-from calm.cli.arguments import stdout_for
+from calm.cli.arguments import Dtype, stdout_for
 
 if TYPE_CHECKING:
     from calm.evaluation import Evaluation
@@ -37,7 +37,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and of sampling.")] = 1234,
     anchor: loading.Anchor = None,
     augmenting: loading.Augmenting = None,
-    dtype: loading.Dtype = "auto",
+    dtype: Dtype = "auto",
     device: loading.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
