@@ -151,3 +151,16 @@ def test_slopes(heads: int) -> None:
     slopes = alibi_slopes(heads)
     assert slopes.tolist() == pytest.approx([2 * 2 ** (-8 * i / max(heads, 8)) for i in range(heads)])
     assert all(math.isclose(b / a, 2 ** (-8 / max(heads, 8)), rel_tol=1e-5) for a, b in itertools.pairwise(slopes))
+
+
+def test_on_another_device() -> None:
+    """Moved once for all connections there; on its own device it is itself."""
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    alignment = align(visible_same_tokenizer(4, 0, 2, cpu), 4, torch.tensor([[0, 1, 1, 1]]))
+    assert alignment.sees is not None
+    moved = alignment.to(meta)
+    assert (moved.bias.device, moved.sees.device) == (meta, meta)
+    assert (moved.bias.shape, moved.sees.shape) == (alignment.bias.shape, alignment.sees.shape)
+    assert alignment.to(meta) is moved and alignment.to(cpu) is alignment
+    packed = align_causal(5, None, cpu, [3, 2]).to(meta)
+    assert packed.documents == [3, 2] and packed.bias.device == meta

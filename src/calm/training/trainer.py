@@ -315,6 +315,7 @@ def _keep_augmenting_outputs(trainer: CompositionTrainer, model: CalmForCausalLM
             outputs = augmenting_outputs.keep(model, rows, collator, trainer.accelerator, batch_size, path)
         return augmenting_outputs.RowsWithOutputs(rows, outputs)
 
+    model.augmenting.to(trainer.accelerator.device)  # where it is sharded, the Trainer has not moved it yet
     trainer.train_dataset = kept("training", trainer.train_dataset)
     if trainer.eval_dataset is not None:
         trainer.eval_dataset = kept("evaluation", trainer.eval_dataset)
