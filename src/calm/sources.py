@@ -308,7 +308,8 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
         )
     role, reference = f"the augmenting model {name!r}", config.augmenting_references.get(name, {})
     source = _find(role, where, reference)
-    model = _take(role, None, source, config.augmenting_configs[name], **_as_recorded(reference, load_kwargs))
+    expected, arguments = config.augmenting_configs[name], _as_recorded(reference, load_kwargs)
+    model = _take(role, None, source, expected, verify=True, **arguments)
     check_fingerprint(truncated(model, config.augmenting_depth(name)), reference.get("fingerprint", {}), role)
     return model
 

@@ -54,6 +54,7 @@ def test_errors_are_a_message_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, 
     assert "--allow-code-execution" in run(*common, "humaneval_offline", code=1).stderr
     assert "no part 'x'" in run(*common, "sums", "--part", "x", code=1).stderr
     assert "No such option" in run(*common, "sums", "--nonsense", code=2).output
+    assert "--device nowhere" in run(*common, "sums", "--part", "anchor", "--device", "nowhere", code=1).stderr
     run(composed_folder, code=2)
     run(*common, "sums", "--limit", 0, code=2)
     for module in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or "calm.evaluation" in name]:

@@ -37,23 +37,14 @@ def load(
     Raises:
         CalmError: If either cannot be loaded, or if there is no such device.
     """
-    import torch
-
     import calm
     from calm.data import load_tokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # as it is unknown, not built for, or not there
-        there = torch.accelerator.current_accelerator()
-        raise CalmError(
-            f"--device {device}: PyTorch cannot compute on it here; expected cpu{f' or {there.type}' if there else ''}"
-        ) from error
+    place = _usable(device)
     composed = calm.CalmForCausalLM.from_pretrained(
         model, anchor=anchor, augmenting=parse_augmenting(augmenting) if augmenting else None, dtype=dtype
     )
-    composed.to(device)
+    composed.to(place)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -71,14 +62,13 @@ def load_model(
         are asked the same.
 
     Raises:
-        CalmError: If it cannot be loaded.
+        CalmError: If it cannot be loaded, or if there is no such device.
     """
-    import torch
-
     import calm
     from calm import sources
     from calm.data import load_tokenizer
 
+    place = _usable(device)
     source = sources.Source.parse(model)
     config = sources.load_config(source)
     if isinstance(config, calm.CalmConfig):
@@ -91,8 +81,22 @@ def load_model(
         raise CalmError(f"{model!r} is not a composition, but a {config.model_type!r}: it has no parts to name.")
     else:
         loaded = sources.load_anchor(source, config, dtype=dtype)
-    loaded.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.eval().to(place)
     return loaded, load_tokenizer(model)
+
+
+def _usable(device: str | None) -> str:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # as it is unknown, not built for, or not there
+        there = torch.accelerator.current_accelerator()
+        raise CalmError(
+            f"--device {device}: PyTorch cannot compute on it here; expected cpu{f' or {there.type}' if there else ''}"
+        ) from error
+    return device
 
 
 def length(composed: CalmForCausalLM, prompt_length: int, max_new_tokens: int | None) -> int:
