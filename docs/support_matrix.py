@@ -1,6 +1,7 @@
 """Try every causal-LM architecture of the installed transformers in both roles and write docs/support-matrix.md.
 
 Run `python docs/support_matrix.py` (about four minutes on two cores), or `... --only llama gemma3_text` to see a few.
+What takes a package that is not installed is not tried: `gemma3n`, whose image tower is of timm (with torchvision).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from queue import Queue
 
@@ -92,6 +94,8 @@ def try_one(architecture: str, role: str) -> tuple[str, list[str]]:
         notes.append("with " + " and ".join(f"`{flag}={value}`" for flag, value in flags.items()))
     if "loading by name" in lacking:
         notes.append("only as a loaded model: transformers' Auto classes do not load what it saves")
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        notes.append(f"tried with timm {version('timm')}, which its image tower takes")
     if role != "anchor" and backbones.runs_whole(config):
         notes.append("as augmenting model it runs whole: its layers depend on how many there are")
     return "yes", notes

@@ -293,15 +293,30 @@ def mostly_slow(first: int, *cases: tuple) -> list:
     return [pytest.param(*case, marks=() if i < first else pytest.mark.slow) for i, case in enumerate(cases)]
 
 
+SMALL = {"connections": 1, "anchor_shape": (24, 2, 2), "augmenting_shapes": ((16, 2, 4),)}
+
+
 @pytest.mark.parametrize(
-    ("anchor", "attend"),
+    "mix",
     mostly_slow(
-        0, ("gemma3_text", "prompt"), ("llama", "causal"), ("gpt2", "causal"), ("gpt2", "prompt"), ("qwen3", "causal")
+        1,
+        (Mix("gpt2", attend="prompt", **SMALL),),
+        *(
+            (Mix(anchor, ("llama", "gemma3_text"), attend=attend),)
+            for anchor, attend in (
+                ("gemma3_text", "prompt"),
+                ("llama", "causal"),
+                ("gpt2", "causal"),
+                ("gpt2", "prompt"),
+                ("qwen3", "causal"),
+            )
+        ),
     ),
+    ids=lambda mix: f"{mix.anchor}-{mix.attend}-{len(mix.augmenting)}",
 )
-def test_compiled_without_a_break(anchor: str, attend: str) -> None:
+def test_compiled_without_a_break(mix: Mix) -> None:
     torch._dynamo.reset()
-    model = Mix(anchor=anchor, augmenting=("llama", "gemma3_text"), attend=attend).build()
+    model = mix.build()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0

@@ -105,6 +105,8 @@ OVERRIDES: dict[str, Any] = {
         "swa_v_head_dim": w // h,
     },
     "falcon_h1": lambda w, n, h: {"mamba_n_heads": h, "mamba_d_ssm": 2 * w},
+    # a small image tower: the usual one has 300M parameters
+    "gemma3n": lambda w, n, h: {"vision_config": {"model_type": "gemma3n_vision", "architecture": "test_resnet"}},
     "gemma3n_text": _SHARING,
     "gemma4_assistant": lambda w, n, h: NEEDED["gemma4_assistant"],
     "gemma4_unified_text": lambda w, n, h: {"layer_types": _cover(["full_attention", "sliding_attention"], n)},

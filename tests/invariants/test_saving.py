@@ -10,13 +10,17 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import factories
 import pytest
+import strategies
 import torch
 from factories import EOS, Mix, assert_identical
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +95,20 @@ def test_saved_and_loaded(augmenting: str, tmp_path: Path) -> None:
     again = tmp_path / "again"
     saved.load().save_pretrained(again)
     check_same_logits(CalmForCausalLM.from_pretrained(again), saved.model)
+
+
+@pytest.mark.parametrize("anchor", factories.ANCHORS)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_any_composition_saved_and_loaded(anchor: str, data: st.DataObject) -> None:
+    """Whatever is connected how: the choice of layers, heads, widths and modes comes back with the weights."""
+    mix = data.draw(strategies.mixes(anchor))
+    model = mix.build()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = CalmForCausalLM.from_pretrained(folder, anchor=mix.anchor_model(), augmenting=mix.augmenting_models())
+    assert loaded.config.layer_pairs == model.config.layer_pairs
+    check_same_logits(loaded, model)
 
 
 @pytest.mark.parametrize("anchor", (*factories.ANCHORS, *factories.OTHER_ANCHORS))
