@@ -16,8 +16,8 @@ TASKS = Path(__file__).parent / "tasks"
 @pytest.fixture(scope="session")
 def composed_folder(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "composed"
-    model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], connections=[(0, 0), (1, 1)])
     torch.manual_seed(0)
+    model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], connections=[(0, 0), (1, 1)])
     for connection in model.connections:
         torch.nn.init.normal_(connection.w_o.weight)
     model.save_pretrained(folder)
