@@ -69,7 +69,8 @@ class Sizes:
         turns: Turns of each comparison.
         tiny: A random model instead of SmolLM2-135M.
         specialist_layers: Layers of the specialist, for floor and LoRA.
-        quarter_layers: Layers of the augmenting model that is a quarter of the anchor, for full fine-tuning.
+        quarter: Width, layers, heads and inner width of the augmenting model for full fine-tuning: a random llama with
+            the anchor's vocabulary and a quarter of its parameters.
         width: Width of both models of the pair for CALM-pytorch, with heads of 64 numbers.
         depths: Layers of that anchor and of that augmenting model.
         vocabulary: Tokens that this pair knows.
@@ -81,7 +82,7 @@ class Sizes:
     turns: int = 20
     tiny: bool = False
     specialist_layers: int = 15
-    quarter_layers: int = 8
+    quarter: tuple[int, int, int, int] = (320, 14, 5, 896)
     width: int = 512
     depths: tuple[int, int] = (12, 6)
     vocabulary: int = 20_000
@@ -94,7 +95,7 @@ QUICK = Sizes(
     turns=2,
     tiny=True,
     specialist_layers=4,
-    quarter_layers=2,
+    quarter=(32, 4, 2, 64),
     width=128,
     depths=(4, 2),
     vocabulary=256,
@@ -202,7 +203,9 @@ def lora_step(anchor: PreTrainedModel, trainable: int, step: Step) -> tuple[Call
 def against_full_fine_tuning(sizes: Sizes) -> list[Result]:
     """A step against one that trains every weight of the anchor, with the anchor's usual loss: its head is trained."""
     anchor = load_anchor(sizes)
-    quarter = specialist_of(anchor, sizes.quarter_layers)
+    width, layers, heads, inner = sizes.quarter
+    vocabulary = anchor.config.vocab_size
+    quarter = llama(width=width, layers=layers, heads=heads, inner=inner, vocabulary=vocabulary, context=sizes.tokens)
     tuned = copy.deepcopy(anchor).requires_grad_()
     model = randomize_outputs(calm.compose(anchor, quarter, sizes.connections))
     step = Step(model, row_of_tokens(sizes, anchor.config.vocab_size))
