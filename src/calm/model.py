@@ -23,8 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import find_packed_sequence_indices
@@ -36,8 +34,9 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, context_of, text_config, width_of
+from calm.config import CalmConfig, context_of, width_of
 from calm.errors import CalmError
+from calm.generation import CompositionGeneration
 from calm.headless import Headless
 from calm.sharding import gathered, whole
 
@@ -64,7 +63,7 @@ def _key(augmenting: str, layer: int) -> str:
 _thread = threading.local()
 
 
-class CalmForCausalLM(PreTrainedModel, GenerationMixin):
+class CalmForCausalLM(PreTrainedModel, CompositionGeneration):
     """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
 
     Make one with `calm.compose` or `CalmForCausalLM.from_pretrained`. Only `connections` is trained and saved.
@@ -529,120 +528,6 @@ class CalmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
                 "the smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
-
-    def _check_static_cache(self) -> None:
-        for base in (self.anchor, *self.augmenting.values()):
-            if base.config.model_type in backbones.NO_STATIC_CACHE:
-                raise CalmError(
-                    f"A {base.config.model_type!r} gives wrong results with a static cache in transformers; use the "
-                    "dynamic one, cache_implementation=None."
-                )
-
-    # -- generation ---------------------------------------------------------------------------------------------
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`."""
-        if self._disabled:
-            return self.anchor.generate(*args, **kwargs)
-        input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
-        if isinstance(input_ids, Tensor):
-            self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
-        return super().generate(*args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching of transformers drives attention itself and knows one model only.
-
-        Raises:
-            CalmError: Always.
-        """
-        raise CalmError(
-            "generate_batch (continuous batching) cannot run a composed model: it replaces the attention of one "
-            "model, and a composition has several. Use generate() with a padded batch, or serve the model with vLLM."
-        )
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
-
-    def _new_cache(self, max_length: int | None = None, offloading: bool = False) -> CalmCache:
-        return CalmCache.build(
-            text_config(self.anchor.config),
-            {name: text_config(model.config) for name, model in self.augmenting.items()},
-            len(self.connections),
-            max_length,
-            offloading,
-        )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        self._check_length(max_cache_length)
-        if generation_config.assistant_early_exit is not None:
-            raise CalmError(
-                f"assistant_early_exit={generation_config.assistant_early_exit}: a composed model cannot draft with "
-                "its first layers, since its connections need all of their own. Pass a smaller model that shares "
-                "the tokenizer as assistant_model=."
-            )
-        mask = model_kwargs.get("attention_mask")
-        length = mask.shape[1] if mask is not None else generation_config._mask_length
-        if generation_config.use_cache is False:
-            if self.config.attend == "prompt":
-                model_kwargs.setdefault("prompt_length", length)
-            return
-        cache = model_kwargs.get("past_key_values")
-        kind = generation_config.cache_implementation
-        if cache is None:
-            if kind not in (None, "dynamic", "offloaded", "static", "offloaded_static"):
-                raise CalmError(
-                    f"cache_implementation={kind!r}: expected 'dynamic', 'static', 'offloaded' or 'offloaded_static' "
-                    "for a composed model."
-                )
-            static_length = None
-            if kind in ("static", "offloaded_static"):
-                # as transformers does: never shrink from call to call, so that a compiled forward is not compiled anew
-                longest = max(max_cache_length, generation_config.max_cache_len or 0)
-                self._check_static_cache()
-                static_length = self._previous_max_cache_length = max(
-                    longest, getattr(self, "_previous_max_cache_length", 0)
-                )
-            cache = model_kwargs["past_key_values"] = self._new_cache(static_length, "offloaded" in (kind or ""))
-        elif kind is not None:
-            raise CalmError(f"Pass either past_key_values or cache_implementation={kind!r}, not both.")
-        if self.config.attend == "prompt":  # the cache says it from here on: an assistant model would not know the word
-            given = model_kwargs.pop("prompt_length", cache.prompt_length)  # a continued cache keeps its own
-            cache.prompt_length = length if given is None else given
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-
-    def create_masks_for_generate(
-        self,
-        config: PreTrainedConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: CalmCache,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """Give the padding mask one length for all decoding steps with a static cache, so that they compile once.
-
-        Every model and the connections make their own masks from it.
-
-        Args:
-            config: Unused: the bases' configurations count.
-            inputs_embeds: `[batch, length, 0]`, for its length.
-            attention_mask: `[batch, past + length]` or `None`.
-            past_key_values: The static `CalmCache`.
-            kwargs: Unused.
-
-        Returns:
-            `[batch, cache length]` when decoding; as given for several new tokens, which are compiled apart anyway
-            (recurrent models read the mask's last columns as those of the new tokens).
-        """
-        if attention_mask is None or inputs_embeds.shape[1] > 1:
-            return attention_mask
-        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
     # -- being frozen -------------------------------------------------------------------------------------------
 

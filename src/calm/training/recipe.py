@@ -161,9 +161,9 @@ class Recipe(_Section):
     attention: Literal["normalized", "paper"] = Field("normalized", description="one of normalized, paper")
     attend: Literal["causal", "prompt"] = Field("causal", description="one of causal, prompt")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="one of float32, bfloat16")
-    attn_implementation: (
-        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
-    ) = Field(None, description="one of eager, sdpa, flash_attention_2, flash_attention_3, flex_attention")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        Field(None, description="one of eager, sdpa, flash_attention_2, flash_attention_3, flex_attention")
+    )
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="one of int8 (torchao), nf4 (4 bits, bitsandbytes), or left out"
     )
