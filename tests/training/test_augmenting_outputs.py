@@ -103,6 +103,15 @@ def test_a_later_run_does_not_load_the_augmenting_model(
     assert configs[0]["augmenting_references"]["augmenting"]["fingerprint"]
     assert configs[0]["augmenting_references"] == configs[1]["augmenting_references"]
 
+    moved = Path(shutil.copytree(bases["augmenting"], tmp_path / "moved"))
+    with monkeypatch.context() as patch:
+        no_augmenting_model(patch)
+        third = recipe_in(tmp_path, bases | {"augmenting": str(moved)}, "moved_out", **common)
+        trainer.train(third)
+    reference = json.loads(Path(third.training.output_dir, "config.json").read_text())["augmenting_references"]
+    assert reference["augmenting"]["name_or_path"] == str(moved), "where it is now, not where it was"
+    assert reference["augmenting"]["fingerprint"] == configs[0]["augmenting_references"]["augmenting"]["fingerprint"]
+
     # another augmenting model, other layers or other data are not taken for what was kept
     weights = load_file(Path(bases["augmenting"], "model.safetensors"))
     weights["model.layers.0.mlp.up_proj.weight"] += 1e-3

@@ -117,7 +117,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     set_seed(recipe.training.seed)  # the new connections' weights
     model = _load_model(recipe, checkpoint, load_kwargs, load_augmenting=not kept_before)
     if kept_before:
-        model.config.augmenting_references = augmenting_outputs.references(kept_dirs["training"])
+        for name, reference in augmenting_outputs.references(kept_dirs["training"]).items():
+            # what only a loaded model tells; where it lies may have changed since
+            told = {key: reference[key] for key in ("fingerprint", "loaded_with") if key in reference}
+            model.config.augmenting_references[name] |= told
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
