@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     GenerationConfig,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.masking_utils import find_packed_sequence_indices
@@ -63,7 +64,8 @@ def _key(augmenting: str, layer: int) -> str:
 _thread = threading.local()
 
 
-class CalmForCausalLM(PreTrainedModel, CompositionGeneration):
+# GenerationMixin is named although it is inherited: transformers looks for it among the bases themselves
+class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
     """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
 
     Make one with `calm.compose` or `CalmForCausalLM.from_pretrained`. Only `connections` is trained and saved.
