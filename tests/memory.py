@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from calm.tracing import loss_of, update
 
-SHARED_OUT = Mix("llama", ("gpt2",), 2, anchor_shape=(128, 6, 4), augmenting_shapes=((64, 4, 2),))
+SHARED_OUT = Mix("llama", ("gpt2",), 2, anchor_shape=(256, 12, 4), augmenting_shapes=((128, 4, 2),))
 BATCH, LENGTH = 2, 48
 
 

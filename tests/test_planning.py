@@ -235,8 +235,9 @@ def test_each_of_two_processes_takes_what_was_planned(kind: str, tmp_path: Path)
     subprocess.run([*torchrun, memory.__file__, kind, tmp_path / "peak"], env=environment, check=True, timeout=300)
     found = int((tmp_path / "peak").read_text())
     planned = plan_of(memory.SHARED_OUT, processes=2)
-    assert getattr(planned, f"{kind}_bytes") == pytest.approx(found, rel=0.15)
-    assert planned.training_bytes != pytest.approx(found, rel=0.02)
+    # how many layers FSDP2 has gathered ahead differs from run to run: 5% to 13% above the plan were seen
+    assert getattr(planned, f"{kind}_bytes") == pytest.approx(found, rel=0.2 if kind == "sharded" else 0.1)
+    assert planned.training_bytes != pytest.approx(found, rel=0.05)
 
 
 def test_training_keeps_nothing_below_the_first_connection() -> None:
