@@ -1,0 +1,195 @@
+"""What an experiment measured: the paper's table with intervals, and how it was made; one JSON file a run (issue 4)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from calm.errors import CalmError
+from calm.experiments.steps import write_json
+
+METHODS = {
+    "m_A": "m_A alone",
+    "m_B": "m_B alone, few-shot",
+    "m_B_zero_shot": "m_B alone, zero-shot",
+    "composed": "m_A ⊕ m_B composed",
+    "vanilla_m_A": "composed with vanilla m_A",
+    "random_m_A": "composed with random m_A",
+    "encoder_m_A": "composed, m_A as an encoder",
+    "lora": "LoRA on m_B, D_C",
+    "full_on_DC": "m_B fine-tuned on D_C",
+    "full_on_all": "m_B fine-tuned on all of m_A's data",
+    "mixed_logits": "log-probabilities of m_A and m_B mixed",
+}
+"""The methods that are compared, in the order of tables, and what they are called there."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Cell(_Strict):
+    """One number of a table.
+
+    Attributes:
+        mean: Over the seeds.
+        interval: 95%, over test examples and, where there are several, seeds.
+        values: One for each seed.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    values: tuple[float, ...]
+
+
+class Row(_Strict):
+    """How the numbers of one row are to be read.
+
+    Attributes:
+        metric: Such as "chrF" or "exact match, %".
+        higher_is_better: Whether more is better.
+        examples: Test examples (texts, for a perplexity).
+        title: What people call the row, such as "Welsh to English".
+    """
+
+    metric: str
+    higher_is_better: bool
+    examples: int
+    title: str
+
+
+class Curve(_Strict):
+    """Numbers against something that was varied.
+
+    Attributes:
+        title: What is shown.
+        x: What was varied.
+        y: The metric.
+        points: By name of the line, (x, number).
+    """
+
+    title: str
+    x: str
+    y: str
+    points: dict[str, tuple[tuple[float, Cell], ...]]
+
+
+class Training(_Strict):
+    """How one method was trained, the first seed's where seeds differ.
+
+    Attributes:
+        trainable_parameters: How many numbers were trained; 0 for a method that trains none.
+        learning_rate: The one that was chosen.
+        searched: Learning rates (for `mixed_logits` weights of m_A) that were tried, with the loss or the metric on
+            the development set.
+        steps: Optimiser steps.
+        seconds: Of training, search included.
+    """
+
+    trainable_parameters: int
+    learning_rate: float | None = None
+    searched: dict[str, float] = {}
+    steps: int = 0
+    seconds: float = 0.0
+
+
+class Results(_Strict):
+    """One run of one domain.
+
+    Attributes:
+        domain: `key_value_arithmetic`, `low_resource` or `code`.
+        preset: Its sizes.
+        command: What makes it again.
+        date: When it ended, YYYY-MM-DD.
+        settings: The preset, whole.
+        seeds: Of data, weights and training.
+        rows: How to read the rows of `table`, `other` and `preservation`.
+        table: By row and method.
+        differences: By row and method, composed minus that method on the same examples.
+        other: More metrics of the same test sets, by row and method (rows named such as "cy BLEU").
+        preservation: What each method does to other abilities, by row (such as "English perplexity") and method.
+        curves: What was varied, and what came out.
+        training: By method; where rows were trained apart, by "METHOD ROW".
+        parameters: Of "anchor", "augmenting" and "composition".
+        examples: Answers to look at, by row: the prompt, the reference and what each method wrote.
+        notes: What a reader has to know.
+        hardware: What it ran on.
+        versions: Of Python and the packages that matter.
+        seconds: Wall clock of all steps, those kept from earlier calls included.
+    """
+
+    domain: str
+    preset: str
+    command: str
+    date: str
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    rows: dict[str, Row]
+    table: dict[str, dict[str, Cell]]
+    differences: dict[str, dict[str, Cell]] = {}
+    other: dict[str, dict[str, Cell]] = {}
+    preservation: dict[str, dict[str, Cell]] = {}
+    curves: dict[str, Curve] = {}
+    training: dict[str, Training] = {}
+    parameters: dict[str, int] = {}
+    examples: dict[str, list[dict[str, str]]] = {}
+    notes: tuple[str, ...] = ()
+    hardware: str
+    versions: dict[str, str]
+    seconds: float
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `FOLDER/DOMAIN/DATE-PRESET.json`.
+
+        Returns:
+            The file.
+
+        Raises:
+            CalmError: If it cannot be written.
+        """
+        path = Path(folder, self.domain, f"{self.date}-{self.preset}.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.model_dump(mode="json"))
+        except OSError as error:
+            raise CalmError(f"Cannot write the results to {str(path)!r}: {error}") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Results:
+        """Read what `save` wrote.
+
+        Raises:
+            CalmError: If it is not there, or no such file.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise CalmError(f"{str(path)!r} holds no results of an experiment: {error}") from error
+
+
+def made_here() -> dict[str, Any]:
+    """The fields of `Results` that say when and where it ran: `date`, `hardware`, `versions`."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{device}, {os.cpu_count()} CPU cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("calm-lm", "torch", "transformers")},
+        },
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
