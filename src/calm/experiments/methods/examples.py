@@ -44,7 +44,7 @@ class Metric(Protocol):
 
 
 @dataclass(frozen=True)
-class TestSet:
+class TaskSet:
     """Held-out examples of one row of the table.
 
     Attributes:
@@ -84,5 +84,5 @@ class Data:
     specialist: tuple[Example, ...]
     composition: tuple[Example, ...]
     development: tuple[Example, ...]
-    tests: Mapping[str, TestSet]
+    tests: Mapping[str, TaskSet]
     preserved: Mapping[str, tuple[str, ...]]
