@@ -21,13 +21,13 @@ import torch
 import typer
 from measuring import RESULTS, Result, compare_times, console, hardware, peak_bytes, show, take_turns, versions, write
 from parts import connection_inputs, gradients_start_at, randomize_outputs
-from real_models import SMOLLM2_135M
 from torch import Tensor
 from transformers import DynamicCache
 
 import calm
 from calm import sources
 from calm.backbones import layers_of, truncated
+from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.planning import plan
 
 PACKAGES = ("calm-lm", "torch", "transformers", "safetensors")

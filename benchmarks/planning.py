@@ -21,7 +21,6 @@ import torch
 import typer
 from measuring import RESULTS, console, hardware, held_bytes, peak_bytes, versions, write
 from overhead import PACKAGES
-from real_models import SMOLLM2_135M
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,6 +42,7 @@ import calm
 from calm import sources
 from calm.backbones import truncate_config, truncated
 from calm.calibration import DTYPES, Calibration, calibrate, load_calibration
+from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.planning import Plan, plan
 from calm.tracing import connections_in_float32, loss_of, update
 

@@ -37,13 +37,13 @@ from measuring import (
 )
 from parts import Step, adamw, loss_of, randomize_outputs
 from random_models import gpt2, llama
-from real_models import SMOLLM2_135M
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import calm
 from calm import sources
 from calm.backbones import decoder_of, layers_of, truncated
+from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.planning import plan
 
 PACKAGES = ("calm-lm", "torch", "transformers", "peft")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from factories import assert_identical, assert_same
-from real_models import GEMMA3_270M, SMOLLM2_135M
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import calm
+from calm.experiments.checkpoints import GEMMA3_270M, SMOLLM2_135M
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

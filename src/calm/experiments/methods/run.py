@@ -1,0 +1,256 @@
+"""run(): all methods on one pair of models, one data set and one seed; every method is kept once it is done."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import calm
+from calm.data import Row, load_tokenizer
+from calm.experiments.methods import bases, scoring, training
+from calm.experiments.methods.examples import Data, Example
+from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
+from calm.experiments.results import METHODS
+from calm.experiments.steps import fingerprint, once, read_json
+
+COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
+WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of m_A in `mixed_logits`; chosen on the development set."""
+
+Outcome = dict[str, Any]
+"""What one method leaves: `answers` by row, `nll` by preserved text set, `training`, as plain JSON."""
+
+
+def run(
+    data: Data,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    shared: Path,
+    console: Console,
+    rates: Mapping[str, float] | None = None,
+) -> dict[str, Outcome]:
+    """Train and evaluate the methods, each once.
+
+    Args:
+        data: of one pair of models.
+        settings: sizes and lengths.
+        seed: of weights and of the order of examples.
+        folder: where this data set's and seed's models and outcomes are kept.
+        shared: where the vanilla `m_A` is kept, which several data sets share.
+        console: is told what was done.
+        rates: learning rate (for `mixed_logits` the weight) by method, found with another seed; searched for here
+            if not given.
+
+    Returns:
+        The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
+    """
+    return _Run(data, settings, seed, folder, shared, console, rates).all()
+
+
+class _Run:
+    def __init__(
+        self,
+        data: Data,
+        settings: Settings,
+        seed: int,
+        folder: Path,
+        shared: Path,
+        console: Console,
+        rates: Mapping[str, float] | None,
+    ) -> None:
+        self.data, self.settings, self.seed, self.folder, self.console = data, settings, seed, folder, console
+        self.rates = rates
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.anchor)
+        self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
+        self.development = scoring.completion_rows(data.development, self.tokenizer, settings.max_length)
+        self.asked = fingerprint(
+            {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in data.tests.items()},
+            dict(data.preserved),
+        )
+
+    def all(self) -> dict[str, Outcome]:
+        self._make_bases()
+        return {method: self._method(method) for method in METHODS if method in self.settings.methods}
+
+    # --- bases ------------------------------------------------------------------------------------------------------
+
+    def _make_bases(self) -> None:
+        settings = self.settings
+        vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
+        self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
+        specialist = [*vanilla, settings.specialist, settings.max_length, fingerprint(self.data.specialist)]
+        self._once(self.specialist / "base.json", specialist, self._make_specialist)
+        self._once(self.random / "base.json", vanilla, self._make_random)
+        self.bases = fingerprint(specialist)
+
+    def _make_vanilla(self) -> Outcome:
+        settings = self.settings
+        if isinstance(settings.augmenting, str):
+            model = bases.load(settings.augmenting)
+        else:
+            model = bases.cut(bases.load(settings.anchor), settings.augmenting)
+        if settings.general is not None:
+            rows = scoring.text_rows(self.data.general, self.tokenizer, settings.max_length)
+            training.fine_tune(model, self.tokenizer, rows, settings.general, self.seed)
+        self._save(model, self.vanilla)
+        return {"parameters": model.num_parameters()}
+
+    def _make_specialist(self) -> Outcome:
+        model = bases.load(self.vanilla)
+        training.fine_tune(model, self.tokenizer, self._rows(self.data.specialist), self.settings.specialist, self.seed)
+        self._save(model, self.specialist)
+        return {"parameters": model.num_parameters()}
+
+    def _make_random(self) -> Outcome:
+        bases.save_random(self.vanilla, self.random, self.seed)
+        return {}
+
+    # --- methods ----------------------------------------------------------------------------------------------------
+
+    def _method(self, method: str) -> Outcome:
+        depends_on: list[Any] = [self.settings.anchor, self.asked, self.settings.dtype, method]
+        if method in TRAINED_ON_DC:
+            depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
+            rate, searched = self._rate(method, depends_on)
+            return self._once(
+                self.folder / f"{method}.json",
+                [*depends_on, rate],
+                lambda: self._evaluated(method, rate, searched),
+            )
+        if method in ("m_A", "mixed_logits"):
+            depends_on += [self.bases]
+        return self._once(self.folder / f"{method}.json", depends_on, lambda: self._untrained(method))
+
+    def _untrained(self, method: str) -> Outcome:
+        dtype = self.settings.dtype
+        if method == "m_A":
+            return self._measure(bases.load(self.specialist, dtype))
+        anchor = bases.load(self.settings.anchor, dtype)
+        if method != "mixed_logits":
+            return self._measure(anchor, few_shot=method == "m_B")
+        augmenting = bases.load(self.specialist, dtype)
+        if self.rates is not None:
+            weight, searched = self.rates[method], {}
+        else:
+            searched = {w: self._development_nll(scoring.mixed(anchor, augmenting, w)) for w in WEIGHTS}
+            weight = min(searched, key=lambda w: searched[w])
+        outcome = self._measure(anchor, mix=(augmenting, weight))
+        outcome["training"] |= {"learning_rate": weight, "searched": searched}
+        return outcome
+
+    def _rate(self, method: str, depends_on: Sequence[Any]) -> tuple[float, dict[str, float]]:
+        """The learning rate with the lowest loss on the development set after `search_steps`."""
+        if self.rates is not None:
+            return self.rates[method], {}
+        kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
+        candidates = self.settings.learning_rates[kind]
+
+        def trial(rate: float) -> Outcome:
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                model, _ = self._train(method, rate, self.settings.search_steps, Path(folder))
+                return {"nll": self._development_nll(scoring.logits_of(model))}
+
+        searched = {}
+        for rate in candidates:
+            settings = [*depends_on, self.settings.search_steps, rate, fingerprint(self.data.development)]
+            path = self.folder / "search" / f"{method}-{rate:g}.json"
+            searched[rate] = self._once(path, settings, lambda rate=rate: trial(rate))["nll"]  # type: ignore[misc]
+        best = min(searched, key=lambda rate: searched[rate])
+        return best, {f"{rate:g}": nll for rate, nll in searched.items()}
+
+    def _evaluated(self, method: str, rate: float, searched: Mapping[str, float]) -> Outcome:
+        folder = self.folder / method
+        started = time.perf_counter()
+        model, trained = self._train(method, rate, self.settings.steps, folder)
+        seconds = time.perf_counter() - started
+        development = self._development_nll(scoring.logits_of(model))
+        outcome = self._measure(model)
+        outcome["training"] = {
+            "trainable_parameters": trained,
+            "learning_rate": rate,
+            "searched": dict(searched),
+            "steps": self.settings.steps,
+            "seconds": round(seconds, 1),
+        }
+        outcome["development_nll"] = development
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        return outcome
+
+    def _train(self, method: str, rate: float, steps: int, folder: Path) -> tuple[PreTrainedModel, int]:
+        settings, fit = self.settings, Fit(steps, self.settings.rows, rate)
+        if method in COMPOSED:
+            augmenting = {"vanilla_m_A": self.vanilla, "random_m_A": self.random}.get(method, self.specialist)
+            result = training.train_composition(
+                settings.anchor,
+                augmenting,
+                self.data.composition,
+                settings,
+                fit,
+                self.seed,
+                folder,
+                attend="prompt" if method == "encoder_m_A" else "causal",
+            )
+            composed = calm.CalmForCausalLM.from_pretrained(folder, dtype=settings.dtype)
+            return composed.to(bases.device()).eval(), result.trainable_parameters
+        model = bases.load(settings.anchor)
+        examples = self.data.composition
+        if method == "lora":
+            model = training.with_lora(model, settings.lora_rank, self.seed)
+        elif method == "full_on_all":
+            examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
+        trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed)
+        return model.to(getattr(torch, settings.dtype)), trained
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self, model: PreTrainedModel, *, few_shot: bool = False, mix: tuple[PreTrainedModel, float] | None = None
+    ) -> Outcome:
+        settings = self.settings
+        logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
+        written = {
+            row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
+            for row, task in self.data.tests.items()
+        }
+        nll = {}
+        for name, texts in self.data.preserved.items():
+            rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
+            nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
+        return {"answers": written, "nll": nll, "training": {"trainable_parameters": 0}}
+
+    def _development_nll(self, logits: scoring.Logits) -> float:
+        found = scoring.negative_log_likelihoods(logits, self.development, self.tokenizer, self.settings.batch)
+        return scoring.mean_nll(found)
+
+    def _rows(self, examples: Sequence[Example]) -> list[Row]:
+        return scoring.completion_rows(examples, self.tokenizer, self.settings.max_length)
+
+    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _once(self, path: Path, settings: Any, compute: Callable[[], Outcome]) -> Outcome:
+        def timed() -> Outcome:
+            self.console.print(f"[dim]{path.relative_to(path.parents[2])} ...[/dim]")
+            started = time.perf_counter()
+            result = compute()
+            seconds = round(time.perf_counter() - started, 1)
+            self.console.print(f"{path.relative_to(path.parents[2])}: {seconds:.0f} s")
+            return {**result, "step_seconds": seconds}
+
+        return once(path, settings, timed)
+
+
+def seconds_of(folder: Path) -> float:
+    """Seconds of all steps that are kept below a folder."""
+    return sum(read_json(path, {}).get("result", {}).get("step_seconds", 0.0) for path in folder.rglob("*.json"))

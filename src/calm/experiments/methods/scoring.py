@@ -1,0 +1,197 @@
+"""What a model writes and how likely it finds texts: greedy answers, and negative log-likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from calm.data import IGNORED, CompletionCollator, Row, load_examples
+from calm.experiments.methods.examples import Example, TaskSet
+
+Item = TypeVar("Item")
+
+Logits = Callable[[dict[str, Tensor]], Tensor]
+"""Next-token logits [batch, length, vocabulary] of a batch of `input_ids`, `attention_mask` and `labels`."""
+
+
+def logits_of(model: PreTrainedModel) -> Logits:
+    """A model's logits; the labels tell a composition with `attend="prompt"` where its prompt ends."""
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        return model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False).logits
+
+    return run
+
+
+def mixed(anchor: PreTrainedModel, augmenting: PreTrainedModel, weight: float) -> Logits:
+    """Log-probabilities of two models, mixed: `(1 - weight) log p_B + weight log p_A`.
+
+    Args:
+        anchor: `m_B`.
+        augmenting: `m_A`, with the same vocabulary.
+        weight: of `m_A`, from 0 to 1.
+    """
+    of_anchor, of_augmenting = logits_of(anchor), logits_of(augmenting)
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        return (1 - weight) * of_anchor(batch).float().log_softmax(-1) + weight * of_augmenting(
+            batch
+        ).float().log_softmax(-1)
+
+    return run
+
+
+class MixedLogits(LogitsProcessor):
+    """Mixes another model's log-probabilities into those of the model that generates; made anew for each batch.
+
+    Args:
+        augmenting: the other model; it reads the same tokens, with a cache of its own.
+        weight: of its log-probabilities, from 0 to 1.
+        attention_mask: the prompts', int64 [batch, length], padded on the left.
+    """
+
+    def __init__(self, augmenting: PreTrainedModel, weight: float, attention_mask: Tensor) -> None:
+        self.augmenting, self.weight, self.mask = augmenting, weight, attention_mask
+        self.cache = DynamicCache(config=augmenting.config)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [batch, vocabulary] of the next token after `input_ids` [batch, length]."""
+        missing = input_ids.shape[1] - self.mask.shape[1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], dim=1)
+        seen = self.cache.get_seq_length()
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        logits = self.augmenting(
+            input_ids=input_ids[:, seen:],
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return (1 - self.weight) * scores.float().log_softmax(-1) + self.weight * logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSet,
+    batch: int,
+    *,
+    few_shot: bool = False,
+    mix: tuple[PreTrainedModel, float] | None = None,
+) -> list[str]:
+    """Greedy answers to a task set.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        task: what is asked.
+        batch: prompts at a time.
+        few_shot: put the task's examples before each prompt.
+        mix: `m_A` and its weight, for `mixed_logits`.
+
+    Returns:
+        The answers in the order of the examples, each up to the first stop string.
+    """
+    before = "".join(f"{example.prompt}{example.completion}\n\n" for example in task.few_shot) if few_shot else ""
+    prompts = [before + example.prompt for example in task.examples]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    given = [""] * len(prompts)
+    config = GenerationConfig(
+        max_new_tokens=task.max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    for indices in _batches(order, batch):
+        inputs = tokenizer(
+            [prompts[index] for index in indices], return_tensors="pt", padding=True, padding_side="left"
+        )
+        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        processors = LogitsProcessorList([MixedLogits(*mix, inputs["attention_mask"])] if mix else [])
+        written = model.generate(
+            **inputs,
+            generation_config=config,
+            logits_processor=processors,
+            stop_strings=list(task.stop) or None,
+            tokenizer=tokenizer,
+        )
+        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            given[index] = until(text, task.stop)
+    return given
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return min((text.partition(string)[0] for string in stop), key=len, default=text)
+
+
+def completion_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Tokenized examples whose completions are labelled, as training has them."""
+    fields = [{"prompt": example.prompt, "completion": example.completion} for example in examples]
+    return load_examples(fields, tokenizer, max_length=max_length)
+
+
+def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Tokenized plain texts, cut at `max_length`; all but the first token are labelled."""
+    rows = []
+    for text in texts:
+        ids = np.asarray(tokenizer(text)["input_ids"][:max_length], dtype=np.int32)
+        labels = ids.copy()
+        labels[0] = IGNORED
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+@torch.no_grad()
+def negative_log_likelihoods(
+    logits: Logits, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, batch: int
+) -> list[tuple[float, int]]:
+    """How unlikely the labelled tokens of each row are.
+
+    Args:
+        logits: of the model, from `logits_of` or `mixed`.
+        rows: `input_ids` and `labels`.
+        tokenizer: for padding.
+        batch: rows at a time.
+
+    Returns:
+        Nats and labelled tokens of each row.
+    """
+    collate = CompletionCollator.for_tokenizer(tokenizer)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    found = [(0.0, 0)] * len(rows)
+    for indices in _batches(order, batch):
+        inputs = collate([rows[index] for index in indices])
+        lengths = torch.tensor([len(rows[index]["input_ids"]) for index in indices])
+        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
+        predicted = logits(inputs)[:, :-1].float().log_softmax(-1).cpu()
+        labels = inputs["labels"][:, 1:]
+        labelled = labels != IGNORED
+        nats = -predicted.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * labelled
+        for place, index in enumerate(indices):
+            found[index] = (float(nats[place].sum()), int(labelled[place].sum()))
+    return found
+
+
+def mean_nll(found: Sequence[tuple[float, int]]) -> float:
+    """Nats a token."""
+    return sum(nats for nats, _ in found) / sum(tokens for _, tokens in found)
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,122 @@
+"""Trains bases and baselines by the transformers Trainer and PEFT, compositions by `calm.training`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm.data import CompletionCollator, Row
+from calm.experiments.methods.examples import Example
+from calm.experiments.methods.settings import Fit, Settings
+from calm.training import TrainingResult, train
+from calm.training.recipe import check_recipe
+
+
+def fine_tune(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], fit: Fit, seed: int
+) -> int:
+    """Train whatever of a model requires gradients.
+
+    Args:
+        model: float32, trained in place, left in evaluation mode.
+        tokenizer: for padding.
+        rows: `input_ids` and `labels`; drawn anew in each epoch, in batches of about one length.
+        fit: steps, rows and learning rate.
+        seed: of the order.
+
+    Returns:
+        How many parameters were trained.
+    """
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with tempfile.TemporaryDirectory() as nothing_is_written_here:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=nothing_is_written_here,
+                max_steps=fit.steps,
+                per_device_train_batch_size=fit.rows,
+                train_sampling_strategy="group_by_length",
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                learning_rate=fit.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+                bf16=True,
+                max_grad_norm=1.0,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                seed=seed,
+            ),
+            train_dataset=list(rows),
+            data_collator=CompletionCollator.for_tokenizer(tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    return trained
+
+
+def with_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
+    """Freeze a model and add LoRA to all of its linear layers but the head (alpha twice the rank)."""
+    set_seed(seed)
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    adapted: Any = get_peft_model(model, config)
+    return adapted
+
+
+def train_composition(
+    anchor: str | Path,
+    augmenting: str | Path,
+    examples: Sequence[Example],
+    settings: Settings,
+    fit: Fit,
+    seed: int,
+    folder: Path,
+    *,
+    attend: str = "causal",
+) -> TrainingResult:
+    """Compose two models and train the connections, going on from the last checkpoint if there is one.
+
+    Args:
+        anchor: `m_B`.
+        augmenting: `m_A`.
+        examples: `D_C`.
+        settings: connections, types and lengths.
+        fit: steps, rows and learning rate.
+        seed: of the connections' weights and of the order.
+        folder: where the composition is left.
+        attend: "causal", or "prompt" for `m_A` as an encoder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples), encoding="utf-8")
+    connections = settings.connections
+    recipe = check_recipe(
+        {
+            "anchor": str(anchor),
+            "augmenting": str(augmenting),
+            "connections": connections if isinstance(connections, int) else [list(pair) for pair in connections],
+            "attend": attend,
+            "dtype": settings.dtype,
+            "data": {"train": str(data), "max_length": settings.max_length, "augmenting_outputs": "memory"},
+            "training": {
+                "output_dir": str(folder),
+                "max_steps": fit.steps,
+                "per_device_batch_size": fit.rows,
+                "learning_rate": fit.learning_rate,
+                "keep_checkpoints": 1,
+                "seed": seed,
+                "bf16": settings.dtype == "bfloat16",
+            },
+        }
+    )
+    return train(recipe, resume=get_last_checkpoint(str(folder)) is not None)
