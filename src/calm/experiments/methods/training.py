@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -50,6 +51,7 @@ def fine_tune(
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
                 bf16=True,
+                use_cpu=not torch.cuda.is_available(),
                 max_grad_norm=1.0,
                 logging_strategy="no",
                 save_strategy="no",

@@ -1,0 +1,224 @@
+"""The engine of the experiments: every method on tiny models and a tiny data set, from training to intervals."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm.data import load_tokenizer
+from calm.errors import CalmError
+from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
+from calm.experiments.methods import bases, intervals, scoring, table
+from calm.experiments.methods.examples import Data, Example, TaskSet
+from calm.experiments.methods.metrics import Bleu, Chrf, Perplexity
+from calm.experiments.methods.run import run, seconds_of
+from calm.experiments.methods.settings import Fit, Settings
+from calm.experiments.results import METHODS, Results, made_here
+
+WORDS = ("ba", "be", "bi", "bo", "bu")
+
+
+@pytest.fixture(scope="module")
+def anchor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("anchor")
+    tokenizer = build_tokenizer(DataSettings())
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.08,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = random.Random(0)
+
+    def example() -> Example:
+        words = rng.choices(WORDS, k=3)
+        return Example(" + ".join(words) + " =", "".join(f" {WORDS.index(word) + 1}" for word in words))
+
+    examples = list(dict.fromkeys(example() for _ in range(400)))
+    task = TaskSet("Syllables", tuple(examples[:10]), Chrf(), 4, tuple(examples[20:22]), stop=(), others=(Bleu(),))
+    return Data(
+        general=("1 + 2 = 3", "3 - 1 = 2"),
+        specialist=tuple(examples[20:]),
+        composition=tuple(examples[20:40]),
+        development=tuple(examples[10:20]),
+        tests={"syllables": task},
+        preserved={"Arithmetic": ("4 + 2 = 6", "1 + 1 + 1 = 3")},
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(anchor):
+    return Settings(
+        anchor=str(anchor),
+        augmenting=(0, 3),
+        general=Fit(2, 2, 1e-3),
+        specialist=Fit(20, 16, 5e-3),
+        connections=2,
+        steps=4,
+        rows=4,
+        search_steps=2,
+        learning_rates={"composition": (1e-3, 5e-3), "lora": (1e-3,), "full": (1e-4,)},
+        lora_rank=2,
+        batch=4,
+        dtype="float32",
+        methods=tuple(METHODS),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(data, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    shown = io.StringIO()
+    outcomes = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    return folder, outcomes, shown.getvalue()
+
+
+def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(finished, data, settings):
+    _, outcomes, _ = finished
+    assert list(outcomes) == list(METHODS)
+    for method, outcome in outcomes.items():
+        assert len(outcome["answers"]["syllables"]) == 10, method
+        assert len(outcome["nll"]["Arithmetic"]) == 2, method
+    trained = {method: o["training"] for method, o in outcomes.items() if o["training"].get("steps")}
+    assert len(trained) == 7
+    assert {training["steps"] for training in trained.values()} == {settings.steps}
+    assert outcomes["composed"]["training"]["searched"].keys() == {"0.001", "0.005"}
+
+
+def test_a_finished_run_is_not_run_again_and_a_changed_one_is(finished, data, settings):
+    folder, outcomes, _ = finished
+    shown = io.StringIO()
+    again = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    assert json.loads(json.dumps(again)) == outcomes
+    assert shown.getvalue() == ""
+    assert seconds_of(folder) > 0
+
+    (folder / "cell" / "lora.json").unlink()  # as if it had been interrupted there
+    redone = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
+    assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
+    assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
+
+
+def test_results_hold_the_table_with_intervals_and_paired_differences(finished, data, tmp_path):
+    _, outcomes, _ = finished
+    fields = table.fields(data, {0: outcomes, 1: outcomes})
+    results = Results(
+        domain="test", preset="tiny", command="", settings={}, seeds=(0, 1), seconds=0.0, **made_here(), **fields
+    )
+    assert Results.load(results.save(tmp_path)) == results
+    references = [[example.completion.strip() for example in data.tests["syllables"].examples]]
+    for method, outcome in outcomes.items():
+        answers = outcome["answers"]["syllables"]
+        assert results.table["syllables"][method].mean == pytest.approx(
+            sacrebleu.corpus_chrf(answers, references).score
+        )
+        assert results.other["syllables BLEU"][method].mean == pytest.approx(
+            sacrebleu.corpus_bleu(answers, references).score
+        )
+        low, high = results.table["syllables"][method].interval
+        assert low <= results.table["syllables"][method].mean <= high
+    composed, alone = (results.table["syllables"][method].mean for method in ("composed", "m_A"))
+    assert results.differences["syllables"]["m_A"].mean == pytest.approx(composed - alone)
+    assert results.preservation["Arithmetic perplexity"]["m_B"] == results.preservation["Arithmetic perplexity"][
+        "m_B_zero_shot"
+    ]
+
+
+def test_a_perplexity_is_that_of_the_models_own_loss(anchor):
+    model, tokenizer = bases.load(anchor), load_tokenizer(anchor)
+    rows = scoring.text_rows(["1 + 2 = 3", "4 - 1 - 1 = 2 x 1"], tokenizer, 64)
+    found = scoring.negative_log_likelihoods(scoring.logits_of(model), rows, tokenizer, batch=2)
+    for row, (nats, tokens) in zip(rows, found, strict=True):
+        ids = torch.from_numpy(row["input_ids"]).long()[None]
+        assert nats / tokens == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+    expected = np.exp(sum(nats for nats, _ in found) / sum(tokens for _, tokens in found))
+    assert Perplexity().value(np.asarray(found).sum(axis=0), 2) == pytest.approx(expected)
+
+
+def test_mixed_logits_are_one_model_at_each_end_and_cached_as_uncached_between(anchor, settings, tmp_path):
+    bases.save_random(anchor, tmp_path / "random", 1)
+    first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
+    prompts = tokenizer(["1 + 2 =", "3 - 1 + 2 ="], return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+
+    def decode(weight: float) -> list[torch.Tensor]:
+        processor, tokens, steps = scoring.MixedLogits(second, weight, mask), ids, []
+        for _ in range(3):
+            positions = (torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1).cumsum(-1) - 1).clamp(0)
+            full = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1)
+            scores = first(tokens, attention_mask=full, position_ids=positions).logits[:, -1]
+            mixed = processor(tokens, scores)
+            other = second(tokens, attention_mask=full, position_ids=positions).logits[:, -1]
+            expected = (1 - weight) * scores.log_softmax(-1) + weight * other.log_softmax(-1)
+            steps.append((mixed, expected, scores.log_softmax(-1), other.log_softmax(-1)))
+            tokens = torch.cat([tokens, mixed.argmax(-1, keepdim=True)], 1)
+        return steps
+
+    with torch.no_grad():
+        for mixed, expected, _, _ in decode(0.4):
+            torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+        for mixed, _, alone, other in decode(0.0):
+            torch.testing.assert_close(mixed, alone)
+            assert not torch.allclose(mixed, other, atol=1e-2)  # the two are not the same model
+        for mixed, _, _, other in decode(1.0):
+            torch.testing.assert_close(mixed, other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_model_computes_with_the_layers_it_was_given(anchor):
+    model = bases.load(anchor)
+    smaller = bases.cut(model, (0, 3))
+    ids = torch.tensor([[5, 6, 7]])
+    kept = [model.model.layers[0], model.model.layers[3]]
+    model.model.layers = torch.nn.ModuleList(kept)
+    torch.testing.assert_close(smaller(ids).logits, model(ids, use_cache=False).logits)
+    with pytest.raises(CalmError, match=r"expected layers from 0 to 1"):
+        bases.cut(smaller, (0, 2))
+
+
+def test_answers_end_at_the_first_stop_string():
+    assert scoring.until("one\ntwo; three", ("\n", ";")) == "one"
+    assert scoring.until("one", ("\n",)) == "one"
+
+
+def test_an_interval_covers_what_it_says_and_a_paired_difference_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(1)
+
+    def mean(sums: np.ndarray, examples: int) -> float:
+        return float(sums[0] / examples)
+
+    covered = 0
+    for _ in range(40):
+        drawn = rng.normal(0.3, 1, size=(60, 1))
+        low, high = intervals.cell([drawn], mean).interval
+        covered += low <= 0.3 <= high
+    assert 33 <= covered <= 40  # 38 expected
+
+    easy = rng.normal(0, 1, size=(200, 1))
+    better = easy + 0.1 + rng.normal(0, 0.05, size=(200, 1))
+    paired = intervals.difference([better], [easy], mean).interval
+    apart = [intervals.cell([one], mean).interval for one in (better, easy)]
+    assert 0 < paired[0] < 0.1 < paired[1]
+    assert apart[0][0] < apart[1][1]  # apart, the two cannot be told from one another
