@@ -142,9 +142,10 @@ def test_results_hold_the_table_with_intervals_and_paired_differences(finished, 
         assert low <= results.table["syllables"][method].mean <= high
     composed, alone = (results.table["syllables"][method].mean for method in ("composed", "m_A"))
     assert results.differences["syllables"]["m_A"].mean == pytest.approx(composed - alone)
-    assert results.preservation["Arithmetic perplexity"]["m_B"] == results.preservation["Arithmetic perplexity"][
-        "m_B_zero_shot"
-    ]
+    assert (
+        results.preservation["Arithmetic perplexity"]["m_B"]
+        == results.preservation["Arithmetic perplexity"]["m_B_zero_shot"]
+    )
 
 
 def test_a_perplexity_is_that_of_the_models_own_loss(anchor):

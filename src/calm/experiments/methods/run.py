@@ -56,6 +56,31 @@ def run(
     return _Run(data, settings, seed, folder, shared, console, rates).all()
 
 
+def rates_of(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, float] | None:
+    """What `run` takes as `rates`: those that the first finished seed found, or None if there is none."""
+    for of_seed in outcomes.values():
+        return {
+            method: outcome["training"]["learning_rate"]
+            for method, outcome in of_seed.items()
+            if "learning_rate" in outcome["training"]
+        }
+    return None
+
+
+def parameters_of(folder: Path) -> dict[str, int]:
+    """Sizes of the models of a finished run: "anchor", "augmenting", and "composition" (its trained parameters)."""
+
+    def of(path: Path) -> dict[str, Any]:
+        return dict(read_json(path, {}).get("result", {}))
+
+    found = {
+        "anchor": of(folder / "m_B.json").get("parameters"),
+        "augmenting": of(folder / "m_A" / "base.json").get("parameters"),
+        "composition": of(folder / "composed.json").get("training", {}).get("trainable_parameters"),
+    }
+    return {name: number for name, number in found.items() if number is not None}
+
+
 class _Run:
     def __init__(
         self,
@@ -226,7 +251,12 @@ class _Run:
         for name, texts in self.data.preserved.items():
             rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
             nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
-        return {"answers": written, "nll": nll, "training": {"trainable_parameters": 0}}
+        return {
+            "answers": written,
+            "nll": nll,
+            "parameters": model.num_parameters(),
+            "training": {"trainable_parameters": 0},
+        }
 
     def _development_nll(self, logits: scoring.Logits) -> float:
         found = scoring.negative_log_likelihoods(logits, self.development, self.tokenizer, self.settings.batch)
