@@ -10,7 +10,10 @@ from typing import Literal, Protocol, get_args
 from rich.console import Console
 
 from calm.errors import CalmError
+from calm.experiments.charts import save_charts
+from calm.experiments.report import write_report
 from calm.experiments.results import Results
+from calm.experiments.tables import print_results
 
 Domain = Literal["key_value_arithmetic", "low_resource", "code"]
 
@@ -55,8 +58,6 @@ def reproduce(
     Raises:
         CalmError: no such domain or preset; data or models that cannot be had; folders that cannot be written to.
     """
-    from calm.experiments import charts, report, tables
-
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
     module = importlib.import_module(f"calm.experiments.{domain}.reproduce")
@@ -72,9 +73,9 @@ def reproduce(
     run: Reproduce = module.reproduce
     results = run(preset, seeds, folder, console, allow_code_execution)
     path = results.save(results_dir)
-    tables.print_results(console, results)
-    drawn = charts.save_charts(results, path.parent)
-    written = report.write_report(Path(results_dir))
+    print_results(console, results)
+    drawn = save_charts(results, path.parent)
+    written = write_report(Path(results_dir))
     for file in (path, *drawn, written):
         console.print(str(file), markup=False)
     return path

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from calm.experiments.checkpoints import SMOLLM2_135M
+from calm.experiments.low_resource import hub
 from calm.experiments.low_resource.data import DataSettings, describe, load
+from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
@@ -24,13 +26,13 @@ class Preset:
     Attributes:
         languages: rows of the table. Learning rates are searched with the first seed of each.
         seeds: of the split, the models and the order of examples.
-        data: how the messages are split.
+        data: how Debian's messages are split, or which data sets of a hub to take.
         methods: models and lengths of training; without an anchor, SmolLM2-135M.
     """
 
     languages: tuple[str, ...]
     seeds: tuple[int, ...]
-    data: DataSettings
+    data: DataSettings | HubSettings
     methods: Settings
 
 
@@ -78,6 +80,28 @@ PRESETS = {
             methods=tuple(METHODS),
         ),
     ),
+    # The paper's scale, on public checkpoints that share a tokenizer. Not run here; tests run it with stand-ins.
+    "paper": Preset(
+        languages=("cy", "ga", "gd", "oc", "rw", "xh"),
+        seeds=(0, 1, 2),
+        data=HubSettings(),
+        methods=Settings(
+            anchor="google/gemma-2-9b",
+            augmenting="google/gemma-2-2b",
+            general=None,
+            specialist=Fit(steps=10_000, rows=64, learning_rate=2e-5),
+            connections=8,
+            steps=2000,
+            rows=64,
+            search_steps=500,
+            learning_rates={
+                "composition": (3e-4, 1e-3, 2e-3),
+                "lora": (1e-4, 3e-4, 1e-3),
+                "full": (5e-6, 1e-5, 3e-5),
+            },
+            methods=tuple(METHODS),
+        ),
+    ),
 }
 
 
@@ -114,8 +138,11 @@ def reproduce_preset(
     fields: dict[str, Any] = {}
     described = {}
     for language in preset.languages:
-        data = load(language, preset.data, SPLIT, folder / "data")
-        described[language] = describe(language, preset.data, SPLIT, folder / "data")
+        if isinstance(preset.data, HubSettings):
+            data = hub.load(language, preset.data, SPLIT)
+        else:
+            data = load(language, preset.data, SPLIT, folder / "data")
+            described[language] = describe(language, preset.data, SPLIT, folder / "data")
         outcomes: dict[int, dict[str, Outcome]] = {}
         for seed in chosen:
             shared = folder / f"seed-{seed}"

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import calm
+from calm import planning
 from calm.data import Row, load_tokenizer
 from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.examples import Data, Example
@@ -230,7 +231,8 @@ class _Run:
         model = bases.load(settings.anchor)
         examples = self.data.composition
         if method == "lora":
-            model = training.with_lora(model, settings.lora_rank, self.seed)
+            composition = planning.plan(settings.anchor, str(self.specialist), settings.connections)
+            model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
         trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed)
