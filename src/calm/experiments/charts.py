@@ -88,8 +88,8 @@ def _gain_and_loss(results: Results) -> Figure:
     for axes, (kept, cells) in zip(panels, results.preservation.items(), strict=True):
         gained = next((name for name in results.table if name in kept.split()), next(iter(results.table)))
         for method in methods_of({kept: cells, gained: results.table[gained]}):
-            if method not in cells or method not in results.table[gained]:
-                continue
+            if method not in cells or method not in results.table[gained] or method == "m_B_zero_shot":
+                continue  # zero-shot and few-shot are one model
             x, y = results.table[gained][method], cells[method]
             colour = HIGHLIGHT if method == "composed" else NEUTRAL
             axes.errorbar(x.mean, y.mean, xerr=_arms(x), yerr=_arms(y), fmt="o", color=colour, capsize=2)
@@ -102,6 +102,8 @@ def _gain_and_loss(results: Results) -> Figure:
         axes.set_ylabel(f"{row.title}: {row.metric}")
         if not row.higher_is_better and all(cell.mean > 0 for cell in cells.values()):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_title(f"What is learned against {kept} (dotted: m_B's)", loc="left", fontsize=10)
     return figure
 

@@ -147,7 +147,14 @@ def _of_run(results: Results) -> list[str]:
         if rows:
             lines += [f"{heading}:", "", markdown(rows, results), ""]
     if results.training:
-        header = ["", "trained parameters", "learning rate", "of (development loss)", "steps", "minutes"]
+        header = [
+            "",
+            "trained parameters",
+            "learning rate (mixed: m_A's weight)",
+            "tried (result on the development set)",
+            "steps",
+            "minutes",
+        ]
         lines += ["How each was trained:", "", pipes([header, *_training(results)]), ""]
     for what, caption in charts.names_of(results).items():
         lines += [f"![{results.domain}: {caption}]({stem}-{what}.png)", ""]

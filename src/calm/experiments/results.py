@@ -17,7 +17,7 @@ from calm.experiments.steps import write_json
 
 METHODS = {
     "m_A": "m_A alone",
-    "m_B": "m_B alone, few-shot",
+    "m_B": "m_B alone",
     "m_B_zero_shot": "m_B alone, zero-shot",
     "composed": "m_A ⊕ m_B composed",
     "vanilla_m_A": "composed with vanilla m_A",

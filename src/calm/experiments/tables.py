@@ -16,7 +16,9 @@ def print_results(console: Console, results: Results) -> None:
         if rows:
             console.print(_table(heading, rows, results))
     if results.training:
-        shown = Table("", "trained parameters", "learning rate", "steps", "minutes", title="Training")
+        shown = Table(
+            "", "trained parameters", "learning rate (mixed: m_A's weight)", "steps", "minutes", title="Training"
+        )
         for name, training in results.training.items():
             rate = "" if training.learning_rate is None else f"{training.learning_rate:g}"
             minutes = f"{training.seconds / 60:.1f}"
@@ -60,7 +62,7 @@ def escape(text: str) -> str:
 
 def shown(cell: Cell) -> str:
     """A number with its interval: 33.1 [31.2, 35.0]."""
-    digits = 2 if abs(cell.mean) < 1 else 1
+    digits = 2 if 0 < abs(cell.mean) < 10 else 1
     if cell.interval is None:
         return f"{cell.mean:.{digits}f}"
     low, high = cell.interval
