@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calm.experiments import charts
 from calm.experiments.results import METHODS, Cell, Results
-from calm.experiments.tables import escape, markdown, methods_of, pipes, shown
+from calm.experiments.tables import TRAINING, escape, markdown, methods_of, pipes, shown
 
 PAPER = "Bansal et al. 2024, arXiv 2401.02412"
 
@@ -147,7 +147,7 @@ def _of_run(results: Results) -> list[str]:
         if rows:
             lines += [f"{heading}:", "", markdown(rows, results), ""]
     if results.training:
-        header = [
+        header = ["", *TRAINING, "tried (result on the development set)"]
             "",
             "trained parameters",
             "learning rate (mixed: m_A's weight)",
@@ -171,9 +171,9 @@ def _training(results: Results) -> Iterator[list[str]]:
             f"{METHODS.get(method, method)} {rest}".strip(),
             f"{training.trainable_parameters:,}",
             "" if training.learning_rate is None else f"{training.learning_rate:g}",
-            ", ".join(f"{rate} ({loss:.3f})" for rate, loss in training.searched.items()),
             str(training.steps),
             f"{training.seconds / 60:.1f}",
+            ", ".join(f"{rate} ({loss:.3f})" for rate, loss in training.searched.items()),
         ]
 
 

@@ -10,6 +10,9 @@ from rich.table import Table
 from calm.experiments.results import METHODS, Cell, Results
 
 
+TRAINING = ("trained parameters", "learning rate (mixed: m_A's weight)", "steps", "minutes")
+
+
 def print_results(console: Console, results: Results) -> None:
     """Print the table, what composition gains over each method, what is preserved, and what training took."""
     for heading, rows in sections(results).items():
