@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import transformers
+from typing import Literal
 
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings
@@ -56,6 +50,21 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """Where a recipe trains, and how.
+
+    Args:
+        device: "cpu", or "cuda" for one GPU.
+        bf16: compute in bfloat16 (autocast); weights, gradients and AdamW's states stay in float32.
+        loaders: processes that draw batches, so that the GPU need not wait for them; 0 draws in the training process.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16: bool = False
+    loaders: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on besides its seed.
 
@@ -74,6 +83,7 @@ class Recipe:
         evaluation_examples: held-out expressions for each task.
         validation_examples: expressions (over the composition keys) that show how training goes.
         workers: processes that train at the same time, each on one thread; 1 trains in this process.
+        hardware: where it trains.
     """
 
     data: DataSettings
@@ -90,6 +100,7 @@ class Recipe:
     evaluation_examples: int = 500
     validation_examples: int = 300
     workers: int = 2
+    hardware: Hardware = Hardware()
 
 
 PRESETS = {
@@ -127,13 +138,3 @@ def preset(name: str) -> Recipe:
         raise CalmError(f"preset={name!r}: expected one of {', '.join(PRESETS)}.")
     return PRESETS[name]
 
-
-def fingerprint(*parts: Any) -> str:
-    """Tell whether two results come from the same settings, seeds and library versions.
-
-    Args:
-        parts: dataclasses, strings and numbers.
-    """
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
-    versions = [torch.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps([plain, versions], sort_keys=True).encode()).hexdigest()[:16]

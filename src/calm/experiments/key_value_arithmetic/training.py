@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches
-from calm.experiments.key_value_arithmetic.recipe import TrainingSettings
+from calm.experiments.key_value_arithmetic.recipe import Hardware, TrainingSettings
 
 Report = Callable[[int, int, str], None]
 """What progress is told to: steps done, steps at most, a word on how it goes."""
@@ -27,6 +27,7 @@ def fit(
     seed: int,
     report: Report,
     validation: Mapping[str, Tensor] | None = None,
+    hardware: Hardware = Hardware(),
 ) -> int:
     """Train what requires gradients.
 
@@ -37,6 +38,7 @@ def fit(
         seed: of the Trainer.
         report: is told about progress.
         validation: `input_ids` and `labels` whose exact match is reported on the way.
+        hardware: where to train; the model is left there.
 
     Returns:
         The number of steps.
@@ -62,7 +64,9 @@ def fit(
                 report_to="none",
                 disable_tqdm=True,
                 seed=seed,
-                use_cpu=True,
+                use_cpu=hardware.device == "cpu",
+                bf16=hardware.bf16,
+                dataloader_num_workers=hardware.loaders,
             ),
             train_dataset=batches,
             data_collator=_only_item,
@@ -84,9 +88,9 @@ def exact_match(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        predicted = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].argmax(-1)
+        predicted = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits[:, :-1].argmax(-1)
     model.train(was_training)
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:].to(model.device)
     return 100 * ((predicted == labels) | (labels == IGNORED)).all(-1).float().mean().item()
 
 
