@@ -80,7 +80,6 @@ def settings(anchor):
         rows=4,
         search_steps=2,
         learning_rates={"composition": (1e-3, 5e-3), "lora": (1e-3,), "full": (1e-4,)},
-        lora_rank=2,
         batch=4,
         dtype="float32",
         methods=tuple(METHODS),
@@ -104,6 +103,9 @@ def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(f
     trained = {method: o["training"] for method, o in outcomes.items() if o["training"].get("steps")}
     assert len(trained) == 7
     assert {training["steps"] for training in trained.values()} == {settings.steps}
+    sizes = {method: trained[method]["trainable_parameters"] for method in ("composed", "random_m_A", "lora")}
+    assert sizes["composed"] == sizes["random_m_A"]
+    assert abs(sizes["lora"] - sizes["composed"]) < 0.1 * sizes["composed"]
     assert outcomes["composed"]["training"]["searched"].keys() == {"0.001", "0.005"}
 
 
@@ -142,9 +144,10 @@ def test_results_hold_the_table_with_intervals_and_paired_differences(finished, 
         assert low <= results.table["syllables"][method].mean <= high
     composed, alone = (results.table["syllables"][method].mean for method in ("composed", "m_A"))
     assert results.differences["syllables"]["m_A"].mean == pytest.approx(composed - alone)
-    assert results.preservation["Arithmetic perplexity"]["m_B"] == results.preservation["Arithmetic perplexity"][
-        "m_B_zero_shot"
-    ]
+    assert (
+        results.preservation["Arithmetic perplexity"]["m_B"]
+        == results.preservation["Arithmetic perplexity"]["m_B_zero_shot"]
+    )
 
 
 def test_a_perplexity_is_that_of_the_models_own_loss(anchor):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, train
+from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, reproduce, train
 from calm.errors import CalmError
 
 
@@ -46,6 +46,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("evaluate")(evaluate.evaluate)
+app.command("reproduce")(reproduce.reproduce)
 app.command("inspect")(inspect_.inspect)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import calm
+from calm import planning
 from calm.data import Row, load_tokenizer
 from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.examples import Data, Example
@@ -54,6 +55,31 @@ def run(
         The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
     """
     return _Run(data, settings, seed, folder, shared, console, rates).all()
+
+
+def rates_of(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, float] | None:
+    """What `run` takes as `rates`: those that the first finished seed found, or None if there is none."""
+    for of_seed in outcomes.values():
+        return {
+            method: outcome["training"]["learning_rate"]
+            for method, outcome in of_seed.items()
+            if "learning_rate" in outcome["training"]
+        }
+    return None
+
+
+def parameters_of(folder: Path) -> dict[str, int]:
+    """Sizes of the models of a finished run: "anchor", "augmenting", and "composition" (its trained parameters)."""
+
+    def of(path: Path) -> dict[str, Any]:
+        return dict(read_json(path, {}).get("result", {}))
+
+    found = {
+        "anchor": of(folder / "m_B.json").get("parameters"),
+        "augmenting": of(folder / "m_A" / "base.json").get("parameters"),
+        "composition": of(folder / "composed.json").get("training", {}).get("trainable_parameters"),
+    }
+    return {name: number for name, number in found.items() if number is not None}
 
 
 class _Run:
@@ -205,7 +231,8 @@ class _Run:
         model = bases.load(settings.anchor)
         examples = self.data.composition
         if method == "lora":
-            model = training.with_lora(model, settings.lora_rank, self.seed)
+            composition = planning.plan(settings.anchor, str(self.specialist), settings.connections)
+            model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
         trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed)
@@ -226,7 +253,12 @@ class _Run:
         for name, texts in self.data.preserved.items():
             rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
             nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
-        return {"answers": written, "nll": nll, "training": {"trainable_parameters": 0}}
+        return {
+            "answers": written,
+            "nll": nll,
+            "parameters": model.num_parameters(),
+            "training": {"trainable_parameters": 0},
+        }
 
     def _development_nll(self, logits: scoring.Logits) -> float:
         found = scoring.negative_log_likelihoods(logits, self.development, self.tokenizer, self.settings.batch)

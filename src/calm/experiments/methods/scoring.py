@@ -112,6 +112,7 @@ def answers(
     config = GenerationConfig(
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
+        stop_strings=list(task.stop) or None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
@@ -125,7 +126,6 @@ def answers(
             **inputs,
             generation_config=config,
             logits_processor=processors,
-            stop_strings=list(task.stop) or None,
             tokenizer=tokenizer,
         )
         texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -39,7 +39,6 @@ class Settings:
         rows: Examples in such a step.
         search_steps: Steps of each trial in the search for a learning rate.
         learning_rates: Those that are tried, by "composition", "lora" and "full".
-        lora_rank: Of LoRA on all of the anchor's linear layers; chosen for as many parameters as the composition has.
         max_length: Tokens of an example at most.
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.
@@ -57,7 +56,6 @@ class Settings:
     learning_rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {"composition": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
     )
-    lora_rank: int = 22
     max_length: int = 256
     batch: int = 32
     dtype: str = "bfloat16"
@@ -65,6 +63,4 @@ class Settings:
 
     def of_training(self) -> dict[str, Any]:
         """What a method that is trained on `D_C` depends on, besides its own learning rate and the models."""
-        return {
-            name: getattr(self, name) for name in ("connections", "steps", "rows", "lora_rank", "max_length", "dtype")
-        }
+        return {name: getattr(self, name) for name in ("connections", "steps", "rows", "max_length", "dtype")}

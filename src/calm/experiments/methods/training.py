@@ -67,8 +67,18 @@ def fine_tune(
     return trained
 
 
-def with_lora(model: PreTrainedModel, rank: int, seed: int) -> PreTrainedModel:
-    """Freeze a model and add LoRA to all of its linear layers but the head (alpha twice the rank)."""
+def with_lora(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:
+    """Freeze a model and add LoRA to all of its linear layers but the head (alpha twice the rank).
+
+    Args:
+        model: the model.
+        parameters: about so many are added: the rank is what comes nearest.
+        seed: of the new weights.
+    """
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    of_rank_1 = sum(module.in_features + module.out_features for module in linear)
+    rank = max(1, round(parameters / of_rank_1))
     set_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted: Any = get_peft_model(model, config)

@@ -1,0 +1,40 @@
+"""`calm reproduce`: one domain of the paper, with every baseline, from data to results."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Domain(str, Enum):
+    """The paper's sections 4.1, 4.2 and 4.3."""
+
+    key_value_arithmetic = "key_value_arithmetic"
+    low_resource = "low_resource"
+    code = "code"
+
+
+def reproduce(
+    domain: Annotated[Domain, typer.Argument(help="The domain of the paper.")],
+    preset: Annotated[str, typer.Option(help="cpu (under an hour on two cores), gpu, or paper.")] = "cpu",
+    seed: Annotated[list[int] | None, typer.Option(help="Instead of the preset's seeds; repeat for several.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where data and models go.")] = Path("runs/reproduce"),
+    results_dir: Annotated[Path, typer.Option(help="Where results, plots and REPORT.md go.")] = Path("results"),
+    allow_code_execution: Annotated[
+        bool, typer.Option(help="Run the code that models write (HumanEval), in limited processes of its own.")
+    ] = False,
+) -> None:
+    """Reproduce one domain of the paper: data, training, baselines, tables and plots. Run it again to go on."""
+    from calm.experiments.reproduce import reproduce as run
+
+    run(
+        domain.value,
+        preset,
+        seeds=seed,
+        output_dir=output_dir,
+        results_dir=results_dir,
+        allow_code_execution=allow_code_execution,
+    )

@@ -1,0 +1,124 @@
+"""The same data from a hub, for the `paper` preset: OPUS-100 to train on, FLORES+ to test, FineWeb-Edu as English."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from calm.errors import CalmError
+from calm.experiments.low_resource.catalogues import Pair
+from calm.experiments.low_resource.data import example, leaks, title
+from calm.experiments.methods.examples import Data, TaskSet
+from calm.experiments.methods.metrics import Bleu, Chrf
+
+FLORES: dict[str, str | None] = {
+    "br": None,  # not among FLORES+'s languages: tested on OPUS-100's own test split
+    "cy": "cym_Latn",
+    "ga": "gle_Latn",
+    "gd": "gla_Latn",
+    "oc": "oci_Latn",
+    "rw": "kin_Latn",
+    "xh": "xho_Latn",
+}
+"""What FLORES+ calls them."""
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """Data sets, by hub name or by a folder that `datasets.load_dataset` takes likewise.
+
+    Attributes:
+        parallel: with a `translation` column, in configurations such as "cy-en".
+        test: with a `text` column and `dev` and `devtest` splits, in configurations such as "cym_Latn".
+        general: with a `text` column.
+        general_config: its configuration.
+        general_texts: how many of them.
+        composition_share: D_C's size, in parts of `m_A`'s data (about 5% in the paper).
+        development: sentences for choosing learning rates.
+        max_new_tokens: how long an answer may be.
+    """
+
+    parallel: str = "Helsinki-NLP/opus-100"
+    test: str = "openlanguagedata/flores_plus"
+    general: str = "HuggingFaceFW/fineweb-edu"
+    general_config: str | None = "sample-10BT"
+    general_texts: int = 200_000
+    composition_share: float = 0.05
+    development: int = 500
+    max_new_tokens: int = 128
+
+
+def load(language: str, settings: HubSettings, seed: int) -> Data:
+    """One language's data, without training messages that are near a test sentence.
+
+    Args:
+        language: two letters, as in `FLORES`.
+        settings: data sets and sizes.
+        seed: of the choice of D_C, which is part of `m_A`'s data as in the paper.
+
+    Raises:
+        CalmError: a data set cannot be had, or has no such language.
+    """
+    pair = "-".join(sorted((language, "en")))
+    parallel = [
+        Pair(row["translation"]["en"].strip(), row["translation"][language].strip())
+        for row in _rows(settings.parallel, pair, "train")
+    ]
+    if FLORES.get(language) is None:
+        held_out = [
+            Pair(row["translation"]["en"].strip(), row["translation"][language].strip())
+            for row in _rows(settings.parallel, pair, "test")
+        ]
+        development, test = held_out[: settings.development], held_out[settings.development :]
+    else:
+        development = _flores(settings.test, FLORES[language], "dev")[: settings.development]
+        test = _flores(settings.test, FLORES[language], "devtest")
+    parallel = [one for one in dict.fromkeys(parallel) if all(one)]
+    leaking = {one for one, _ in leaks(parallel, [*development, *test])}
+    trained = [one for one in parallel if one not in leaking]
+    random.Random(seed).shuffle(trained)
+    composition = trained[: round(settings.composition_share * len(trained))]
+    texts = [
+        row["text"]
+        for row in itertools.islice(
+            _rows(settings.general, settings.general_config, "train", streaming=True), settings.general_texts + 200
+        )
+    ]
+    return Data(
+        general=tuple(texts[200:]),
+        specialist=tuple(example(one, language) for one in trained),
+        composition=tuple(example(one, language) for one in composition),
+        development=tuple(example(one, language) for one in development),
+        tests={
+            language: TaskSet(
+                title=f"{title(language)} to English",
+                examples=tuple(example(one, language) for one in test),
+                metric=Chrf(),
+                max_new_tokens=settings.max_new_tokens,
+                few_shot=tuple(example(one, language) for one in composition[:5]),
+                others=(Bleu(),),
+            )
+        },
+        preserved={"English": tuple(texts[:200])},
+    )
+
+
+def _flores(name: str, config: str | None, split: str) -> list[Pair]:
+    english, other = (_rows(name, which, split) for which in ("eng_Latn", config))
+    return [Pair(one["text"].strip(), two["text"].strip()) for one, two in zip(english, other, strict=True)]
+
+
+def _rows(name: str, config: str | None, split: str, streaming: bool = False) -> Sequence[dict[str, Any]]:
+    try:
+        loaded: Any = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # many: not found, gated, no network, no such configuration
+        raise CalmError(
+            f"the data set {name!r} ({config}, {split}) could not be read: {error} (FLORES+ wants you to accept its "
+            "terms on the hub and to log in with `hf auth login`)"
+        ) from error
+    return loaded

@@ -1,0 +1,169 @@
+"""The low-resource domain (paper section 4.2): XX to English for several languages, every method, several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from calm.experiments.checkpoints import SMOLLM2_135M
+from calm.experiments.low_resource import hub
+from calm.experiments.low_resource.data import DataSettings, describe, load
+from calm.experiments.low_resource.hub import HubSettings
+from calm.experiments.methods import table
+from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
+from calm.experiments.methods.settings import Fit, Settings
+from calm.experiments.results import METHODS, Results, made_here
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One size of the experiment.
+
+    Attributes:
+        languages: rows of the table. Learning rates are searched with the first seed of each.
+        seeds: of the split, the models and the order of examples.
+        data: how Debian's messages are split, or which data sets of a hub to take.
+        methods: models and lengths of training; without an anchor, SmolLM2-135M.
+    """
+
+    languages: tuple[str, ...]
+    seeds: tuple[int, ...]
+    data: DataSettings | HubSettings
+    methods: Settings
+
+
+# m_A: the anchor's first four layers and its last two, which is what a third of its size can be cut to and healed.
+_CUT = (0, 1, 2, 3, 28, 29)
+
+SPLIT = 0
+"""Seed of the split, which is the same for all seeds, so that they answer the same messages."""
+
+PRESETS = {
+    "cpu": Preset(
+        languages=("cy",),
+        seeds=(0,),
+        data=DataSettings(composition_held_out=True),
+        methods=Settings(
+            anchor="",
+            augmenting=_CUT,
+            general=Fit(steps=120, rows=16, learning_rate=1e-3),
+            specialist=Fit(steps=500, rows=32, learning_rate=8e-4),
+            connections=4,
+            steps=80,
+            rows=32,
+            search_steps=20,
+            methods=tuple(METHODS),
+        ),
+    ),
+    "gpu": Preset(
+        languages=("cy", "br", "xh"),
+        seeds=(0, 1, 2),
+        data=DataSettings(composition_held_out=True),
+        methods=Settings(
+            anchor="",
+            augmenting=_CUT,
+            general=Fit(steps=600, rows=16, learning_rate=1e-3),
+            specialist=Fit(steps=1500, rows=32, learning_rate=8e-4),
+            connections=4,
+            steps=200,
+            rows=32,
+            search_steps=60,
+            learning_rates={
+                "composition": (1e-3, 2e-3, 4e-3),
+                "lora": (3e-4, 6e-4, 1.2e-3),
+                "full": (3e-5, 1e-4, 3e-4),
+            },
+            methods=tuple(METHODS),
+        ),
+    ),
+    # The paper's scale, on public checkpoints that share a tokenizer. Not run here; tests run it with stand-ins.
+    "paper": Preset(
+        languages=("cy", "ga", "gd", "oc", "rw", "xh"),
+        seeds=(0, 1, 2),
+        data=HubSettings(),
+        methods=Settings(
+            anchor="google/gemma-2-9b",
+            augmenting="google/gemma-2-2b",
+            general=None,
+            specialist=Fit(steps=10_000, rows=64, learning_rate=2e-5),
+            connections=8,
+            steps=2000,
+            rows=64,
+            search_steps=500,
+            learning_rates={
+                "composition": (3e-4, 1e-3, 2e-3),
+                "lora": (1e-4, 3e-4, 1e-3),
+                "full": (5e-6, 1e-5, 3e-5),
+            },
+            methods=tuple(METHODS),
+        ),
+    ),
+}
+
+
+NOTES = (
+    "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
+    "Near-duplicates of a test message, in English or as the same translation, are in nothing that is trained on.",
+    "m_B answers with five examples of D_C before the message; every other method without.",
+)
+
+
+def reproduce(
+    preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
+) -> Results:
+    """Run what is not there yet of a preset.
+
+    Args:
+        preset: one of `PRESETS`.
+        seeds: instead of the preset's.
+        folder: where data, models and outcomes are kept.
+        console: is told what is done.
+        allow_code_execution: no code is executed in this domain.
+    """
+    return reproduce_preset(preset, PRESETS[preset], seeds, folder, console)
+
+
+def reproduce_preset(
+    name_of_preset: str, preset: Preset, seeds: Sequence[int] | None, folder: Path, console: Console
+) -> Results:
+    """As `reproduce`, with the sizes themselves."""
+    settings = preset.methods
+    if not settings.anchor:
+        settings = dataclasses.replace(settings, anchor=str(SMOLLM2_135M.folder()))
+    chosen = tuple(seeds) if seeds else preset.seeds
+    fields: dict[str, Any] = {}
+    described = {}
+    for language in preset.languages:
+        if isinstance(preset.data, HubSettings):
+            data = hub.load(language, preset.data, SPLIT)
+        else:
+            data = load(language, preset.data, SPLIT, folder / "data")
+            described[language] = describe(language, preset.data, SPLIT, folder / "data")
+        outcomes: dict[int, dict[str, Outcome]] = {}
+        for seed in chosen:
+            shared = folder / f"seed-{seed}"
+            outcomes[seed] = run(data, settings, seed, shared / language, shared, console, rates=rates_of(outcomes))
+        for name, rows in table.fields(data, outcomes).items():
+            of_language = {_key(name, row, language, preset.languages): value for row, value in rows.items()}
+            fields[name] = {**fields.get(name, {}), **of_language}
+    return Results(
+        domain="low_resource",
+        preset=name_of_preset,
+        command=f"calm reproduce low_resource --preset {name_of_preset}",
+        settings={**dataclasses.asdict(preset), "data_made": described},
+        seeds=chosen,
+        parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
+        notes=NOTES,
+        seconds=seconds_of(folder),
+        **fields,
+        **made_here(),
+    )
+
+
+def _key(field: str, row: str, language: str, languages: Sequence[str]) -> str:
+    """Rows of the tables name their language already; with several languages the others are made to."""
+    return f"{row} {language}" if len(languages) > 1 and field in ("training", "preservation") else row

@@ -1,0 +1,81 @@
+"""reproduce(): one domain of the paper from its data to results/, resumed where it was interrupted (issue 4)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+from rich.console import Console
+
+from calm.errors import CalmError
+from calm.experiments.charts import save_charts
+from calm.experiments.report import write_report
+from calm.experiments.results import Results
+from calm.experiments.tables import print_results
+
+Domain = Literal["key_value_arithmetic", "low_resource", "code"]
+
+
+class Reproduce(Protocol):
+    """What a domain's `reproduce` module has, beside `PRESETS`, whose names are those that it takes."""
+
+    def __call__(
+        self, preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
+    ) -> Results:
+        """Run what is not there yet, and return the results."""
+        ...
+
+
+def reproduce(
+    domain: Domain,
+    preset: str = "cpu",
+    *,
+    seeds: Sequence[int] | None = None,
+    output_dir: str | Path = "runs/reproduce",
+    results_dir: str | Path = "results",
+    allow_code_execution: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
+
+    Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
+    repeat as you like.
+
+    Args:
+        domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3).
+        preset: `cpu` (under an hour on two cores), `gpu` or `paper`.
+        seeds: instead of the preset's.
+        output_dir: for data, models and what they wrote.
+        results_dir: for the results.
+        allow_code_execution: run the code that models write (HumanEval of `code`), in limited processes of its own.
+        console: is told what happens.
+
+    Returns:
+        The results' JSON file.
+
+    Raises:
+        CalmError: no such domain or preset; data or models that cannot be had; folders that cannot be written to.
+    """
+    if domain not in get_args(Domain):
+        raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
+    module = importlib.import_module(f"calm.experiments.{domain}.reproduce")
+    if preset not in module.PRESETS:
+        raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
+    console = console or Console(highlight=False)
+    folder = Path(output_dir, f"{domain}-{preset}")
+    for place in (folder, Path(results_dir)):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalmError(f"{str(place)!r} cannot be written to ({error}); choose another folder.") from error
+    run: Reproduce = module.reproduce
+    results = run(preset, seeds, folder, console, allow_code_execution)
+    path = results.save(results_dir)
+    print_results(console, results)
+    drawn = save_charts(results, path.parent)
+    written = write_report(Path(results_dir))
+    for file in (path, *drawn, written):
+        console.print(str(file), markup=False)
+    return path

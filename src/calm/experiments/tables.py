@@ -1,0 +1,93 @@
+"""Results as tables, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from calm.experiments.results import METHODS, Cell, Results
+
+
+def print_results(console: Console, results: Results) -> None:
+    """Print the table, what composition gains over each method, what is preserved, and what training took."""
+    for heading, rows in sections(results).items():
+        if rows:
+            console.print(_table(heading, rows, results))
+    if results.training:
+        shown = Table("", "trained parameters", "learning rate", "steps", "minutes", title="Training")
+        for name, training in results.training.items():
+            rate = "" if training.learning_rate is None else f"{training.learning_rate:g}"
+            minutes = f"{training.seconds / 60:.1f}"
+            shown.add_row(_label(name), f"{training.trainable_parameters:,}", rate, str(training.steps), minutes)
+        console.print(shown)
+    for note in results.notes:
+        console.print(note, style="dim", markup=False)
+
+
+def sections(results: Results) -> dict[str, Mapping[str, Mapping[str, Cell]]]:
+    """The tables that results hold, by heading."""
+    return {
+        "Results": {**results.table, **results.other},
+        "Composed minus": results.differences,
+        "Preservation": results.preservation,
+    }
+
+
+def markdown(rows: Mapping[str, Mapping[str, Cell]], results: Results) -> str:
+    """One table, methods down and rows across; the last line ends without a newline."""
+    names = list(rows)
+    lines = [["", *(f"{escape(name)}, {_direction(results, name)}" for name in names)]]
+    for method in methods_of(rows):
+        cells = [shown(rows[name][method]) if method in rows[name] else "" for name in names]
+        label = METHODS[method]
+        lines.append([f"**{label}**" if method == "composed" else label, *cells])
+    return pipes(lines)
+
+
+def pipes(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table from its header and its rows; all columns but the first are numbers."""
+    header, *body = lines
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+
+
+def escape(text: str) -> str:
+    """Text in one cell of a Markdown table."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ⏎ ").replace("<", "&lt;").replace("`", "'")
+
+
+def shown(cell: Cell) -> str:
+    """A number with its interval: 33.1 [31.2, 35.0]."""
+    digits = 2 if abs(cell.mean) < 1 else 1
+    if cell.interval is None:
+        return f"{cell.mean:.{digits}f}"
+    low, high = cell.interval
+    return f"{cell.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def methods_of(rows: Mapping[str, Mapping[str, Cell]]) -> list[str]:
+    """The methods that occur, in the order of `METHODS`."""
+    return [method for method in METHODS if any(method in cells for cells in rows.values())]
+
+
+def _table(heading: str, rows: Mapping[str, Mapping[str, Cell]], results: Results) -> Table:
+    table = Table(title=f"{heading} ({results.domain}, preset {results.preset}, 95% intervals)")
+    table.add_column("")
+    for name in rows:
+        table.add_column(f"{name}\n{_direction(results, name)}", justify="right")
+    for method in methods_of(rows):
+        cells = [shown(rows[name][method]) if method in rows[name] else "" for name in rows]
+        table.add_row(METHODS[method], *cells, style="bold" if method == "composed" else None)
+    return table
+
+
+def _direction(results: Results, name: str) -> str:
+    row = results.rows[name]
+    return f"{row.metric} {'↑' if row.higher_is_better else '↓'}"
+
+
+def _label(name: str) -> str:
+    method, _, rest = name.partition(" ")
+    return f"{METHODS.get(method, method)} {rest}".strip()

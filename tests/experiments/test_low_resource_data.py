@@ -1,0 +1,144 @@
+"""Messages of a language: cleaned, split without leaks, and the same again under a seed; from catalogues made here."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import polib
+import pytest
+
+from calm.data import load_tokenizer
+from calm.errors import CalmError
+from calm.experiments import debian, english
+from calm.experiments.low_resource import catalogues
+from calm.experiments.low_resource.catalogues import Pair
+from calm.experiments.low_resource.data import DataSettings, describe, leaks, load, pair_of
+from calm.experiments.low_resource.duplicates import clusters
+
+SETTINGS = DataSettings(composition_share=0.1, development=10, test=40)
+WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Unpacked packages, as a user would put them there by hand: Xhosa messages and the two books."""
+    folder = tmp_path_factory.mktemp("packages")
+    rng = random.Random(0)
+    catalogue = polib.POFile()
+    for number in range(300):
+        text = " ".join(rng.sample(WORDS, 4)).capitalize()
+        # every fifth has a twin that differs in little
+        for variant in (text, text.replace(" ", ", ")[:-1]) if number % 5 == 0 else (text,):
+            catalogue.append(polib.POEntry(msgid=variant, msgstr=variant[::-1].lower(), msgctxt="menu"))
+    for number in range(30):  # one template
+        text = f"Error {number}: the printer does not answer any more"
+        catalogue.append(polib.POEntry(msgid=text, msgstr=text[::-1]))
+    for english_text, translation in (
+        ("~Undo the ruler", "Umgca ~wokubuyisela"),
+        ("Untranslated here", ""),
+        ("LibreOffice Writer", "LibreOffice Writer"),
+        ("<b>Bold</b> words here", "<b>amagama</b> apha"),
+        ("%1 / $(ARG1)", "$(ARG1) / %1"),
+        ("word " * 20, "igama " * 20),
+        ("Sum the cells", "Iiseli"),
+        ("Sum the Cells!", "Iiseli ezi"),
+    ):
+        catalogue.append(polib.POEntry(msgid=english_text, msgstr=translation))
+    place = folder / "libreoffice-l10n-xh/usr/lib/libreoffice/program/resource/xh/LC_MESSAGES"
+    place.mkdir(parents=True)
+    catalogue.save_as_mofile(str(place / "sw.mo"))
+    (folder / "libreoffice-l10n-xh/VERSION").write_text("1:2.3")
+    for name, page in (
+        ("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/{}.html"),
+        ("debian-reference-en", "usr/share/debian-reference/ch{}.en.html"),
+    ):
+        for number in range(60):
+            file = folder / name / page.format(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            words = [" ".join(rng.choices(WORDS, k=30)) for _ in range(5)]
+            file.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in words))
+    return folder
+
+
+def test_messages_are_cleaned_and_what_cannot_be_learned_from_is_left_out_and_counted(folder):
+    pairs, counts = catalogues.read("xh", 15, folder)
+    texts = {pair.english: pair.translation for pair in pairs}
+    assert texts["Undo the ruler"] == "Umgca wokubuyisela"
+    assert counts["package"] == "libreoffice-l10n-xh" and counts["version"] == "1:2.3"
+    reasons = {reason: counts[reason] for reason in ("untranslated", "copied", "markup", "wordless", "long")}
+    assert reasons == {"untranslated": 0, "copied": 1, "markup": 1, "wordless": 1, "long": 1}
+    assert counts["repeated"] == 1  # "Sum the Cells!"
+    assert counts["messages"] == counts["pairs"] + sum(reasons.values()) + counts["repeated"]
+
+
+def test_no_test_or_development_message_has_a_near_duplicate_in_what_is_trained_on(folder):
+    data = load("xh", SETTINGS, 0, folder)
+    trained = [pair_of(example) for example in (*data.specialist, *data.composition)]
+    held_out = [pair_of(example) for example in (*data.tests["xh"].examples, *data.development)]
+    assert len(held_out) == 50
+    assert leaks(held_out, trained) == []
+    assert any("Error" in pair.english for pair in trained)  # templates are trained on, all of them or none
+
+
+def test_the_leak_check_finds_the_leaks_of_a_random_split(folder):
+    pairs, _ = catalogues.read("xh", 15, folder)
+    drawn = random.Random(0).sample(pairs, len(pairs))
+    found = leaks(drawn[:40], drawn[40:])
+    assert found
+    assert describe("xh", SETTINGS, 0, folder)["random_split_leaks"] > 0
+    assert leaks([Pair("Quite different", "xyz")], [Pair("Something else", "xyz")])  # the same translation
+
+
+def test_composition_data_is_seen_by_m_a_or_held_out_from_it_and_is_the_same_either_way(folder):
+    seen = load("xh", SETTINGS, 0, folder)
+    held_out = load(
+        "xh", DataSettings(composition_share=0.1, development=10, test=40, composition_held_out=True), 0, folder
+    )
+    assert seen.composition == held_out.composition
+    assert seen.tests["xh"].examples == held_out.tests["xh"].examples
+    assert set(seen.composition) <= set(seen.specialist)
+    assert not set(held_out.composition) & set(held_out.specialist)
+
+
+def test_the_same_seed_gives_the_same_data_and_another_one_other_data(folder):
+    first, again, other = (load("xh", SETTINGS, seed, folder) for seed in (0, 0, 1))
+    assert (first.specialist, first.tests["xh"].examples) == (again.specialist, again.tests["xh"].examples)
+    assert set(first.tests["xh"].examples) != set(other.tests["xh"].examples)
+    assert not set(first.general) & set(first.preserved["English"])
+
+
+def test_near_duplicates_are_numbers_word_order_and_small_changes(folder):
+    pairs = [
+        Pair("Row 12 is too long", "a"),
+        Pair("Row 3 is too long!", "b"),
+        Pair("too long is Row 7", "c"),
+        Pair("Delete the drawing", "d"),
+    ]
+    assert clusters(pairs) == [[0, 1, 2], [3]]
+
+
+def test_code_blocks_are_no_prose(folder):
+    prose = english.load(0, folder, preserved=20)
+    assert len(prose.preserved) == 20
+    assert not any(text.startswith("code") for text in (*prose.general, *prose.preserved))
+
+
+def test_too_few_messages_and_packages_that_are_not_there_are_explained(folder, tmp_path, monkeypatch):
+    with pytest.raises(CalmError, match="too few for 600 test messages"):
+        load("xh", DataSettings(test=600), 0, folder)
+    with pytest.raises(CalmError, match="cannot be the name of a Debian package"):
+        debian.package("../etc", folder)
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    with pytest.raises(CalmError, match=r"apt-get was not found.*put libreoffice-l10n-zz_VERSION_all\.deb into"):
+        load("zz", SETTINGS, 0, tmp_path)
+
+
+@pytest.mark.real
+def test_smollm2_splits_prompts_and_completions_where_they_are_split(folder):
+    from calm.experiments.checkpoints import SMOLLM2_135M
+
+    tokenizer = load_tokenizer(SMOLLM2_135M.folder())
+    for example in load("xh", SETTINGS, 0, folder).composition:
+        apart = tokenizer(example.prompt)["input_ids"] + tokenizer(example.completion)["input_ids"]
+        assert tokenizer(example.prompt + example.completion)["input_ids"] == apart
