@@ -28,7 +28,7 @@ from calm.alignment import Alignment
 from calm.attention import Connection, alibi_slopes
 from calm.experiments.key_value_arithmetic import stages
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
-from calm.experiments.key_value_arithmetic.evaluate import evaluate, percent_right
+from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
 from calm.experiments.key_value_arithmetic.recipe import Recipe, preset
 from calm.experiments.key_value_arithmetic.stages import STAGES
 from calm.experiments.steps import fingerprint, read_json, write_json
@@ -150,7 +150,7 @@ def measure(name: str, recipe: Recipe, seed: int, run_dir: Path) -> dict[str, An
     return {
         "variant": name,
         "seed": seed,
-        "accuracy": {task_name: percent_right(answers[task_name]) for task_name in TASKS},
+        "accuracy": {task_name: percent_right(flags_of(answers[task_name])) for task_name in TASKS},
         "cpu_seconds": round(time.process_time() - started, 1),
     }
 

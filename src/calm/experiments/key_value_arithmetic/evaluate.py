@@ -69,6 +69,11 @@ def evaluate(
     return answers
 
 
+def flags_of(answers: Sequence[Answer]) -> str:
+    """A "1" for each right answer, a "0" for each other one."""
+    return "".join(str(int(answer.right)) for answer in answers)
+
+
 def percent_right(flags: str) -> float:
     """Accuracy in percent, with one decimal, of "1" (right) and "0" for each expression."""
     return round(100 * flags.count("1") / len(flags), 1)

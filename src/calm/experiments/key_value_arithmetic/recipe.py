@@ -64,6 +64,9 @@ class Hardware:
     loaders: int = 0
 
 
+CPU = Hardware()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on besides its seed.
@@ -100,7 +103,7 @@ class Recipe:
     evaluation_examples: int = 500
     validation_examples: int = 300
     workers: int = 2
-    hardware: Hardware = Hardware()
+    hardware: Hardware = CPU
 
 
 PRESETS = {
@@ -114,7 +117,7 @@ PRESETS = {
     ),
     # Proves that everything runs, not that anything is learned.
     "tiny": Recipe(
-        data=DataSettings(keys=40, syllables=20, values=(1, 5)),
+        data=DataSettings(keys=80, syllables=20, values=(1, 5)),
         augmenting_model=ModelSettings(width=16, feed_forward=32, layers=2),
         augmenting_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, check_every=10),
         anchor_model=ModelSettings(width=24, feed_forward=48, layers=2),
@@ -137,4 +140,3 @@ def preset(name: str) -> Recipe:
     if name not in PRESETS:
         raise CalmError(f"preset={name!r}: expected one of {', '.join(PRESETS)}.")
     return PRESETS[name]
-

@@ -6,22 +6,26 @@ import dataclasses
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import calm
-from calm.experiments.key_value_arithmetic import bases
-from calm.experiments.key_value_arithmetic.data import TASKS, Task, TaskName, build_tokenizer
-from calm.experiments.key_value_arithmetic.evaluate import evaluate, numeric_perplexity, percent_right
+from calm.experiments.key_value_arithmetic import baselines, bases
+from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
+from calm.experiments.key_value_arithmetic.evaluate import (
+    evaluate,
+    flags_of,
+    numeric_perplexity,
+    percent_right,
+)
 from calm.experiments.key_value_arithmetic.lines import Batches, Line, composition_line
-from calm.experiments.key_value_arithmetic.mixing import Mixed
 from calm.experiments.key_value_arithmetic.recipe import Recipe
-from calm.experiments.key_value_arithmetic.training import Report, fit
+from calm.experiments.key_value_arithmetic.training import Report, Trained, fit, trainable
 from calm.experiments.steps import fingerprint, write_json
 
 RESULT_FILE = "stage.json"
@@ -35,11 +39,14 @@ class Stage:
         name: its row in the table.
         folder: where it is kept, below the run's folder.
         needs: names of the stages that come before it.
+        varied: of a point on a curve, a setting and its value: "composition_share", "connections", or
+            "augmenting_steps".
     """
 
     name: str
     folder: str
     needs: tuple[str, ...] = ()
+    varied: tuple[str, float] | None = None
 
 
 # In the order in which they should start: what others wait for first.
@@ -53,6 +60,26 @@ STAGES = (
     Stage("vanilla_m_A", "ablations/vanilla", ("vanilla_base", "m_B")),
 )
 FOLDERS = {stage.name: stage.folder for stage in STAGES}
+BASELINES = (
+    Stage("lora", "baselines/lora", ("m_A", "m_B")),
+    Stage("full_on_DC", "baselines/full_on_DC", ("m_A", "m_B")),
+    Stage("full_on_all", "baselines/full_on_all", ("m_A", "m_B")),
+    Stage("mixed_logits", "baselines/mixed_logits", ("m_A", "m_B")),
+)
+CURVES = (
+    *(
+        Stage(f"share {share:g}", f"curves/share-{share:g}", ("m_A", "m_B"), ("composition_share", share))
+        for share in (0.05, 0.1, 0.4, 0.8)
+    ),
+    *(
+        Stage(f"connections {count}", f"curves/connections-{count}", ("m_A", "m_B"), ("connections", count))
+        for count in (1, 2)
+    ),
+    *(
+        Stage(f"m_A {share:g}", f"curves/m_A-{share:g}", ("m_B",), ("augmenting_steps", share))
+        for share in (0.3, 0.5, 0.7)
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -87,25 +114,6 @@ class StageResult:
     trainable_parameters: int
     learning_rate: float | None
     searched: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training gave.
-
-    Args:
-        model: the model, in evaluation mode.
-        steps: as in `StageResult`, like the others.
-        trainable_parameters: see there.
-        learning_rate: see there.
-        searched: see there.
-    """
-
-    model: PreTrainedModel | Mixed
-    steps: int
-    trainable_parameters: int
-    learning_rate: float | None
-    searched: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
@@ -143,14 +151,45 @@ def run_stage(stage: Stage, recipe: Recipe, seed: int, output_dir: Path, report:
         output_dir: the run's folder; the stages that this one needs are there.
         report: is told about progress.
     """
+    identity = stage_fingerprint(stage, recipe, seed)
     clock = Clock()
     folder = begin(output_dir / stage.folder)
-    task, tokenizer = Task.draw(recipe.data, seed), build_tokenizer(recipe.data)
-    trained = train(stage.name, task, recipe, tokenizer, seed, output_dir, report)
+    tokenizer = build_tokenizer(recipe.data)
+    right: dict[str, str] = {}
+    if stage.varied is None:
+        task = Task.draw(recipe.data, seed)
+        trained = train(stage.name, task, recipe, tokenizer, seed, output_dir, report)
+    else:
+        recipe = vary(recipe, stage.varied)
+        task = Task.draw(recipe.data, seed)
+        source = output_dir / FOLDERS["m_A"]
+        if stage.varied[0] == "augmenting_steps":
+            source = folder / "augmenting"
+            augmenting, _ = bases.train_augmenting(task, recipe, tokenizer, seed, report)
+            augmenting.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            asked = evaluate(augmenting, tokenizer, task, recipe.evaluation_examples, seed, ("KV-SUBS",))
+            right["m_A KV-SUBS"] = flags_of(asked["KV-SUBS"])
+        trained = compose_and_train(output_dir / FOLDERS["m_B"], source, task, recipe, seed, report)
+        # the same keys for every point, which none of them is trained on
+        task = dataclasses.replace(task, held_out_keys=task.held_out_keys[-round(len(task.values) * 0.2) :])
     clock.trained()
-    trained.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return end(folder, stage_fingerprint(stage, recipe, seed), trained, clock, task, recipe, seed)
+    if isinstance(trained.model, PreTrainedModel | PeftModel):
+        trained.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+    return end(folder, identity, trained, clock, task, recipe, seed, right=right)
+
+
+def vary(recipe: Recipe, varied: tuple[str, float]) -> Recipe:
+    """The recipe with one setting changed, as `Stage.varied` names it."""
+    setting, value = varied
+    if setting == "composition_share":
+        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, composition_share=value))
+    if setting == "connections":
+        return dataclasses.replace(recipe, connections=int(value))
+    training = recipe.augmenting_training
+    shorter = dataclasses.replace(training, steps=max(1, round(value * training.steps)))
+    return dataclasses.replace(recipe, augmenting_training=shorter)
 
 
 def train(
@@ -162,14 +201,17 @@ def train(
     output_dir: Path,
     report: Report,
 ) -> Trained:
-    """Train the model of one of the `STAGES`; arguments as for `run_stage`."""
+    """Train the model of one of the `STAGES` or `BASELINES`; arguments as for `run_stage`."""
+    if name in {stage.name for stage in BASELINES}:
+        anchor, augmenting = (output_dir / FOLDERS[base] for base in ("m_B", "m_A"))
+        return baselines.train_baseline(name, anchor, augmenting, task, recipe, tokenizer, seed, report)
     if name in ("m_A", "vanilla_base"):
         known = task if name == "m_A" else task.revalued(seed)
-        augmenting, steps = bases.train_augmenting(known, recipe, tokenizer, seed, report)
-        return Trained(augmenting, steps, trainable(augmenting), recipe.augmenting_training.learning_rate)
+        specialist, steps = bases.train_augmenting(known, recipe, tokenizer, seed, report)
+        return Trained(specialist, steps, trainable(specialist), recipe.augmenting_training.learning_rate)
     if name == "m_B":
-        anchor, steps = bases.train_anchor(task, recipe, tokenizer, seed, report)
-        return Trained(anchor, steps, trainable(anchor), recipe.anchor_training.learning_rate)
+        arithmetician, steps = bases.train_anchor(task, recipe, tokenizer, seed, report)
+        return Trained(arithmetician, steps, trainable(arithmetician), recipe.anchor_training.learning_rate)
     source = output_dir / FOLDERS["vanilla_base" if name == "vanilla_m_A" else "m_A"]
     if name == "random_m_A":
         source = output_dir / FOLDERS[name] / "augmenting"
@@ -221,11 +263,6 @@ def train_composition(model: calm.CalmForCausalLM, task: Task, recipe: Recipe, s
     return fit(model, batches, recipe.composition_training, seed, report, hardware=recipe.hardware)
 
 
-def trainable(model: PreTrainedModel) -> int:
-    """How many numbers of a model are trained."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What every stage begins and ends with
 
@@ -264,8 +301,7 @@ def end(
     task: Task,
     recipe: Recipe,
     seed: int,
-    names: Sequence[TaskName] = TASKS,
-    right: Mapping[str, str] | None = None,
+    right: Mapping[str, str],
 ) -> StageResult:
     """Evaluate what a stage trained, and keep the result.
 
@@ -277,13 +313,11 @@ def end(
         task: whose held-out keys are asked for.
         recipe: how many expressions.
         seed: of the expressions.
-        names: what is asked.
         right: what else was asked, as in `StageResult`.
     """
     tokenizer = build_tokenizer(recipe.data)
-    answers = evaluate(trained.model, tokenizer, task, recipe.evaluation_examples, seed, names)
-    asked: dict[str, str] = {**(right or {})}
-    asked |= {name: "".join(str(int(answer.right)) for answer in answers[name]) for name in names}
+    answers = evaluate(trained.model, tokenizer, task, recipe.evaluation_examples, seed)
+    asked = dict(right) | {str(name): flags_of(answers[name]) for name in TASKS}
     result = StageResult(
         fingerprint=identity,
         accuracy={name: percent_right(flags) for name, flags in asked.items()},

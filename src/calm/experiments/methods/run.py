@@ -231,7 +231,7 @@ class _Run:
         model = bases.load(settings.anchor)
         examples = self.data.composition
         if method == "lora":
-            composition = planning.plan(settings.anchor, str(self.specialist), settings.connections)
+            composition = planning.plan(settings.anchor, str(self.specialist), settings.connections, sequence_length=2)
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
