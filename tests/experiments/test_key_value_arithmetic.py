@@ -307,8 +307,8 @@ class Scripted:
 def test_exact_match_is_of_the_full_answer(task, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", Scripted(task, wrong=5))
     answers = evaluate.evaluate(None, tokenizer, task, 20, 0)
-    assert evaluate.percent_right(answers["KV-MATH"]) == 75.0
-    assert evaluate.percent_right(answers["NUM-MATH"]) == 75.0
+    assert evaluate.percent_right(evaluate.flags_of(answers["KV-MATH"])) == 75.0
+    assert evaluate.percent_right(evaluate.flags_of(answers["NUM-MATH"])) == 75.0
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from calm.alignment import Alignment
 from calm.attention import Connection, alibi_slopes
 from calm.experiments.key_value_arithmetic import stages
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
-from calm.experiments.key_value_arithmetic.evaluate import evaluate, percent_right
-from calm.experiments.key_value_arithmetic.recipe import Recipe, fingerprint, preset
+from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
+from calm.experiments.key_value_arithmetic.recipe import Recipe, preset
 from calm.experiments.key_value_arithmetic.stages import STAGES
+from calm.experiments.steps import fingerprint, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def measure(name: str, recipe: Recipe, seed: int, run_dir: Path) -> dict[str, An
     return {
         "variant": name,
         "seed": seed,
-        "accuracy": {task_name: percent_right(answers[task_name]) for task_name in TASKS},
+        "accuracy": {task_name: percent_right(flags_of(answers[task_name])) for task_name in TASKS},
         "cpu_seconds": round(time.process_time() - started, 1),
     }
 
@@ -190,7 +191,7 @@ def main() -> None:
                 parser.error(f"{run_dir / stage.folder} holds no model; train seed {seed} with run.main first")
 
     identity = fingerprint(recipe)
-    rows: list[dict[str, Any]] = stages.read_json(chosen.out, {}).get(identity, [])
+    rows: list[dict[str, Any]] = read_json(chosen.out, {}).get(identity, [])
     jobs = [(name, seed) for name in chosen.variants for seed in chosen.seeds]
     jobs = [job for job in jobs if job not in {(row["variant"], row["seed"]) for row in rows}]
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ def main() -> None:
         futures = [pool.submit(measure, name, recipe, seed, Path(chosen.runs.format(seed=seed))) for name, seed in jobs]
         for future in futures:
             rows.append(future.result())
-            stages.write_json(chosen.out, {identity: rows})
+            write_json(chosen.out, {identity: rows})
             console.print(rows[-1])
     text = markdown(rows, chosen.seeds)
     chosen.out.with_suffix(".md").write_text(text, encoding="utf-8")

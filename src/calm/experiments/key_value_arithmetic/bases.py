@@ -120,7 +120,7 @@ def train_augmenting(
 
     model = new_augmenting(recipe.augmenting_model, tokenizer, seed)
     batches = Batches(draw, vocabulary, training.steps, f"m_A {seed}")
-    steps = fit(model, batches, training, seed, report, encode(validation, vocabulary))
+    steps = fit(model, batches, training, seed, report, encode(validation, vocabulary), recipe.hardware)
     return model, steps
 
 
@@ -149,5 +149,5 @@ def train_anchor(
     validation = [arithmetic_line(task, rng, with_unknowns=i % 2) for i in range(recipe.validation_examples)]
     model = new_anchor(recipe.anchor_model, tokenizer, seed + 1)
     batches = Batches(draw, vocabulary, recipe.anchor_training.steps, f"m_B {seed}")
-    steps = fit(model, batches, recipe.anchor_training, seed, report, encode(validation, vocabulary))
+    steps = fit(model, batches, recipe.anchor_training, seed, report, encode(validation, vocabulary), recipe.hardware)
     return model, steps

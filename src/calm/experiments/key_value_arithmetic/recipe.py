@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import transformers
+from typing import Literal
 
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings
@@ -56,6 +50,24 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """Where a recipe trains, and how.
+
+    Args:
+        device: "cpu", or "cuda" for one GPU.
+        bf16: compute in bfloat16 (autocast); weights, gradients and AdamW's states stay in float32.
+        loaders: processes that draw batches, so that the GPU need not wait for them; 0 draws in the training process.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16: bool = False
+    loaders: int = 0
+
+
+CPU = Hardware()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on besides its seed.
 
@@ -74,6 +86,7 @@ class Recipe:
         evaluation_examples: held-out expressions for each task.
         validation_examples: expressions (over the composition keys) that show how training goes.
         workers: processes that train at the same time, each on one thread; 1 trains in this process.
+        hardware: where it trains.
     """
 
     data: DataSettings
@@ -90,6 +103,7 @@ class Recipe:
     evaluation_examples: int = 500
     validation_examples: int = 300
     workers: int = 2
+    hardware: Hardware = CPU
 
 
 PRESETS = {
@@ -103,7 +117,7 @@ PRESETS = {
     ),
     # Proves that everything runs, not that anything is learned.
     "tiny": Recipe(
-        data=DataSettings(keys=40, syllables=20, values=(1, 5)),
+        data=DataSettings(keys=80, syllables=20, values=(1, 5)),
         augmenting_model=ModelSettings(width=16, feed_forward=32, layers=2),
         augmenting_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, check_every=10),
         anchor_model=ModelSettings(width=24, feed_forward=48, layers=2),
@@ -126,14 +140,3 @@ def preset(name: str) -> Recipe:
     if name not in PRESETS:
         raise CalmError(f"preset={name!r}: expected one of {', '.join(PRESETS)}.")
     return PRESETS[name]
-
-
-def fingerprint(*parts: Any) -> str:
-    """Tell whether two results come from the same settings, seeds and library versions.
-
-    Args:
-        parts: dataclasses, strings and numbers.
-    """
-    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]  # type: ignore[arg-type]
-    versions = [torch.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps([plain, versions], sort_keys=True).encode()).hexdigest()[:16]

@@ -19,6 +19,7 @@ from calm.experiments.key_value_arithmetic import report, stages, workers
 from calm.experiments.key_value_arithmetic.data import Task
 from calm.experiments.key_value_arithmetic.recipe import preset as recipe_of
 from calm.experiments.key_value_arithmetic.stages import STAGES, Stage, StageResult
+from calm.experiments.steps import read_json, write_json
 
 
 def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] = "runs/demo") -> dict[str, Any]:
@@ -91,7 +92,7 @@ def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] 
             "python": platform.python_version(),
         },
     }
-    stages.write_json(out / "results.json", content)
+    write_json(out / "results.json", content)
     _show(console, content, results, out)
     return content
 
@@ -119,11 +120,11 @@ class _Clock:
 
     def __init__(self, path: Path, go_on: bool) -> None:
         self.path, self.started = path, time.perf_counter()
-        self.before = float(stages.read_json(path, {"seconds": 0})["seconds"]) if go_on else 0.0
+        self.before = float(read_json(path, {"seconds": 0})["seconds"]) if go_on else 0.0
 
     def save(self) -> float:
         total = round(self.before + time.perf_counter() - self.started, 1)
-        stages.write_json(self.path, {"seconds": total})
+        write_json(self.path, {"seconds": total})
         return total
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import calm
-from calm.experiments.key_value_arithmetic import bases
-from calm.experiments.key_value_arithmetic import recipe as recipes
+from calm.experiments.key_value_arithmetic import baselines, bases
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
-from calm.experiments.key_value_arithmetic.evaluate import evaluate, percent_right
+from calm.experiments.key_value_arithmetic.evaluate import (
+    evaluate,
+    flags_of,
+    numeric_perplexity,
+    percent_right,
+)
 from calm.experiments.key_value_arithmetic.lines import Batches, Line, composition_line
 from calm.experiments.key_value_arithmetic.recipe import Recipe
-from calm.experiments.key_value_arithmetic.training import Report, fit
+from calm.experiments.key_value_arithmetic.training import Report, Trained, fit, trainable
+from calm.experiments.steps import fingerprint, write_json
 
 RESULT_FILE = "stage.json"
 
@@ -34,11 +39,14 @@ class Stage:
         name: its row in the table.
         folder: where it is kept, below the run's folder.
         needs: names of the stages that come before it.
+        varied: of a point on a curve, a setting and its value: "composition_share", "connections", or
+            "augmenting_steps".
     """
 
     name: str
     folder: str
     needs: tuple[str, ...] = ()
+    varied: tuple[str, float] | None = None
 
 
 # In the order in which they should start: what others wait for first.
@@ -51,6 +59,27 @@ STAGES = (
     Stage("vanilla_base", "ablations/vanilla_augmenting"),
     Stage("vanilla_m_A", "ablations/vanilla", ("vanilla_base", "m_B")),
 )
+FOLDERS = {stage.name: stage.folder for stage in STAGES}
+BASELINES = (
+    Stage("lora", "baselines/lora", ("m_A", "m_B")),
+    Stage("full_on_DC", "baselines/full_on_DC", ("m_A", "m_B")),
+    Stage("full_on_all", "baselines/full_on_all", ("m_A", "m_B")),
+    Stage("mixed_logits", "baselines/mixed_logits", ("m_A", "m_B")),
+)
+CURVES = (
+    *(
+        Stage(f"share {share:g}", f"curves/share-{share:g}", ("m_A", "m_B"), ("composition_share", share))
+        for share in (0.05, 0.1, 0.4, 0.8)
+    ),
+    *(
+        Stage(f"connections {count}", f"curves/connections-{count}", ("m_A", "m_B"), ("connections", count))
+        for count in (1, 2)
+    ),
+    *(
+        Stage(f"m_A {share:g}", f"curves/m_A-{share:g}", ("m_B",), ("augmenting_steps", share))
+        for share in (0.3, 0.5, 0.7)
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -60,18 +89,31 @@ class StageResult:
     Args:
         fingerprint: of everything that it depends on.
         accuracy: percent by task, on held-out keys.
+        right: by task, "1" or "0" for each expression; the same expressions for every stage of a run.
+        perplexity: of the answers to NUM-MATH.
         answers: prompt, expected and given text of the first KV-MATH expressions.
         steps: training steps.
         seconds: wall clock of training and evaluation.
         cpu_seconds: processor time of the same.
+        training_seconds: wall clock of training alone.
+        trainable_parameters: how many numbers were trained.
+        learning_rate: that of the training, None where nothing was trained.
+        searched: what was tried (learning rates, or m_A's weights in a mixture), with the percent of validation
+            expressions that came out right.
     """
 
     fingerprint: str
     accuracy: dict[str, float]
+    right: dict[str, str]
+    perplexity: float
     answers: list[tuple[str, str, str]]
     steps: int
     seconds: float
     cpu_seconds: float
+    training_seconds: float
+    trainable_parameters: int
+    learning_rate: float | None
+    searched: dict[str, float]
 
 
 def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
@@ -82,16 +124,21 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
         other = "anchor" if stage.name != "m_B" else "augmenting"
         later |= {f"{other}_model": None, f"{other}_training": None}
         recipe = dataclasses.replace(recipe, **later)  # type: ignore[arg-type]
-    return recipes.fingerprint(*parts, dataclasses.replace(recipe, workers=1))
+    return fingerprint(*parts, dataclasses.replace(recipe, workers=1))
 
 
 def kept(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult | None:
     """The result of an earlier run with the same settings, if it finished."""
+    return kept_as(stage_fingerprint(stage, recipe, seed), output_dir / stage.folder)
+
+
+def kept_as(identity: str, folder: Path) -> StageResult | None:
+    """The result that is kept in a folder, if it has that fingerprint."""
     try:
-        result = StageResult(**json.loads((output_dir / stage.folder / RESULT_FILE).read_text()))
+        result = StageResult(**json.loads((folder / RESULT_FILE).read_text()))
     except (OSError, ValueError, TypeError):  # missing, or cut off, or of another version: trained again
         return None
-    return result if result.fingerprint == stage_fingerprint(stage, recipe, seed) else None
+    return result if result.fingerprint == identity else None
 
 
 def run_stage(stage: Stage, recipe: Recipe, seed: int, output_dir: Path, report: Report) -> StageResult:
@@ -104,67 +151,94 @@ def run_stage(stage: Stage, recipe: Recipe, seed: int, output_dir: Path, report:
         output_dir: the run's folder; the stages that this one needs are there.
         report: is told about progress.
     """
-    started, started_cpu = time.perf_counter(), time.process_time()
-    folder = output_dir / stage.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULT_FILE).unlink(missing_ok=True)
-    task = Task.draw(recipe.data, seed)
+    identity = stage_fingerprint(stage, recipe, seed)
+    clock = Clock()
+    folder = begin(output_dir / stage.folder)
     tokenizer = build_tokenizer(recipe.data)
-
-    model: PreTrainedModel
-    if stage.name == "m_A":
-        model, steps = bases.train_augmenting(task, recipe, tokenizer, seed, report)
-    elif stage.name == "vanilla_base":
-        model, steps = bases.train_augmenting(task.revalued(seed), recipe, tokenizer, seed, report)
-    elif stage.name == "m_B":
-        model, steps = bases.train_anchor(task, recipe, tokenizer, seed, report)
+    right: dict[str, str] = {}
+    if stage.varied is None:
+        task = Task.draw(recipe.data, seed)
+        trained = train(stage.name, task, recipe, tokenizer, seed, output_dir, report)
     else:
-        model, steps = compose_and_train(stage.name, task, recipe, seed, output_dir, report)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        recipe = vary(recipe, stage.varied)
+        task = Task.draw(recipe.data, seed)
+        source = output_dir / FOLDERS["m_A"]
+        if stage.varied[0] == "augmenting_steps":
+            source = folder / "augmenting"
+            augmenting, _ = bases.train_augmenting(task, recipe, tokenizer, seed, report)
+            augmenting.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            asked = evaluate(augmenting, tokenizer, task, recipe.evaluation_examples, seed, ("KV-SUBS",))
+            right["m_A KV-SUBS"] = flags_of(asked["KV-SUBS"])
+        trained = compose_and_train(output_dir / FOLDERS["m_B"], source, task, recipe, seed, report)
+        # the same keys for every point, which none of them is trained on
+        task = dataclasses.replace(task, held_out_keys=task.held_out_keys[-round(len(task.values) * 0.2) :])
+    clock.trained()
+    if isinstance(trained.model, PreTrainedModel | PeftModel):
+        trained.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+    return end(folder, identity, trained, clock, task, recipe, seed, right=right)
 
-    answers = evaluate(model, tokenizer, task, recipe.evaluation_examples, seed)
-    result = StageResult(
-        fingerprint=stage_fingerprint(stage, recipe, seed),
-        accuracy={name: percent_right(answers[name]) for name in TASKS},
-        answers=[(answer.prompt, answer.expected, answer.given) for answer in answers["KV-MATH"][:100]],
-        steps=steps,
-        seconds=round(time.perf_counter() - started, 1),
-        cpu_seconds=round(time.process_time() - started_cpu, 1),
-    )
-    write_json(folder / RESULT_FILE, dataclasses.asdict(result))
-    return result
+
+def vary(recipe: Recipe, varied: tuple[str, float]) -> Recipe:
+    """The recipe with one setting changed, as `Stage.varied` names it."""
+    setting, value = varied
+    if setting == "composition_share":
+        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, composition_share=value))
+    if setting == "connections":
+        return dataclasses.replace(recipe, connections=int(value))
+    training = recipe.augmenting_training
+    shorter = dataclasses.replace(training, steps=max(1, round(value * training.steps)))
+    return dataclasses.replace(recipe, augmenting_training=shorter)
+
+
+def train(
+    name: str,
+    task: Task,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    output_dir: Path,
+    report: Report,
+) -> Trained:
+    """Train the model of one of the `STAGES` or `BASELINES`; arguments as for `run_stage`."""
+    if name in {stage.name for stage in BASELINES}:
+        anchor, augmenting = (output_dir / FOLDERS[base] for base in ("m_B", "m_A"))
+        return baselines.train_baseline(name, anchor, augmenting, task, recipe, tokenizer, seed, report)
+    if name in ("m_A", "vanilla_base"):
+        known = task if name == "m_A" else task.revalued(seed)
+        specialist, steps = bases.train_augmenting(known, recipe, tokenizer, seed, report)
+        return Trained(specialist, steps, trainable(specialist), recipe.augmenting_training.learning_rate)
+    if name == "m_B":
+        arithmetician, steps = bases.train_anchor(task, recipe, tokenizer, seed, report)
+        return Trained(arithmetician, steps, trainable(arithmetician), recipe.anchor_training.learning_rate)
+    source = output_dir / FOLDERS["vanilla_base" if name == "vanilla_m_A" else "m_A"]
+    if name == "random_m_A":
+        source = output_dir / FOLDERS[name] / "augmenting"
+        bases.new_augmenting(recipe.augmenting_model, tokenizer, seed).save_pretrained(source)
+        tokenizer.save_pretrained(source)
+    attend = "prompt" if name == "encoder_m_A" else "causal"
+    return compose_and_train(output_dir / FOLDERS["m_B"], source, task, recipe, seed, report, attend)
 
 
 def compose_and_train(
-    name: str, task: Task, recipe: Recipe, seed: int, output_dir: Path, report: Report
-) -> tuple[calm.CalmForCausalLM, int]:
-    """Compose `m_B` with the augmenting model of that row and train the connections on `D_C`.
+    anchor: Path, augmenting: Path, task: Task, recipe: Recipe, seed: int, report: Report, attend: str = "causal"
+) -> Trained:
+    """Compose two bases and train the connections on `D_C`.
 
     Args:
-        name: the row of the table.
+        anchor: the folder of `m_B`.
+        augmenting: the folder of the augmenting model.
         task: keys, values and the split.
         recipe: sizes and lengths.
         seed: of weights and data.
-        output_dir: where the bases are.
         report: is told about progress.
-
-    Returns:
-        The composed model and the number of steps.
+        attend: as for `calm.compose`.
     """
-    folders = {stage.name: output_dir / stage.folder for stage in STAGES}
-    anchor = folders["m_B"]
-    augmenting: str | Path | PreTrainedModel = folders["vanilla_base" if name == "vanilla_m_A" else "m_A"]
-    if name == "random_m_A":
-        augmenting = folders[name] / "augmenting"
-        tokenizer = build_tokenizer(recipe.data)
-        bases.new_augmenting(recipe.augmenting_model, tokenizer, seed).save_pretrained(augmenting)
-        tokenizer.save_pretrained(augmenting)
     torch.manual_seed(seed)
-    model = calm.compose(
-        str(anchor), str(augmenting), recipe.connections, attend="prompt" if name == "encoder_m_A" else "causal"
-    )
-    return model, train_composition(model, task, recipe, seed, report)
+    model = calm.compose(str(anchor), str(augmenting), recipe.connections, attend=attend)
+    steps = train_composition(model, task, recipe, seed, report)
+    return Trained(model, steps, trainable(model), recipe.composition_training.learning_rate)
 
 
 def train_composition(model: calm.CalmForCausalLM, task: Task, recipe: Recipe, seed: int, report: Report) -> int:
@@ -186,16 +260,75 @@ def train_composition(model: calm.CalmForCausalLM, task: Task, recipe: Recipe, s
 
     vocabulary = build_tokenizer(recipe.data).get_vocab()
     batches = Batches(draw, vocabulary, recipe.composition_training.steps, f"D_C {seed}")
-    return fit(model, batches, recipe.composition_training, seed, report)
+    return fit(model, batches, recipe.composition_training, seed, report, hardware=recipe.hardware)
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """What `write_json` wrote, or `default` if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+# ---------------------------------------------------------------------------------------------------------------------
+# What every stage begins and ends with
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a file that is either whole or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+class Clock:
+    """Seconds since it was made, and what of them was training."""
+
+    def __init__(self) -> None:
+        self.started, self.started_cpu, self.training = time.perf_counter(), time.process_time(), 0.0
+
+    def trained(self) -> None:
+        """Training ends here."""
+        self.training = time.perf_counter() - self.started
+
+    def read(self) -> dict[str, float]:
+        """The three numbers of `StageResult`."""
+        return {
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "cpu_seconds": round(time.process_time() - self.started_cpu, 1),
+            "training_seconds": round(self.training, 1),
+        }
+
+
+def begin(folder: Path) -> Path:
+    """Make a stage's folder, without a result from before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    return folder
+
+
+def end(
+    folder: Path,
+    identity: str,
+    trained: Trained,
+    clock: Clock,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    right: Mapping[str, str],
+) -> StageResult:
+    """Evaluate what a stage trained, and keep the result.
+
+    Args:
+        folder: the stage's.
+        identity: the fingerprint that the result is found by.
+        trained: what to evaluate.
+        clock: runs since the stage began.
+        task: whose held-out keys are asked for.
+        recipe: how many expressions.
+        seed: of the expressions.
+        right: what else was asked, as in `StageResult`.
+    """
+    tokenizer = build_tokenizer(recipe.data)
+    answers = evaluate(trained.model, tokenizer, task, recipe.evaluation_examples, seed)
+    asked = dict(right) | {str(name): flags_of(answers[name]) for name in TASKS}
+    result = StageResult(
+        fingerprint=identity,
+        accuracy={name: percent_right(flags) for name, flags in asked.items()},
+        right=asked,
+        perplexity=numeric_perplexity(trained.model, tokenizer, task, recipe.evaluation_examples, seed),
+        answers=[(answer.prompt, answer.expected, answer.given) for answer in answers["KV-MATH"][:100]],
+        steps=trained.steps,
+        trainable_parameters=trained.trainable_parameters,
+        learning_rate=trained.learning_rate,
+        searched=dict(trained.searched),
+        **clock.read(),
+    )
+    write_json(folder / RESULT_FILE, dataclasses.asdict(result))
+    return result

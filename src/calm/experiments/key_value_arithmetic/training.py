@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +13,32 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches
-from calm.experiments.key_value_arithmetic.recipe import TrainingSettings
+from calm.experiments.key_value_arithmetic.mixing import Mixed
+from calm.experiments.key_value_arithmetic.recipe import CPU, Hardware, TrainingSettings
 
 Report = Callable[[int, int, str], None]
 """What progress is told to: steps done, steps at most, a word on how it goes."""
 
 REPORT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Args:
+        model: the model, in evaluation mode.
+        steps: of training.
+        trainable_parameters: how many numbers were trained.
+        learning_rate: the one that was chosen (for a mixture m_A's weight).
+        searched: what was tried, with the percent of validation lines that came out right.
+    """
+
+    model: PreTrainedModel | Mixed
+    steps: int
+    trainable_parameters: int
+    learning_rate: float | None
+    searched: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -27,6 +48,7 @@ def fit(
     seed: int,
     report: Report,
     validation: Mapping[str, Tensor] | None = None,
+    hardware: Hardware = CPU,
 ) -> int:
     """Train what requires gradients.
 
@@ -37,6 +59,7 @@ def fit(
         seed: of the Trainer.
         report: is told about progress.
         validation: `input_ids` and `labels` whose exact match is reported on the way.
+        hardware: where to train; the model is left there.
 
     Returns:
         The number of steps.
@@ -62,7 +85,9 @@ def fit(
                 report_to="none",
                 disable_tqdm=True,
                 seed=seed,
-                use_cpu=True,
+                use_cpu=hardware.device == "cpu",
+                bf16=hardware.bf16,
+                dataloader_num_workers=hardware.loaders,
             ),
             train_dataset=batches,
             data_collator=_only_item,
@@ -74,7 +99,7 @@ def fit(
     return trainer.state.global_step
 
 
-def exact_match(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> float:
+def exact_match(model: PreTrainedModel | Mixed, batch: Mapping[str, Tensor]) -> float:
     """Percent of rows whose learned tokens are all the likeliest ones: what greedy decoding would then write.
 
     Args:
@@ -84,10 +109,15 @@ def exact_match(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        predicted = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].argmax(-1)
+        predicted = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits[:, :-1].argmax(-1)
     model.train(was_training)
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"][:, 1:].to(model.device)
     return 100 * ((predicted == labels) | (labels == IGNORED)).all(-1).float().mean().item()
+
+
+def trainable(model: PreTrainedModel) -> int:
+    """How many numbers of a model are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 class _Watch(TrainerCallback):

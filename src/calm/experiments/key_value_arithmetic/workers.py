@@ -16,7 +16,7 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from calm.experiments.key_value_arithmetic.recipe import Recipe
-from calm.experiments.key_value_arithmetic.stages import STAGES, Stage, StageResult, run_stage
+from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult, run_stage
 
 Finished = Callable[[Stage, StageResult], None]
 
@@ -59,7 +59,7 @@ def run_stages(
     messages = context.Queue()
     pool = ProcessPoolExecutor(recipe.workers, context, initializer=_start_worker, initargs=(messages,))
     waiting, running = list(stages), dict[Future[StageResult], Stage]()
-    done = {stage.name for stage in STAGES} - set(bars)
+    done = {stage.name for stage in (*STAGES, *BASELINES, *CURVES)} - set(bars)
     try:
         while waiting or running:
             # never more than there are workers, so that what is submitted next can still be chosen
