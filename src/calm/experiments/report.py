@@ -148,13 +148,6 @@ def _of_run(results: Results) -> list[str]:
             lines += [f"{heading}:", "", markdown(rows, results), ""]
     if results.training:
         header = ["", *TRAINING, "tried (result on the development set)"]
-            "",
-            "trained parameters",
-            "learning rate (mixed: m_A's weight)",
-            "tried (result on the development set)",
-            "steps",
-            "minutes",
-        ]
         lines += ["How each was trained:", "", pipes([header, *_training(results)]), ""]
     for what, caption in charts.names_of(results).items():
         lines += [f"![{results.domain}: {caption}]({stem}-{what}.png)", ""]

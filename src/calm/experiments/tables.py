@@ -9,7 +9,6 @@ from rich.table import Table
 
 from calm.experiments.results import METHODS, Cell, Results
 
-
 TRAINING = ("trained parameters", "learning rate (mixed: m_A's weight)", "steps", "minutes")
 
 
