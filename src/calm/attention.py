@@ -101,16 +101,20 @@ class Connection(GradientCheckpointingLayer):
         """Where the anchor's positions look, for those who want to see it; `forward` never makes these weights.
 
         Args:
-            hidden: As for `forward`; no more positions than the alignment's `bias` has.
+            hidden: As for `forward`.
             context: `H_A` at all positions, `[batch, key length, D_A]`, of which the queries are the last.
-            alignment: As for `forward`, of these positions.
+            alignment: As for `forward`, of these positions; not of packed rows.
 
         Returns:
             Float32 `[batch, heads, query length, key length]`; rows of positions that see nothing are all zero.
         """
         queries, keys, _ = self.project(hidden, context)
-        scores = queries.float() @ keys.float().transpose(-1, -2) / math.sqrt(queries.shape[-1])
-        weights = (scores + alignment.bias).softmax(-1)
+        queries, keys = queries.float() / math.sqrt(queries.shape[-1]), keys.float()
+        pieces = []
+        for rows, count, bias in alignment.blocks(queries.shape[2], keys.shape[2], queries.dtype):
+            scores = queries[:, :, rows] @ keys[:, :, :count].transpose(-1, -2) + bias
+            pieces.append(F.pad(scores.softmax(-1), (0, keys.shape[2] - count)))
+        weights = torch.cat(pieces, dim=2)
         return weights if alignment.sees is None else weights * alignment.sees.unsqueeze(1)
 
     def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:

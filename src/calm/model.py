@@ -124,6 +124,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             self.connections.append(connection.to(device=device, dtype=dtype))
 
         self._disabled = False
+        self._switched_off: frozenset[int] = frozenset()  # connections, by their index
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
         contexts: list[tuple[int, str]] = [
@@ -468,7 +469,11 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         for i in indices:
             context = state.captured[_key(pairs[i].augmenting, pairs[i].augmenting_layer)]
             cache_layer = state.cross.layers[i] if state.cross is not None else None
-            injections.append(self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer))
+            injection = self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer)
+            if i not in self._switched_off:  # it has run nevertheless, so that its keys and values are in the cache
+                injections.append(injection)
+        if not injections:
+            return None
         return backbones.add_to_residual(output, sum(injections[1:], injections[0]), self.anchor.config)
 
     def _running(self) -> _Pass | None:
@@ -624,6 +629,24 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             yield self
         finally:
             self._disabled = before
+
+    @contextmanager
+    def connections_disabled(self, *indices: int) -> Iterator[CalmForCausalLM]:
+        """Within this context these connections add nothing; the others go on.
+
+        Args:
+            indices: Of `connections`, counted from 0.
+
+        Raises:
+            CalmError: If there is no such connection.
+        """
+        if unknown := [index for index in indices if not 0 <= index < len(self.connections)]:
+            raise CalmError(f"connections {unknown}: expected numbers from 0 to {len(self.connections) - 1}.")
+        before, self._switched_off = self._switched_off, self._switched_off.union(indices)
+        try:
+            yield self
+        finally:
+            self._switched_off = before
 
     # -- saving and loading -------------------------------------------------------------------------------------
 

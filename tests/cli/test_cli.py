@@ -293,6 +293,48 @@ def test_inspect_shows_the_training(recipe: Path):
     assert json.loads(run("inspect", out, "--json").stdout)["training"]["steps"] == 4
 
 
+def test_inspect_with_prompts_writes_pages_and_pictures(composed: Path, tmp_path: Path):
+    arguments = (
+        "inspect",
+        composed,
+        "--prompt",
+        "1+2=",
+        "--prompt",
+        "<b>",
+        "--max-new-tokens",
+        4,
+        "--output",
+        tmp_path,
+    )
+    reports = json.loads(run(*arguments, "--json").stdout)
+    assert [report["prompt"] for report in reports] == ["1+2=", "<b>"]
+    assert reports[0]["completion"] == load_tokenizer(composed).decode(produced(composed, "1+2=", 4))
+    assert [row["name"] for row in reports[0]["connections"][:-1]] == ["augmenting 0 → 0", "augmenting 1 → 1"]
+    assert all(row["moved"] > 0 for report in reports for row in report["connections"])
+    written = [Path(file) for report in reports for file in (report["page"], *report["pictures"])]
+    assert sorted(written) == sorted(tmp_path.iterdir()) and len(written) == 2 * (1 + 2 + 2)
+    shown = run(*arguments).stdout
+    assert "prompt-2.html" in shown and f"{reports[0]['connections'][0]['injection']:.2f}" in shown
+
+
+def produced(folder: Path, prompt: str, tokens: int) -> list[int]:
+    """What the composition continues with, special tokens included."""
+    model, inputs = calm.CalmForCausalLM.from_pretrained(folder), load_tokenizer(folder)(prompt, return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_inspect_refuses_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nowhere = ("inspect", tmp_path / "nowhere", "--prompt")
+    assert "a prompt is empty" in run(*nowhere, "", "--output", tmp_path, code=1).stderr
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in run(*nowhere, "x", "--output", tmp_path / "file", code=1).stderr
+    for module in ("calm.inspection.report", "calm.inspection.pictures"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("calm.inspection.report", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "calm-lm[train]" in run(*nowhere, "x", "--output", tmp_path, code=1).stderr
+
+
 def test_plan_reads_configurations_only(tmp_path: Path, tiny_bases: dict[str, str]):
     for name, folder in tiny_bases.items():
         (tmp_path / name).mkdir()

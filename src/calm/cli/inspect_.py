@@ -1,4 +1,4 @@
-"""`calm inspect`: what a saved composition holds; reads its files only, loads no base."""
+"""`calm inspect`: what a saved composition holds, from its files alone; with a prompt, what its connections do."""
 
 from __future__ import annotations
 
@@ -11,14 +11,55 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from calm.cli import loading
+from calm.cli.arguments import Dtype, stdout_for
 from calm.errors import CalmError
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a composition.")],
+    model: loading.Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Look at what each connection does with this text; may be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: most tokens to produce.")] = 16,
+    output: Annotated[Path, typer.Option(help="With --prompt: folder of the pages and pictures.")] = Path(
+        "runs/inspect"
+    ),
+    anchor: loading.Anchor = None,
+    augmenting: loading.Augmenting = None,
+    dtype: Dtype = "auto",
+    device: loading.Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a saved composition holds: its bases, connections, parameters, and how it was trained."""
+    """Show what a composition holds and how it was trained; with --prompt, which connections are used, and for what.
+
+    Without --prompt its files alone are read. With it, the prompt is continued greedily, and a page and pictures show
+    where each connection looks and what the next tokens would be without it.
+    """
+    if prompt is None:
+        _show_files(Path(model), as_json)
+        return
+    from calm.inspection import report
+
+    report.check(prompt, output)
+    with stdout_for(as_json):
+        composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
+        reports = report.write(composed, tokenizer, prompt, max_new_tokens, output)
+    if as_json:
+        print(json.dumps(reports))
+        return
+    console = Console(highlight=False)
+    for one in reports:
+        table = Table("connection", "adds", "entropy", "moves when off", "KL", box=None, padding=(0, 2, 0, 0))
+        for row in one["connections"]:
+            reach = ("", "") if row["injection"] is None else (f"{row['injection']:.2f}", f"{row['entropy']:.2f} nats")
+            table.add_row(row["name"], *reach, f"{100 * row['moved']:.0f}%", f"{row['kl']:.2f} nats")
+        console.print(f"{one['prompt']}{one['completion']}", markup=False, style="bold")
+        console.print(table)
+        console.print(f"{one['page']} shows the rest.\n", markup=False)
+
+
+def _show_files(path: Path, as_json: bool) -> None:
     from calm.checkpoint import describe_reference, read_config
 
     config = read_config(path)

@@ -1,0 +1,349 @@
+"""inspection/: attention gives back what a connection added, what is off is off, the page runs its own script alone."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bases import byte_tokenizer
+from factories import Mix, assert_identical, assert_same, perturb, word_tokenizer
+from torch import Tensor
+
+import calm
+from calm.errors import CalmError
+from calm.inspection import Inspection, inspect_prompt, page, pictures
+from calm.inspection.measure import MAX_TOKENS, _texts
+
+PROMPT = "w5 w9 w33 w2 w17 w9 w60"
+LENGTH, NEW = 7, 5
+TOKENIZER = word_tokenizer()
+
+MIXES = {
+    "normalized": Mix(),
+    "paper": Mix(attention="paper"),
+    "prompt only": Mix(attend="prompt"),
+    "several": Mix("gemma2", ("gpt2", "mamba"), connections=(((1, 1), (3, 2)), ((0, 1),))),
+}
+mixes = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+
+
+def inspected(model: calm.CalmForCausalLM) -> Inspection:
+    return inspect_prompt(model, TOKENIZER, PROMPT, max_new_tokens=NEW)
+
+
+def reread(model: calm.CalmForCausalLM, inspection: Inspection) -> Tensor:
+    """The logits of the inspected tokens, float64 `[positions, vocabulary]`."""
+    with torch.no_grad():
+        read = inspection.token_ids[None, :-1]
+        return model(read, use_cache=False, prompt_length=inspection.prompt_length).logits[0].double()
+
+
+def calls(model: calm.CalmForCausalLM, inspection: Inspection) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each connection got and gave for the inspected tokens: hidden states, context, and what it added."""
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    hooks = [
+        connection.register_forward_hook(
+            lambda module, args, output, index=index: found.update({index: (args[0], args[1], output)})
+        )
+        for index, connection in enumerate(model.connections)
+    ]
+    reread(model, inspection)
+    for hook in hooks:
+        hook.remove()
+    return [found[index] for index in range(len(found))]
+
+
+def added(connection: torch.nn.Module, hidden: Tensor, context: Tensor, weights: Tensor) -> Tensor:
+    """What a connection adds when it looks where `weights`, `[heads, positions, positions]`, say."""
+    values = connection.project(hidden, context)[2][0]
+    return connection.w_o((weights @ values).transpose(0, 1).flatten(1))
+
+
+@mixes
+def test_attention_gives_back_what_is_added(mix: Mix) -> None:
+    """To 1e-5 of the largest value: float32 rounding of two ways to sum the same products."""
+    model = mix.shared()
+    inspection = inspected(model)
+    length = LENGTH + NEW - 1
+    for use, connection, (hidden, context, output) in zip(
+        inspection.connections, model.connections, calls(model, inspection), strict=True
+    ):
+        assert use.attention.shape == (connection.num_heads, length, length)
+        with torch.no_grad():
+            assert_same(added(connection, hidden, context, use.attention), output[0], 1e-5)
+            elsewhere = use.attention.roll(1, dims=-1)
+            with pytest.raises(AssertionError, match="differs"):
+                assert_same(added(connection, hidden, context, elsewhere), output[0], 1e-5)
+        ratio = np.linalg.norm(output[0].detach().numpy(), axis=-1) / np.linalg.norm(hidden[0].numpy(), axis=-1)
+        np.testing.assert_allclose(use.injection.numpy(), ratio, rtol=1e-5)
+
+
+@mixes
+def test_rows_sum_to_one_over_what_is_seen(mix: Mix) -> None:
+    inspection = inspected(mix.shared())
+    rows, columns = np.indices((LENGTH + NEW - 1,) * 2)
+    seen = columns <= rows
+    if mix.attend == "prompt":
+        seen &= columns < LENGTH
+    for use in inspection.connections:
+        weights = use.attention.double().numpy()
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+        assert not weights[:, ~seen].any(), "neither the future nor, with attend='prompt', what was produced"
+        entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(-1)
+        np.testing.assert_allclose(use.entropy.numpy(), entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["normalized", "paper"])
+def test_long_rows_in_blocks(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mix(attention=attention).shared()
+    whole = inspected(model)
+    monkeypatch.setattr(calm.alignment, "BLOCK", 4)
+    for found, expected in zip(inspected(model).connections, whole.connections, strict=True):
+        assert_same(found.attention, expected.attention, 1e-6)
+
+
+@mixes
+def test_off_is_a_connection_that_adds_zero(mix: Mix) -> None:
+    """Against a copy whose `W_O` is zero, and the anchor alone; distances by numpy in float64."""
+    model = mix.shared()
+    inspection = inspected(model)
+    composed = reread(model, inspection).log_softmax(-1).numpy()
+
+    def distances(other: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        q = other.double().log_softmax(-1).numpy()
+        return (np.exp(composed) * (composed - q)).sum(-1), np.abs(np.exp(composed) - np.exp(q)).sum(-1) / 2
+
+    expected = []
+    for index in range(len(model.connections)):
+        zeroed = copy.deepcopy(model)
+        zeroed.connections[index].w_o.weight.data.zero_()
+        expected.append(reread(zeroed, inspection))
+    with torch.no_grad():
+        expected.append(model.anchor(inspection.token_ids[None, :-1]).logits[0])
+    withouts = [*(use.without for use in inspection.connections), inspection.anchor]
+    for without, logits in zip(withouts, expected, strict=True):
+        kl, moved = distances(logits)
+        np.testing.assert_allclose(without.kl.numpy(), kl, atol=1e-5)
+        np.testing.assert_allclose(without.total_variation.numpy(), moved, atol=1e-5)
+        assert moved.max() > 0.01
+        assert_same(without.next_tokens.top_probabilities, logits.softmax(-1).topk(5).values.float())
+        assert without.next_tokens.top_tokens[3][0] == f"w{logits[3].argmax()}"
+    # another connection off is something else
+    assert (withouts[0].kl.numpy() - distances(expected[1])[0]).max() > 1e-3
+
+
+def test_it_follows_what_generate_produces() -> None:
+    model = Mix().shared()
+    inspection = inspected(model)
+    inputs = TOKENIZER(PROMPT, return_tensors="pt")
+    produced = model.generate(inputs["input_ids"], max_new_tokens=NEW, do_sample=False)[0]
+    assert torch.equal(inspection.token_ids, produced)
+    assert inspection.tokens == TOKENIZER.convert_ids_to_tokens(produced.tolist())
+    assert inspection.prompt_length == LENGTH
+    assert inspection.completion.split() == inspection.tokens[LENGTH:]
+    assert inspection.produced == slice(LENGTH - 1, LENGTH + NEW - 1)
+    expects = inspection.next_tokens
+    assert expects.top_ids[inspection.produced, 0].tolist() == produced[LENGTH:].tolist()
+    assert_identical(expects.followed[inspection.produced], expects.top_probabilities[inspection.produced, 0])
+
+
+def test_an_untrained_composition_changes_nothing() -> None:
+    inspection = inspected(Mix().fresh())
+    for use in inspection.connections:
+        assert not use.injection.any() and not use.without.kl.any() and not use.without.total_variation.any()
+    assert not inspection.anchor.kl.any()
+
+
+def test_it_leaves_the_model_as_it_was() -> None:
+    model = Mix().build()
+    inspection = inspected(model)
+    before = reread(model, inspection)
+    inspected(model)
+    assert_identical(reread(model, inspection), before)
+    assert not any(connection._forward_hooks for connection in model.connections)
+
+
+def test_what_cannot_be_inspected() -> None:
+    model = Mix().shared()
+    with pytest.raises(CalmError, match="no tokens"):
+        inspect_prompt(model, TOKENIZER, "")
+    with pytest.raises(CalmError, match=f"prompt of 7 tokens: expected at least 1, and at most {MAX_TOKENS}"):
+        inspect_prompt(model, TOKENIZER, PROMPT, MAX_TOKENS)
+    with pytest.raises(CalmError, match="max_new_tokens=0"):
+        inspect_prompt(model, TOKENIZER, PROMPT, 0)
+    with pytest.raises(CalmError, match="context"):
+        inspect_prompt(model, TOKENIZER, PROMPT, 100)
+
+
+def test_parts_of_characters_have_names() -> None:
+    tokenizer = byte_tokenizer(bos=False)
+    texts = _texts(tokenizer, tokenizer("a é")["input_ids"])
+    assert texts[:2] == ["a", " "] and len(texts) == 4 and "\ufffd" not in "".join(texts)
+
+
+def test_what_cannot_be_seen_is_shown() -> None:
+    assert page.visible("a b\n\x00\ud800é") == "a␣b⏎\\x00\\ud800é"
+
+
+# -- the page and the pictures -------------------------------------------------------------------------------------
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp;$\\frac{$"
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and the texts of scripts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, Any]]] = []
+        self.scripts: list[str] = []
+        self.in_script = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.in_script = tag == "script"
+        if self.in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self.in_script:
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def inspection() -> Inspection:
+    return inspected(Mix().shared())
+
+
+@pytest.fixture(scope="module")
+def evil(inspection: Inspection) -> Inspection:
+    """Every text is an attack."""
+    texts = [[EVIL] * len(row) for row in inspection.next_tokens.top_tokens]
+    expected = replace(inspection.next_tokens, top_tokens=texts)
+    without = replace(inspection.anchor, next_tokens=expected)
+    uses = [replace(u, pair=replace(u.pair, augmenting=EVIL), without=without) for u in inspection.connections]
+    return replace(
+        inspection,
+        prompt=EVIL,
+        completion=EVIL,
+        tokens=[EVIL] * len(inspection.tokens),
+        next_tokens=expected,
+        connections=uses,
+        anchor=without,
+    )
+
+
+def test_tokens_never_become_elements(inspection: Inspection, evil: Inspection) -> None:
+    plain, attacked = Elements(page.to_html(inspection)), Elements(page.to_html(evil))
+    assert [tag for tag, _ in attacked.found if tag in ("script", "img")] == ["script", "script"]
+    assert not any(name.startswith("on") for _, attributes in attacked.found for name in attributes)
+    assert attacked.scripts[1] == plain.scripts[1]
+    data = json.loads(attacked.scripts[0])
+    assert set(data["read"]) == set(data["seen"]) == {page.visible(EVIL)}
+    with pytest.raises(AssertionError):  # the check sees what unescaped text would do
+        broken = Elements(page.to_html(inspection).replace("<main>", f"<main>{EVIL}"))
+        assert [tag for tag, _ in broken.found if tag in ("script", "img")] == ["script", "script"]
+
+
+def test_the_page_fetches_nothing_and_runs_its_own_script_alone(inspection: Inspection) -> None:
+    html = page.to_html(inspection)
+    elements = Elements(html)
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.found)
+    assert not re.search(r"url\(|@import|fetch\(|import\(|XMLHttp", html)
+    policy = next(a["content"] for tag, a in elements.found if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(elements.scripts[1].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_the_maps_hold_the_weights(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte a weight, so to half of 1/255; of a long text the last positions over all tokens."""
+    length = LENGTH + NEW - 1
+    for window in (128, 4):
+        monkeypatch.setattr(page, "WINDOW", window)
+        shown = min(window, length)
+        data = json.loads(Elements(page.to_html(inspection)).scripts[0])
+        assert len(data["read"]) == len(data["next"]) == shown and len(data["seen"]) == length
+        assert data["offset"] == length - shown
+        assert data["next"][-1] == inspection.tokens[-1] and data["read"] == inspection.tokens[-1 - shown : -1]
+        assert (None in data["next"]) == (window > NEW)
+        for packed, use in zip(data["weights"], inspection.connections, strict=True):
+            found = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(-1, shown, length) / 255
+            np.testing.assert_allclose(found[1:], use.attention[:, -shown:], atol=0.51 / 255)
+            np.testing.assert_allclose(found[0], use.attention.mean(0)[-shown:], atol=0.51 / 255)
+
+
+def test_the_summary_averages_over_what_was_produced(inspection: Inspection) -> None:
+    rows = page.summary(inspection)
+    assert len(rows) == len(inspection.connections) + 1
+    for row, use in zip(rows, inspection.connections, strict=False):
+        assert row["injection"] == pytest.approx(use.injection[LENGTH - 1 :].mean().item())
+        assert row["kl"] == pytest.approx(use.without.kl[LENGTH - 1 :].mean().item())
+        assert row["moved"] != pytest.approx(use.without.total_variation.mean().item())
+    assert rows[-1]["injection"] is None
+    assert rows[-1]["moved"] == pytest.approx(inspection.anchor.total_variation[LENGTH - 1 :].mean().item())
+    json.dumps(rows)
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # a model's name so long leaves no room
+def test_pictures(evil: Inspection, tmp_path: Path) -> None:
+    """Of any text, formulas that would not parse included; the same bytes each time."""
+    paths = pictures.save_pictures(evil, tmp_path, "x")
+    assert [path.name for path in paths] == ["x-used.png", "x-off.png", "x-attention-0.png", "x-attention-1.png"]
+    before = [path.read_bytes() for path in paths]
+    assert all(content.startswith(b"\x89PNG") for content in before)
+    assert [path.read_bytes() for path in pictures.save_pictures(evil, tmp_path, "x")] == before
+
+
+# -- the switch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [(0,), (1,), (0, 1)])
+def test_switched_off_connections_add_nothing_with_a_cache(off: tuple[int, ...]) -> None:
+    """Bit for bit as with `W_O` zero, in every step of cached generation; the first one counts the cache's tokens."""
+    model = Mix().build()
+    zeroed = copy.deepcopy(model)
+    for index in off:
+        zeroed.connections[index].w_o.weight.data.zero_()
+    settings = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ids = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]
+    with model.connections_disabled(*off):
+        found = model.generate(ids, **settings)
+    for step, expected, on in zip(
+        found.logits, zeroed.generate(ids, **settings).logits, model.generate(ids, **settings).logits, strict=True
+    ):
+        assert_identical(step, expected)
+        assert not torch.equal(step, on)
+
+
+def test_the_switch_nests_and_goes_back() -> None:
+    model = perturb(Mix().fresh())
+    inspection = inspected(model)
+    on = reread(model, inspection)
+    with pytest.raises(ZeroDivisionError), model.connections_disabled(0):
+        with model.connections_disabled(1):
+            both = reread(model, inspection)
+        first = reread(model, inspection)
+        _ = 1 / 0
+    assert_identical(reread(model, inspection), on)
+    with model.composition_disabled():
+        assert_identical(both, reread(model, inspection))
+    assert not torch.equal(first, both) and not torch.equal(first, on)
+    with (
+        pytest.raises(CalmError, match=r"connections \[2\]: expected numbers from 0 to 1"),
+        model.connections_disabled(2),
+    ):
+        pass
