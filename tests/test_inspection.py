@@ -286,6 +286,20 @@ def test_the_maps_hold_the_weights(inspection: Inspection, monkeypatch: pytest.M
             np.testing.assert_allclose(found[0], use.attention.mean(0)[-shown:], atol=0.51 / 255)
 
 
+def test_other_tokens_are_marked_by_what_they_are(inspection: Inspection) -> None:
+    """Also where all of them are written alike."""
+    expected = 0
+    for without in [*(use.without for use in inspection.connections), inspection.anchor]:
+        likeliest = without.next_tokens.top_ids[inspection.produced, 0]
+        expected += int((likeliest != inspection.token_ids[LENGTH:]).sum())
+    assert expected > 0
+    assert page.to_html(inspection).count('<td class="other">') == expected
+    alike = [["x"] * 5] * len(inspection.next_tokens.top_tokens)
+    anchor = replace(inspection.anchor, next_tokens=replace(inspection.anchor.next_tokens, top_tokens=alike))
+    written_alike = replace(inspection, tokens=["x"] * len(inspection.tokens), anchor=anchor)
+    assert page.to_html(written_alike).count('<td class="other">') == expected
+
+
 def test_the_summary_averages_over_what_was_produced(inspection: Inspection) -> None:
     rows = page.summary(inspection)
     assert len(rows) == len(inspection.connections) + 1

@@ -325,6 +325,7 @@ def produced(folder: Path, prompt: str, tokens: int) -> list[int]:
 
 def test_inspect_refuses_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nowhere = ("inspect", tmp_path / "nowhere", "--prompt")
+    assert "give a --prompt" in run("inspect", tmp_path, "--output", tmp_path, code=2).output
     assert "a prompt is empty" in run(*nowhere, "", "--output", tmp_path, code=1).stderr
     (tmp_path / "file").touch()
     assert "cannot be written to" in run(*nowhere, "x", "--output", tmp_path / "file", code=1).stderr

@@ -22,9 +22,9 @@ def inspect(
         list[str] | None, typer.Option(help="Look at what each connection does with this text; may be repeated.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="With --prompt: most tokens to produce.")] = 16,
-    output: Annotated[Path, typer.Option(help="With --prompt: folder of the pages and pictures.")] = Path(
-        "runs/inspect"
-    ),
+    output: Annotated[
+        Path | None, typer.Option(help="With --prompt: folder of the pages and pictures; by default runs/inspect.")
+    ] = None,
     anchor: loading.Anchor = None,
     augmenting: loading.Augmenting = None,
     dtype: Dtype = "auto",
@@ -37,10 +37,13 @@ def inspect(
     where each connection looks and what the next tokens would be without it.
     """
     if prompt is None:
+        if output is not None:
+            raise typer.BadParameter("--output is for what --prompt writes: give a --prompt, or leave it out")
         _show_files(Path(model), as_json)
         return
     from calm.inspection import report
 
+    output = output or Path("runs/inspect")
     report.check(prompt, output)
     with stdout_for(as_json):
         composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)

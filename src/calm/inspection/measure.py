@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from calm.alignment import Alignment
 from calm.attention import Connection
 from calm.connections import LayerPair
 from calm.errors import CalmError
@@ -204,7 +203,6 @@ class _Watch:
 
     def __call__(self, connection: Connection, args: tuple[Any, ...], output: Tensor) -> None:
         hidden, context, alignment = args[:3]
-        assert isinstance(alignment, Alignment)
         self.injection = (output[0].float().norm(dim=-1) / hidden[0].float().norm(dim=-1)).cpu()
         self.attention = connection.attention_weights(hidden, context, alignment)[0].cpu()
         self.entropy = torch.special.entr(self.attention).sum(-1)

@@ -1,6 +1,6 @@
 // Draws the heat maps: one canvas each, the head chosen above it, one cell at a time read out below it.
 "use strict";
-const { weights, heads, read, next, seen, offset } = JSON.parse(document.getElementById("maps").textContent);
+const { weights, read, next, seen, offset } = JSON.parse(document.getElementById("maps").textContent);
 const rows = read.length, columns = seen.length;
 const size = columns > 80 ? 14 : columns > 40 ? 18 : 22;
 
@@ -64,7 +64,7 @@ for (const figure of document.querySelectorAll(".map")) {
     const expects = next[row] === null ? "" : `, to produce “${next[row]}”,`;
     output.textContent =
       `After “${read[row]}”${expects} it looks at “${seen[column]}” (position ${column}) with weight ` +
-      `${weight(row, column).toFixed(2)}${head ? ` in head ${head}` : ", the mean of all heads"}.`;
+      `${weight(row, column).toFixed(2)}${head ? ` in head ${head - 1}` : ", the mean of all heads"}.`;
     draw();
   }
 
@@ -90,6 +90,9 @@ for (const figure of document.querySelectorAll(".map")) {
   });
   redraws.push(draw);
 }
+
+for (const box of document.querySelectorAll(".scroll:has(.strip, .grid)"))
+  box.scrollTo(box.scrollWidth, box.scrollHeight); // to what was produced
 
 const redraw = () => redraws.forEach((draw) => draw());
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -69,7 +69,6 @@ def to_html(inspection: Inspection) -> str:
         places=_places(inspection, tokens),
         maps={
             "weights": [_bytes(use.attention[:, hidden:]) for use in inspection.connections],
-            "heads": len(inspection.connections[0].attention),
             "read": read,
             "next": [None] * first_produced + tokens[hidden + first_produced + 1 :],
             "seen": tokens[:-1],
@@ -144,17 +143,20 @@ def _places(inspection: Inspection, tokens: list[str]) -> list[dict[str, Any]]:
     removed = [*(use.without for use in inspection.connections), inspection.anchor]
     places = []
     for position in range(*inspection.produced.indices(len(tokens))):
-        variants: list[dict[str, Any]] = [{"top": _top(inspection.next_tokens, position)}]
+        produced = int(inspection.token_ids[position + 1])
+        variants: list[dict[str, Any]] = [{"top": _top(inspection.next_tokens, position, produced)}]
         for without in removed:
             moved, kl = without.total_variation[position].item(), without.kl[position].item()
-            variants.append({"top": _top(without.next_tokens, position), "moved": moved, "kl": kl})
+            variants.append({"top": _top(without.next_tokens, position, produced), "moved": moved, "kl": kl})
         places.append({"after": tokens[position], "produced": tokens[position + 1], "variants": variants})
     return places
 
 
-def _top(next_tokens: NextTokens, position: int) -> list[dict[str, Any]]:
-    guesses = zip(next_tokens.top_tokens[position], next_tokens.top_probabilities[position].tolist(), strict=True)
-    return [{"token": visible(token), "probability": probability} for token, probability in guesses]
+def _top(next_tokens: NextTokens, position: int, produced: int) -> list[dict[str, Any]]:
+    probabilities = next_tokens.top_probabilities[position].tolist()
+    same = (next_tokens.top_ids[position] == produced).tolist()  # two tokens may have one text
+    guesses = zip(next_tokens.top_tokens[position], probabilities, same, strict=True)
+    return [{"token": visible(token), "probability": share, "same": is_it} for token, share, is_it in guesses]
 
 
 def _bytes(attention: Tensor) -> str:
