@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calm.experiments import charts
 from calm.experiments.results import METHODS, Cell, Results
-from calm.experiments.tables import TRAINING, escape, markdown, methods_of, pipes, shown
+from calm.experiments.tables import TRAINING, escape, markdown, methods_of, pipes, shown, verdict
 
 PAPER = "Bansal et al. 2024, arXiv 2401.02412"
 
@@ -96,10 +96,10 @@ def no_help(results: Results) -> Iterator[str]:
     for name, cells in results.differences.items():
         row = results.rows[name]
         for method in methods_of({name: cells}):
-            verdict = _verdict(cells[method], row.higher_is_better)
-            if verdict:
+            found = verdict(cells[method], row.higher_is_better)
+            if found:
                 yield (
-                    f"**{escape(row.title)}** ({where}): {verdict} than {METHODS[method]} "
+                    f"**{escape(row.title)}** ({where}): {found} than {METHODS[method]} "
                     f"({shown(cells[method])} {row.metric})."
                 )
     for name, cells in results.preservation.items():
@@ -113,16 +113,6 @@ def no_help(results: Results) -> Iterator[str]:
                     f"{row.metric} from {before:.2f} to {after:.2f} ({change:+.1f}%); switched off, it is the anchor "
                     "bit for bit."
                 )
-
-
-def _verdict(cell: Cell, higher_is_better: bool) -> str | None:
-    sign = 1 if higher_is_better else -1
-    if cell.interval is None:
-        return "the composed model is not better" if sign * cell.mean <= 0 else None
-    low, high = cell.interval if higher_is_better else (-cell.interval[1], -cell.interval[0])
-    if high < 0:
-        return "the composed model is worse"
-    return "the composed model is not clearly better" if low <= 0 else None
 
 
 def _of_run(results: Results) -> list[str]:
