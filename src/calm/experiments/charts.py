@@ -125,28 +125,32 @@ def _gain_and_loss(results: Results) -> Figure:
     figure, panels = _panels(len(kept), height=0.6 + 0.32 * max(map(len, kept.values())), columns=2)
     for (gain, loss), (name, cells) in zip(panels, kept.items(), strict=True):
         gained, methods = _gained(results, name), _down(gain, cells)
-        _dots(gain, results, gained, results.table.get(gained or "", {}), methods, "Gained")
-        _dots(loss, results, name, cells, methods, "Lost of the anchor")
+        if gained:
+            _dots(gain, results, gained, results.table[gained], methods)
+            gain.set_title(f"Gained: {results.rows[gained].title}", loc="left", fontweight="bold", fontsize=10)
+        _dots(loss, results, name, cells, methods, changes=True)
+        loss.set_title(f"Lost of the anchor: {results.rows[name].title}", loc="left", fontweight="bold", fontsize=10)
         loss.set_yticks(range(len(methods)), [""] * len(methods))
     return figure
 
 
 def _gained(results: Results, kept: str) -> str | None:
-    """The row of the table that belongs to a row of preservation: the one that it names, such as "English perplexity
-    cy", unless both measure one ability; else the last, which is the combined skill."""
+    """The row of the table that belongs to a row of preservation.
+
+    It is the one that is named there, such as in "English perplexity cy", unless both measure one ability; else the
+    last, which is the combined skill.
+    """
     rows = [row for row in _filled(results.table) if results.rows[row].title != results.rows[kept].title]
     return next((row for row in rows if row in kept.split()), rows[-1] if rows else None)
 
 
 def _dots(
-    axes: Any, results: Results, name: str | None, cells: Mapping[str, Cell], methods: list[str], heading: str
+    axes: Any, results: Results, name: str, cells: Mapping[str, Cell], methods: list[str], changes: bool = False
 ) -> None:
-    """One dot a method, dotted line at m_B."""
+    """One dot a method, dotted line at m_B; `changes` writes how far from it."""
     from matplotlib.ticker import LogLocator
 
     axes.set_ylim(-0.6, len(methods) - 0.4)
-    if name is None:
-        return
     row, anchor = results.rows[name], cells.get("m_B")
     if anchor is not None:
         axes.axvline(anchor.mean, color=LINE, linewidth=0.9, linestyle=":")
@@ -156,7 +160,7 @@ def _dots(
             axes.plot(_reach(cell), [place, place], color=_colour(method), linewidth=1.6)
             axes.plot(cell.mean, place, "o", color=_colour(method))
             label = f"{cell.mean:.1f}"
-            if heading != "Gained" and anchor is not None and anchor.mean:
+            if changes and anchor is not None and anchor.mean:
                 label += f" ({100 * (cell.mean - anchor.mean) / abs(anchor.mean):+.1f}%)"
             axes.annotate(label, (_reach(cell)[1], place), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.4)
@@ -166,9 +170,8 @@ def _dots(
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-    elif heading == "Gained":
+    elif not changes:
         axes.set_xlim(left=min(0, *lows))
-    axes.set_title(f"{heading}: {row.title}", loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}; dotted: m_B, lines: 95%", fontsize=9)
 
 

@@ -1,4 +1,4 @@
-"""Tables 1-5 of the paper (Bansal et al. 2024, arXiv 2401.02412v1): its numbers as facts, under our names of methods."""
+"""Tables 1-5 of the paper (Bansal et al. 2024, arXiv 2401.02412v1): its numbers, under our names of methods."""
 
 from __future__ import annotations
 

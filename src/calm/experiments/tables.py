@@ -57,7 +57,9 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text in one cell of a Markdown table."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ⏎ ").replace("<", "&lt;").replace("`", "'")
+    return (
+        " ⏎ ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    )
 
 
 def shown(cell: Cell) -> str:
