@@ -72,6 +72,7 @@ def _write(folder, splits, config):
     (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
 
 
+@pytest.mark.slow
 def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_path):
     paper = low_resource.PRESETS["paper"]
     tiny = dataclasses.replace(
@@ -111,6 +112,12 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert composed["result"]["steps"] == 2
     trained = (tmp_path / "seed-0/cy/composed/train.jsonl").read_text()
     assert "gollyngiad" not in trained  # the leaking sentence is out
+    assert {low_resource._key(*row, "cy", ("cy", "br")) for row in (("table", "cy"), ("other", "cy BLEU"))} == {
+        "cy",
+        "cy BLEU",
+    }
+    for field in ("rows", "preservation"):
+        assert low_resource._key(field, "English perplexity", "cy", ("cy", "br")) == "English perplexity cy"
     assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
 
 
