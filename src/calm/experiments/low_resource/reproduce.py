@@ -46,7 +46,7 @@ PRESETS = {
     "cpu": Preset(
         languages=("cy",),
         seeds=(0,),
-        data=DataSettings(composition_held_out=True, test=300, max_new_tokens=32),
+        data=DataSettings(composition_held_out=True, max_new_tokens=32),
         methods=Settings(
             anchor="",
             augmenting=_CUT,
