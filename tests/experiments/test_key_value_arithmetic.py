@@ -326,7 +326,7 @@ def test_results_file(finished):
     assert results == json.loads(json.dumps(returned))
     assert list(results["table"]) == ["m_A", "m_B", "composed", "random_m_A", "vanilla_m_A", "encoder_m_A"]
     assert all(list(row) == list(TASKS) and max(row.values()) <= 100 for row in results["table"].values())
-    assert results["held_out_keys"] == 32 and results["seed"] == 0 and results["seconds"] > 0
+    assert results["held_out_keys"] == 64 and results["seed"] == 0 and results["seconds"] > 0
     assert (out / "table.png").stat().st_size > 10_000
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm.experiments.results import METHODS, Cell, Results
-from calm.experiments.tables import methods_of
+from calm.experiments.tables import methods_of, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart.
-HIGHLIGHT, NEUTRAL, LINE = "#D55E00", "#8DA0B3", "#3B4A5A"
-LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours, which people with any colour vision tell apart; shape and fill say the same again.
+HIGHLIGHT, NEUTRAL, LINE, WORSE = "#D55E00", "#8DA0B3", "#3B4A5A", "#0072B2"
+LINES = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def save_charts(results: Results, folder: Path) -> list[Path]:
@@ -27,134 +27,208 @@ def save_charts(results: Results, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    drawn = {
-        "table": _bars(results) if results.table else None,
-        "differences": _differences(results) if results.differences else None,
-        "preservation": _gain_and_loss(results) if results.preservation else None,
-        "curves": _curves(results) if results.curves else None,
-    }
+    draw = {"table": _bars, "differences": _differences, "preservation": _gain_and_loss, "curves": _curves}
     paths = []
-    for what, figure in drawn.items():
-        if figure is not None:
-            paths.append(folder / f"{results.date}-{results.preset}-{what}.png")
-            figure.savefig(paths[-1], dpi=150, metadata={"Software": None})
+    for what in names_of(results):
+        paths.append(folder / f"{results.date}-{results.preset}-{what}.png")
+        draw[what](results).savefig(paths[-1], dpi=150, metadata={"Software": None})
     return paths
+
+
+def names_of(results: Results) -> Mapping[str, str]:
+    """What each chart shows, by the end of its file's name; only charts that have something to show."""
+    shown = {
+        "table": (_filled(results.table), "every method on every row"),
+        "differences": (_filled(results.differences), "composed minus each method, on the same examples"),
+        "preservation": (_filled(results.preservation), "what is gained beside what is lost of the anchor"),
+        "curves": (results.curves, "what was varied"),
+    }
+    return {what: caption for what, (there, caption) in shown.items() if there}
+
+
+def _filled(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, Mapping[str, Cell]]:
+    """Without the rows that no method has; a run without the composed model has empty differences."""
+    return {name: cells for name, cells in rows.items() if cells}
 
 
 def _bars(results: Results) -> Figure:
     """One panel a row, one bar a method, with intervals; bars begin at zero."""
-    names = list(results.table)
-    figure, panels = _panels(len(names), height=0.4 + 0.32 * max(len(cells) for cells in results.table.values()))
-    for axes, name in zip(panels, names, strict=True):
-        row, cells = results.rows[name], results.table[name]
-        methods = methods_of({name: cells})[::-1]
+    rows = _filled(results.table)
+    figure, panels = _panels(len(rows), height=0.4 + 0.32 * max(map(len, rows.values())))
+    for (axes,), (name, cells) in zip(panels, rows.items(), strict=True):
+        row, methods = results.rows[name], _down(axes, cells)
         means = [cells[method].mean for method in methods]
-        colours = [HIGHLIGHT if method == "composed" else NEUTRAL for method in methods]
-        axes.barh(range(len(methods)), means, color=colours, height=0.7)
+        axes.barh(range(len(methods)), means, color=[_colour(method) for method in methods], height=0.7)
         _whiskers(axes, [cells[method] for method in methods])
-        axes.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
-        ends = [(cells[method].interval or (0, cells[method].mean))[1] for method in methods]
+        ends = [_reach(cells[method])[1] for method in methods]
         for place, (mean, end) in enumerate(zip(means, ends, strict=True)):
-            axes.annotate(f"{mean:.1f}", (max(mean, end), place), (5, 0), textcoords="offset points", va="center")
-        axes.set_xlim(left=min(0, *means), right=1.15 * max(*ends, 1e-9))
-        axes.set_title(f"{row.title} ({row.examples} examples)", loc="left", fontsize=10)
-        axes.set_xlabel(f"{row.metric}, {'higher' if row.higher_is_better else 'lower'} is better")
+            axes.annotate(f"{mean:.1f}", (max(mean, end, 0), place), (5, 0), textcoords="offset points", va="center")
+        axes.set_xlim(min(0, *means), 1.15 * max(*ends, 1e-9))
+        axes.set_title(f"{row.title} ({row.examples} examples)", loc="left", fontweight="bold", fontsize=10)
+        axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}; lines: 95% intervals")
     return figure
 
 
 def _differences(results: Results) -> Figure:
     """What the composed model has more than each method, on the same examples; zero is no difference."""
-    names = [name for name, cells in results.differences.items() if cells]
-    figure, panels = _panels(len(names), height=0.4 + 0.3 * max(len(results.differences[name]) for name in names))
-    for axes, name in zip(panels, names, strict=True):
-        row, cells = results.rows[name], results.differences[name]
-        methods = methods_of({name: cells})[::-1]
+    from matplotlib.lines import Line2D
+
+    marks = {  # the shape, the colour of its edge and its filling
+        None: ("o", HIGHLIGHT, HIGHLIGHT, "composed is better"),
+        "the composed model is not clearly better": ("o", LINE, "white", "not clearly better: the interval holds zero"),
+        "the composed model is not better": ("s", WORSE, "white", "not better (no interval)"),
+        "the composed model is worse": ("s", WORSE, WORSE, "composed is worse"),
+    }
+    rows = _filled(results.differences)
+    figure, panels = _panels(len(rows), height=0.4 + 0.32 * max(map(len, rows.values())))
+    used = set()
+    for (axes,), (name, cells) in zip(panels, rows.items(), strict=True):
+        row, methods = results.rows[name], _down(axes, cells)
         axes.axvline(0, color=LINE, linewidth=1)
-        better = [cells[method].mean > 0 if row.higher_is_better else cells[method].mean < 0 for method in methods]
-        colours = [HIGHLIGHT if good else NEUTRAL for good in better]
-        axes.scatter([cells[method].mean for method in methods], range(len(methods)), color=colours, zorder=3)
         _whiskers(axes, [cells[method] for method in methods])
-        axes.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
-        axes.set_ylim(-0.6, len(methods) - 0.4)
-        axes.set_title(f"{row.title}: composed minus ...", loc="left", fontsize=10)
+        for place, method in enumerate(methods):
+            found = verdict(cells[method], row.higher_is_better)
+            used.add(found)
+            shape, edge, fill, _ = marks[found]
+            axes.plot(cells[method].mean, place, shape, color=edge, markerfacecolor=fill, zorder=3)
+            right = cells[method].mean >= 0  # the number stands away from zero
+            axes.annotate(
+                f"{cells[method].mean:+.1f}",
+                (_reach(cells[method])[right], place),
+                (6 if right else -6, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if right else "right",
+                fontsize=8,
+            )
+        axes.margins(x=0.12)
+        axes.set_title(f"{row.title}: composed minus ...", loc="left", fontweight="bold", fontsize=10)
         side = "right" if row.higher_is_better else "left"
-        axes.set_xlabel(f"{row.metric}; {side} of the line the composed model is better")
+        axes.set_xlabel(f"{row.metric}; {side} of zero composed is better")
+    figure.legend(
+        handles=[
+            Line2D([], [], linestyle="", marker=shape, color=edge, markerfacecolor=fill, label=label)
+            for found, (shape, edge, fill, label) in marks.items()
+            if found in used
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
     return figure
 
 
 def _gain_and_loss(results: Results) -> Figure:
-    """Each method's gain over m_B on the first row against its first preservation row."""
-    figure, panels = _panels(len(results.preservation), height=4.0)
-    for axes, (kept, cells) in zip(panels, results.preservation.items(), strict=True):
-        gained = next((name for name in results.table if name in kept.split()), next(iter(results.table)))
-        for method in methods_of({kept: cells, gained: results.table[gained]}):
-            if method not in cells or method not in results.table[gained] or method == "m_B_zero_shot":
-                continue  # zero-shot and few-shot are one model
-            x, y = results.table[gained][method], cells[method]
-            colour = HIGHLIGHT if method == "composed" else NEUTRAL
-            axes.errorbar(x.mean, y.mean, xerr=_arms(x), yerr=_arms(y), fmt="o", color=colour, capsize=2)
-            axes.annotate(METHODS[method], (x.mean, y.mean), (6, 4), textcoords="offset points", fontsize=7)
-        if "m_B" in cells:
-            axes.axhline(cells["m_B"].mean, color=LINE, linewidth=0.8, linestyle=":")
-        row = results.rows[kept]
-        axes.margins(x=0.25)
-        axes.set_xlabel(f"{results.rows[gained].title}: {results.rows[gained].metric}")
-        axes.set_ylabel(f"{row.title}: {row.metric}")
-        if not row.higher_is_better and all(cell.mean > 0 for cell in cells.values()):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_title(f"What is learned against {kept} (dotted: m_B's)", loc="left", fontsize=10)
+    """Beside each other: what each method reaches on the new task, and what is left of the anchor's ability."""
+    kept = _filled(results.preservation)
+    figure, panels = _panels(len(kept), height=0.6 + 0.32 * max(map(len, kept.values())), columns=2)
+    for (gain, loss), (name, cells) in zip(panels, kept.items(), strict=True):
+        gained, methods = _gained(results, name), _down(gain, cells)
+        if gained:
+            _dots(gain, results, gained, results.table[gained], methods)
+            gain.set_title(f"Gained: {results.rows[gained].title}", loc="left", fontweight="bold", fontsize=10)
+        _dots(loss, results, name, cells, methods, changes=True)
+        loss.set_title(f"Lost of the anchor: {results.rows[name].title}", loc="left", fontweight="bold", fontsize=10)
+        loss.set_yticks(range(len(methods)), [""] * len(methods))
     return figure
 
 
+def _gained(results: Results, kept: str) -> str | None:
+    """The row of the table that belongs to a row of preservation.
+
+    It is the one that is named there, such as in "English perplexity cy", unless both measure one ability; else the
+    last, which is the combined skill.
+    """
+    rows = [row for row in _filled(results.table) if results.rows[row].title != results.rows[kept].title]
+    return next((row for row in rows if row in kept.split()), rows[-1] if rows else None)
+
+
+def _dots(
+    axes: Any, results: Results, name: str, cells: Mapping[str, Cell], methods: list[str], changes: bool = False
+) -> None:
+    """One dot a method, dotted line at m_B; `changes` writes how far from it."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_ylim(-0.6, len(methods) - 0.4)
+    row, anchor = results.rows[name], cells.get("m_B")
+    if anchor is not None:
+        axes.axvline(anchor.mean, color=LINE, linewidth=0.9, linestyle=":")
+    for place, method in enumerate(methods):
+        if method in cells:
+            cell = cells[method]
+            axes.plot(_reach(cell), [place, place], color=_colour(method), linewidth=1.6)
+            axes.plot(cell.mean, place, "o", color=_colour(method))
+            label = f"{cell.mean:.1f}"
+            if changes and anchor is not None and anchor.mean:
+                label += f" ({100 * (cell.mean - anchor.mean) / abs(anchor.mean):+.1f}%)"
+            axes.annotate(label, (_reach(cell)[1], place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.margins(x=0.4)
+    lows = [_reach(cell)[0] for cell in cells.values()]
+    if not row.higher_is_better and min(lows) > 0 and max(lows) > 3 * min(lows):
+        axes.set_xscale("log")  # perplexities lie apart by factors
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    elif not changes:
+        axes.set_xlim(left=min(0, *lows))
+    axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}; dotted: m_B, lines: 95%", fontsize=9)
+
+
 def _curves(results: Results) -> Figure:
-    figure, panels = _panels(len(results.curves), height=3.6)
-    for axes, curve in zip(panels, results.curves.values(), strict=True):
-        for (name, points), colour in zip(curve.points.items(), LINES * 4, strict=False):
+    """One panel a curve, its band the 95% interval; the vertical axis begins at zero."""
+    figure, panels = _panels(len(results.curves), height=3.2)
+    for (axes,), curve in zip(panels, results.curves.values(), strict=True):
+        colours = iter(LINES * len(curve.points))
+        for name, points in curve.points.items():
+            colour = HIGHLIGHT if name == "composed" else next(colours)
             xs, means = [x for x, _ in points], [cell.mean for _, cell in points]
             axes.plot(xs, means, "o-", color=colour, label=METHODS.get(name, name))
-            if all(cell.interval for _, cell in points):
-                lows, highs = zip(*(cell.interval or (0, 0) for _, cell in points), strict=True)
-                axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        axes.set_title(curve.title, loc="left", fontsize=10)
+            lows, highs = zip(*(_reach(cell) for _, cell in points), strict=True) if points else ((), ())
+            axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axes.set_title(curve.title, loc="left", fontweight="bold", fontsize=10)
         axes.set_xlabel(curve.x)
-        axes.set_ylabel(curve.y)
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel(curve.y, fontsize=8)
+        axes.set_ylim(bottom=min(0, axes.dataLim.ymin))
         if len(curve.points) > 1:
             axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
+def _panels(count: int, height: float, columns: int = 1) -> tuple[Figure, list[list[Any]]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, (height + 0.9) * count), layout="constrained")
-    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
-    for axes in panels:
+    figure = Figure(figsize=(8 if columns == 1 else 10, (height + 0.9) * count + 0.4), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr,call-arg]
+    panels = figure.subplots(count, columns, squeeze=False)
+    for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels)
+    return figure, [list(row) for row in panels]
+
+
+def _down(axes: Any, cells: Mapping[str, Cell]) -> list[str]:
+    """The methods from the lowest place up, so that the first of `METHODS` stands on top; labels the axis with them."""
+    methods = methods_of({"": cells})[::-1]
+    axes.set_yticks(range(len(methods)), [METHODS[method] for method in methods])
+    axes.set_ylim(-0.6, len(methods) - 0.4)
+    for label, method in zip(axes.get_yticklabels(), methods, strict=True):
+        label.set_fontweight("bold" if method == "composed" else "normal")
+    return methods
+
+
+def _colour(method: str) -> str:
+    return HIGHLIGHT if method == "composed" else NEUTRAL
+
+
+def _better(higher: bool) -> str:
+    return f"{'higher' if higher else 'lower'} is better"
+
+
+def _reach(cell: Cell) -> tuple[float, float]:
+    """The interval, or the mean where there is none."""
+    return cell.interval or (cell.mean, cell.mean)
 
 
 def _whiskers(axes: Any, cells: list[Cell]) -> None:
     for place, cell in enumerate(cells):
-        if cell.interval is not None:
-            axes.plot(cell.interval, [place, place], color=LINE, linewidth=1.4, solid_capstyle="butt")
-
-
-def _arms(cell: Cell) -> list[list[float]] | None:
-    if cell.interval is None:
-        return None
-    low, high = cell.interval
-    return [[max(0.0, cell.mean - low)], [max(0.0, high - cell.mean)]]
-
-
-def names_of(results: Results) -> Mapping[str, str]:
-    """What each chart shows, by the end of its file's name."""
-    shown = {
-        "table": (results.table, "every method on every row"),
-        "differences": (results.differences, "composed minus each method, on the same examples"),
-        "preservation": (results.preservation, "what is learned against what is kept of the anchor"),
-        "curves": (results.curves, "what was varied"),
-    }
-    return {what: caption for what, (there, caption) in shown.items() if there}
+        axes.plot(_reach(cell), [place, place], color=LINE, linewidth=1.4, solid_capstyle="butt")

@@ -18,9 +18,7 @@ def print_results(console: Console, results: Results) -> None:
         if rows:
             console.print(_table(heading, rows, results))
     if results.training:
-        shown = Table(
-            "", "trained parameters", "learning rate (mixed: m_A's weight)", "steps", "minutes", title="Training"
-        )
+        shown = Table("", *TRAINING, title="Training")
         for name, training in results.training.items():
             rate = "" if training.learning_rate is None else f"{training.learning_rate:g}"
             minutes = f"{training.seconds / 60:.1f}"
@@ -59,7 +57,9 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text in one cell of a Markdown table."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ⏎ ").replace("<", "&lt;").replace("`", "'")
+    return (
+        " ⏎ ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    )
 
 
 def shown(cell: Cell) -> str:
@@ -69,6 +69,17 @@ def shown(cell: Cell) -> str:
         return f"{cell.mean:.{digits}f}"
     low, high = cell.interval
     return f"{cell.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def verdict(difference: Cell, higher_is_better: bool) -> str | None:
+    """What a difference, composed minus another, says against the composed model; None if that is better."""
+    sign = 1 if higher_is_better else -1
+    if difference.interval is None:
+        return "the composed model is not better" if sign * difference.mean <= 0 else None
+    low, high = sorted(sign * end for end in difference.interval)
+    if high < 0:
+        return "the composed model is worse"
+    return "the composed model is not clearly better" if low <= 0 else None
 
 
 def methods_of(rows: Mapping[str, Mapping[str, Cell]]) -> list[str]:

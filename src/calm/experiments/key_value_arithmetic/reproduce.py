@@ -188,9 +188,8 @@ def _examples(first: Mapping[str, StageResult]) -> list[dict[str, str]]:
 
 
 def _over_seeds(values: Sequence[float]) -> Cell:
-    """A mean whose interval is the range over seeds, where there are several."""
-    interval = (min(values), max(values)) if len(values) > 1 else None
-    return Cell(mean=float(np.mean(values)), interval=interval, values=tuple(values))
+    """A mean without an interval: of a perplexity the sum alone is kept."""
+    return Cell(mean=float(np.mean(values)), interval=None, values=tuple(values))
 
 
 def _statistics(flags: str) -> np.ndarray:

@@ -46,7 +46,7 @@ PRESETS = {
     "cpu": Preset(
         languages=("cy",),
         seeds=(0,),
-        data=DataSettings(composition_held_out=True, test=300, max_new_tokens=32),
+        data=DataSettings(composition_held_out=True, max_new_tokens=32),
         methods=Settings(
             anchor="",
             augmenting=_CUT,
@@ -167,5 +167,6 @@ def reproduce_preset(
 
 
 def _key(field: str, row: str, language: str, languages: Sequence[str]) -> str:
-    """Rows of the tables name their language already; with several languages the others are made to."""
-    return f"{row} {language}" if len(languages) > 1 and field in ("training", "preservation") else row
+    """Rows of translations are named by their language already; with several languages the others are made to."""
+    named = field != "training" and row.split()[0] == language
+    return row if named or len(languages) == 1 else f"{row} {language}"

@@ -1,0 +1,126 @@
+"""Tables, charts and REPORT.md from results made here: every sentence of "where composition does not help"."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from calm.errors import CalmError
+from calm.experiments import charts, report, tables
+from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
+
+
+def cell(mean: float, width: float | None = 1.0) -> Cell:
+    return Cell(mean=mean, interval=None if width is None else (mean - width, mean + width), values=(mean,))
+
+
+def results(**changed) -> Results:
+    rows = {
+        "cy": Row(metric="chrF", higher_is_better=True, examples=500, title="Welsh to English"),
+        "English perplexity": Row(metric="perplexity", higher_is_better=False, examples=200, title="English"),
+    }
+    fields = {
+        "domain": "low_resource",
+        "preset": "cpu",
+        "command": "calm reproduce low_resource --preset cpu",
+        "date": "2026-01-02",
+        "settings": {},
+        "seeds": (0,),
+        "rows": rows,
+        "table": {"cy": {"m_A": cell(30), "m_B": cell(10), "composed": cell(33), "lora": cell(32.5)}},
+        "differences": {
+            "cy": {
+                "m_A": cell(3.0),  # better
+                "m_B": cell(23.0, None),  # better, one run
+                "lora": cell(0.5),  # not clearly
+                "full_on_all": cell(-7.0),  # worse
+                "mixed_logits": cell(-1.0, None),  # not better, one run
+            }
+        },
+        "preservation": {"English perplexity": {"m_B": cell(40), "composed": cell(44), "m_A": cell(90)}},
+        "curves": {"share": Curve(title="Share", x="%", y="chrF", points={"composed": ((5, cell(1)), (10, cell(2)))})},
+        "training": {"composed": Training(trainable_parameters=7, learning_rate=0.001, searched={"0.001": 2.0})},
+        "parameters": {"anchor": 135_000_000},
+        "examples": {"cy": [{"prompt": "Welsh: a|b\nEnglish:", "reference": "x", "composed": "<b>`y`"}]},
+        "notes": ("A note.",),
+        "hardware": "a machine",
+        "versions": {"torch": "1"},
+        "seconds": 60.0,
+    }
+    return Results(**{**fields, **changed})
+
+
+def test_results_are_read_as_they_were_written_and_anything_else_is_refused(tmp_path):
+    path = results().save(tmp_path)
+    assert path == tmp_path / "low_resource" / "2026-01-02-cpu.json"
+    assert Results.load(path) == results()
+    path.write_text(path.read_text().replace('"preset"', '"presets"'))
+    with pytest.raises(CalmError, match="holds no results of an experiment"):
+        Results.load(path)
+
+
+def test_where_composition_does_not_help_is_what_the_intervals_say():
+    sentences = list(report.no_help(results()))
+    assert [re.search(r": (the composed model .*? than .*?) \(", s).group(1) for s in sentences[:3]] == [
+        f"the composed model is not clearly better than {METHODS['lora']}",
+        f"the composed model is worse than {METHODS['full_on_all']}",
+        f"the composed model is not better than {METHODS['mixed_logits']}",
+    ]
+    assert "from 40.00 to 44.00 (+10.0%)" in sentences[3]
+    assert len(sentences) == 4
+    kept = results(preservation={"English perplexity": {"m_B": cell(40), "composed": cell(40.2)}})
+    assert len(list(report.no_help(kept))) == 3  # half a percent is within what is asked for
+
+
+def test_where_lower_is_better_a_lower_number_helps():
+    row = {"cy": Row(metric="loss", higher_is_better=False, examples=1, title="Loss")}
+    turned = results(
+        rows=row,
+        table={"cy": {"composed": cell(1)}},
+        preservation={},
+        differences={"cy": {"m_A": cell(-3.0), "m_B": cell(3.0)}},
+    )
+    (sentence,) = report.no_help(turned)
+    assert f"is worse than {METHODS['m_B']}" in sentence
+
+
+def test_the_report_is_the_same_from_the_same_results_says_what_was_not_run_and_has_whole_tables(tmp_path):
+    results().save(tmp_path)
+    results(date="2026-02-01", notes=("A later run.",)).save(tmp_path)
+    path = report.write_report(tmp_path)
+    text = path.read_text()
+    assert report.write_report(tmp_path).read_bytes() == text.encode()
+    assert "A later run." in text and "A note." not in text  # the newest of each preset
+    assert "Not run yet: `calm reproduce code`." in text
+    assert "| KV-MATH | 0.7 | 0.0 | 84.3 |" in text  # the paper's
+    assert "a\\|b ⏎ English:" in text and "&lt;b>'y'" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(cells) == 1, table
+
+
+def test_charts_are_drawn_for_what_there_is(tmp_path):
+    drawn = charts.save_charts(results(), tmp_path)
+    assert [path.name for path in drawn] == [
+        f"2026-01-02-cpu-{what}.png" for what in ("table", "differences", "preservation", "curves")
+    ]
+    for path in drawn:
+        pixels = imread(path)[..., :3]
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique((255 * pixels).astype(np.uint8).reshape(-1, 3), axis=0)) > 20
+    few = results(preservation={}, curves={}, differences={})
+    assert [path.name for path in charts.save_charts(few, tmp_path)] == ["2026-01-02-cpu-table.png"]
+
+
+def test_tables_show_every_number_with_its_interval():
+    shown = io.StringIO()
+    tables.print_results(Console(file=shown, width=200), results())
+    assert "33.0 [32.0, 34.0]" in shown.getvalue()
+    assert "-7.00 [-8.00, -6.00]" in shown.getvalue()
+    assert "A note." in shown.getvalue()
+    assert tables.shown(cell(0.0, None)) == "0.0"

@@ -1,0 +1,148 @@
+"""`calm reproduce` on stand-ins: a domain from its data to its report, and the paper's preset at a tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import random
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from calm.cli import app
+from calm.errors import CalmError
+from calm.experiments.key_value_arithmetic import reproduce as key_value
+from calm.experiments.low_resource import reproduce as low_resource
+from calm.experiments.low_resource.hub import HubSettings
+from calm.experiments.methods.settings import Fit
+from calm.experiments.reproduce import reproduce
+from calm.experiments.results import METHODS, Results
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Two models with one tokenizer, and the three data sets, as folders in the place of a hub's names."""
+    folder = tmp_path_factory.mktemp("hub")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({"<end>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<end>", pad_token="<end>")
+    for name, layers in (("anchor", 4), ("augmenting", 2)):
+        torch.manual_seed(layers)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, **sizes)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(80)]
+    sentences = [" ".join(rng.sample(words, 4)) for _ in range(140)]
+    (folder / "parallel").mkdir()
+    rows = [{"translation": {"en": text, "cy": text[::-1]}} for text in sentences[:100]]
+    rows.append({"translation": {"en": f"{sentences[130]}!", "cy": "gollyngiad"}})  # leaks a test sentence
+    _write(folder / "parallel", {"train": rows}, "cy-en")
+    for config, turned in (("eng_Latn", False), ("cym_Latn", True)):
+        texts = [{"text": text[::-1] if turned else text} for text in sentences[100:]]
+        _write(folder / "test", {"dev": texts[:20], "devtest": texts[20:]}, config)
+    _write(folder / "general", {"train": [{"text": " ".join(rng.sample(words, 8))} for _ in range(230)]}, None)
+    return folder
+
+
+def _write(folder, splits, config):
+    """A data set of several configurations, as the hub describes them in a README's header."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        name = f"{config or 'default'}-{split}.jsonl"
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = sorted(folder.glob("*.jsonl"))
+    configs: dict[str, list[tuple[str, str]]] = {}
+    for path in described:
+        which, _, split = path.stem.rpartition("-")
+        configs.setdefault(which, []).append((split, path.name))
+    header = "".join(
+        f"- config_name: {which}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {file}\n" for split, file in files)
+        for which, files in configs.items()
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+
+
+@pytest.mark.slow
+def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_path):
+    paper = low_resource.PRESETS["paper"]
+    tiny = dataclasses.replace(
+        paper,
+        languages=("cy",),
+        seeds=(0, 1),
+        data=HubSettings(
+            parallel=str(hub / "parallel"),
+            test=str(hub / "test"),
+            general=str(hub / "general"),
+            general_config=None,
+            general_texts=20,
+            composition_share=0.2,
+            development=10,
+            max_new_tokens=4,
+        ),
+        methods=dataclasses.replace(
+            paper.methods,
+            anchor=str(hub / "anchor"),
+            augmenting=str(hub / "augmenting"),
+            specialist=Fit(2, 4, 1e-3),
+            connections=2,
+            steps=2,
+            rows=4,
+            search_steps=1,
+            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
+            dtype="float32",
+        ),
+    )
+    shown = io.StringIO()
+    results = low_resource.reproduce_preset("paper", tiny, None, tmp_path, Console(file=shown, width=200))
+    assert set(results.table["cy"]) == set(METHODS)
+    assert all(len(cell.values) == 2 for cell in results.table["cy"].values())
+    assert results.rows["cy"].examples == 20
+    assert results.parameters.keys() == {"anchor", "augmenting", "composition"}
+    composed = json.loads((tmp_path / "seed-0/cy/composed/training_log.json").read_text())
+    assert composed["result"]["steps"] == 2
+    trained = (tmp_path / "seed-0/cy/composed/train.jsonl").read_text()
+    assert "gollyngiad" not in trained  # the leaking sentence is out
+    assert {low_resource._key(*row, "cy", ("cy", "br")) for row in (("table", "cy"), ("other", "cy BLEU"))} == {
+        "cy",
+        "cy BLEU",
+    }
+    for field in ("rows", "preservation"):
+        assert low_resource._key(field, "English perplexity", "cy", ("cy", "br")) == "English perplexity cy"
+    assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
+
+
+def test_the_key_value_domain_from_data_to_report(tmp_path):
+    arguments = ["reproduce", "key_value_arithmetic", "--preset", "tiny"]
+    places = ["--output-dir", str(tmp_path / "runs"), "--results-dir", str(tmp_path / "results")]
+    done = CliRunner().invoke(app, [*arguments, *places])
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "results/key_value_arithmetic").glob("*-tiny.json")
+    results = Results.load(path)
+    assert set(results.table["KV-MATH"]) == set(METHODS) - {"m_B_zero_shot"}
+    assert [x for x, _ in results.curves["share of keys"].points["composed"]] == [5, 10, 20, 40, 80]
+    sizes = {name: training.trainable_parameters for name, training in results.training.items()}
+    assert abs(sizes["lora"] - sizes["composed"]) < 0.15 * sizes["composed"]
+    assert len(list(path.parent.glob("*-tiny-*.png"))) == 4
+    assert "## Where composition does not help" in (tmp_path / "results/REPORT.md").read_text()
+
+    again = CliRunner().invoke(app, [*arguments, *places])  # everything is kept
+    assert again.exit_code == 0 and "seed 0, composed" in done.output and "seed 0, composed" not in again.output
+    assert Results.load(path).table == results.table
+
+
+def test_what_there_is_not_is_named():
+    with pytest.raises(CalmError, match="domain='music': expected one of key_value_arithmetic"):
+        reproduce("music")
+    with pytest.raises(CalmError, match="preset='huge': low_resource has cpu, gpu, paper"):
+        reproduce("low_resource", "huge")
+    assert set(key_value.PRESETS) >= {"cpu", "tiny"}
