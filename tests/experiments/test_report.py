@@ -77,6 +77,18 @@ def test_where_composition_does_not_help_is_what_the_intervals_say():
     assert len(list(report.no_help(kept))) == 3  # half a percent is within what is asked for
 
 
+@pytest.mark.parametrize(("after", "change"), [(-55, "(-10.0%)"), (-45, None)])
+def test_a_loss_of_a_negative_number_is_a_loss(after, change):
+    row = {
+        "cy": Row(metric="chrF", higher_is_better=True, examples=1, title="Welsh"),
+        "English": Row(metric="log-likelihood", higher_is_better=True, examples=1, title="English"),
+    }
+    kept = {"English": {"m_B": cell(-50), "composed": cell(after)}}
+    sentences = list(report.no_help(results(rows=row, differences={}, preservation=kept)))
+    assert len(sentences) == (change is not None)
+    assert all(change in sentence for sentence in sentences)
+
+
 def test_where_lower_is_better_a_lower_number_helps():
     row = {"cy": Row(metric="loss", higher_is_better=False, examples=1, title="Loss")}
     turned = results(
@@ -98,7 +110,7 @@ def test_the_report_is_the_same_from_the_same_results_says_what_was_not_run_and_
     assert "A later run." in text and "A note." not in text  # the newest of each preset
     assert "Not run yet: `calm reproduce code`." in text
     assert "| KV-MATH | 0.7 | 0.0 | 84.3 |" in text  # the paper's
-    assert "a\\|b ⏎ English:" in text and "&lt;b>'y'" in text
+    assert "a\\|b ⏎ English:" in text and "&lt;b>\\`y\\`" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(cells) == 1, table

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.image import imread
 from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments import charts, report
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
-from calm.experiments.tables import escape, print_results, verdict
+from calm.experiments.tables import escape, pipes, print_results, verdict
 
 TITLES = {"cy": "Welsh to English", "br": "Breton to English"}
 
@@ -187,6 +188,28 @@ def test_tables_are_whole_whatever_examples_hold(tmp_path):
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     assert escape("a\u2028b\rc") == "a ⏎ b ⏎ c"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![i](http://example.org/i.png) and [a link](x)",
+        "def __init__(self): *args, **kwargs",
+        "_File _Edit, m_A, a__b, trailing_",
+        "Insert &lt;b&gt; & <b>bold</b> <!-- not a comment -->",
+        "`code` ``two`` ~~gone~~",
+        "a|b \\| c \\\\ \\* end\\",
+    ],
+)
+def test_what_a_model_wrote_is_shown_and_not_rendered(text):
+    def shown(cell_: str) -> str | None:
+        tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(pipes([["", ""], ["x", cell_]]))
+        cells = [token for token in tokens if token.type == "inline"][-1].children or []
+        plain = all(token.type in ("text", "text_special") for token in cells)
+        return "".join(token.content for token in cells) if plain else None
+
+    assert shown(text) != text  # it would be rendered as it stands
+    assert shown(escape(text)) == text
 
 
 def test_the_newest_run_counts_and_the_same_results_give_the_same_bytes(tmp_path):

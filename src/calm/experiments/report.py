@@ -92,7 +92,7 @@ def no_help(results: Results) -> Iterator[str]:
         row = results.rows[name]
         if "composed" in cells and "m_B" in cells:
             before, after = cells["m_B"].mean, cells["composed"].mean
-            change = 100 * (after - before) / before if before else 0.0
+            change = 100 * (after - before) / abs(before) if before else 0.0
             if (change < -1) if row.higher_is_better else (change > 1):
                 yield (
                     f"**{escape(name)}** ({where}): with its connections on, the composed model moves the anchor's "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -40,7 +41,7 @@ def sections(results: Results) -> dict[str, Mapping[str, Mapping[str, Cell]]]:
 def markdown(rows: Mapping[str, Mapping[str, Cell]], results: Results) -> str:
     """One table, methods down and rows across; the last line ends without a newline."""
     names = list(rows)
-    lines = [["", *(f"{escape(name)}, {_direction(results, name)}" for name in names)]]
+    lines = [["", *(escape(f"{name}, {_direction(results, name)}") for name in names)]]
     for method in methods_of(rows):
         cells = [shown(rows[name][method]) if method in rows[name] else "" for name in names]
         label = METHODS[method]
@@ -56,10 +57,10 @@ def pipes(lines: Sequence[Sequence[str]]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text in one cell of a Markdown table."""
-    return (
-        " ⏎ ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-    )
+    """Text in one cell of a Markdown table, shown as it is: what a model wrote must not become a link or an image."""
+    line = " ⏎ ".join(text.splitlines()).replace("&", "&amp;").replace("<", "&lt;")
+    # an underscore between letters or digits, as in m_A, is none of Markdown's
+    return re.sub(r"[\\|*`~\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
 def shown(cell: Cell) -> str:
