@@ -158,19 +158,21 @@ def split(
         by_file[function.file].append(function)
     files = list(by_file.values())
     rng.shuffle(files)
+    drawn = [function for of_file in files for function in rng.sample(of_file, min(len(of_file), _PER_FILE))]
+    excluded = {index for _, index in similar(also_held_out, drawn)}
+    earlier = defaultdict(set)
+    for one, other in similar(drawn, drawn):
+        if one < other:
+            earlier[other].add(one)
     held_out: list[Function] = []
-    unused = 0
-    while len(held_out) < sum(sizes) and files:
-        of_file = files.pop()
-        drawn = rng.sample(of_file, min(len(of_file), _PER_FILE))
-        alike = {index for _, index in similar([*held_out, *also_held_out], drawn)}
-        alike |= {max(pair) for pair in similar(drawn, drawn) if pair[0] != pair[1]}
-        kept = [function for index, function in enumerate(drawn) if index not in alike]
-        held_out += kept
-        unused += len(of_file) - len(kept)
-    unused += max(0, len(held_out) - sum(sizes))
-    held_out = held_out[: sum(sizes)]
-    rest = [function for of_file in files for function in of_file]
+    kept: set[int] = set()
+    for index, function in enumerate(drawn):
+        if len(kept) < sum(sizes) and index not in excluded and not earlier[index] & kept:
+            held_out.append(function)
+            kept.add(index)
+    taken = {function.file for function in held_out}
+    unused = sum(function.file in taken for function in functions) - len(held_out)
+    rest = [function for of_file in files if of_file[0].file not in taken for function in of_file]
     alike = {index for _, index in similar([*held_out, *also_held_out], rest)}
     trained = [function for index, function in enumerate(rest) if index not in alike]
     wanted = round(share * len(trained))
