@@ -29,7 +29,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[list[Function], dict[str, str]
         CalmError: If the package cannot be had, or has no Lisp.
     """
     package = debian.package(PACKAGE, folder)
-    functions = []
+    functions: list[Function] = []
     for path in package.root.rglob("*.el*"):
         if path.suffix == ".el":
             data = path.read_bytes()
