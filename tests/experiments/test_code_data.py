@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from packages import WORDS, write_books
 
 from calm.data import load_tokenizer
 from calm.errors import CalmError
@@ -28,7 +29,6 @@ from calm.experiments.code.metrics import EditSimilarity, ExactMatch, PassAt1
 from calm.experiments.methods.examples import Example
 
 SETTINGS = DataSettings(development=10, test=20, allow_code_execution=True)
-WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
 
 LISP = r"""
 ;; (defun commented () "Not here." nil nil)
@@ -83,15 +83,7 @@ def folder(tmp_path_factory):
                 f'(defun {a} ({b})\n  "Make the {c} {d} of {e}."\n  (let (({f} ({g} {b})))\n    ({c} {f} {d} {e})))\n'
             )
         (place / f"file{file}.el").write_text("\n".join(forms))
-    for name, page in (
-        ("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/{}.html"),
-        ("debian-reference-en", "usr/share/debian-reference/ch{}.en.html"),
-    ):
-        for number in range(60):
-            path = folder / name / page.format(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"<p>{' '.join(rng.choices(WORDS, k=30))}</p>" for _ in range(5)))
-    return folder
+    return write_books(folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +107,12 @@ def test_the_reader_of_emacs_lisp_knows_strings_comments_and_characters():
     assert tricky.header == "(defun tricky (char &optional text)\n"
     assert tricky.body.startswith('  (interactive "cWhich: ")') and tricky.body.endswith("[vector ?\\C-a]))")
     assert "parenthesis" not in tricky.code
+
+
+@pytest.mark.parametrize("character", ["?\\\\", "?\\M-\\\\", "?\\C-\\M-)", "?\\^I", "?)"])
+def test_a_character_ends_before_the_parenthesis_that_follows_it(character):
+    lisp = f'(defun one (x)\n  "Compare X."\n  (eq x {character}))\n(defun two (x)\n  "Return X."\n  x)\n'
+    assert [function.sentence for function in emacs_lisp.parse(lisp, "a.el")] == ["Compare X.", "Return X."]
 
 
 def test_python_functions_lose_their_docstring_and_nothing_else():

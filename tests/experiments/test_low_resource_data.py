@@ -7,6 +7,7 @@ import shutil
 
 import polib
 import pytest
+from packages import WORDS, write_books
 
 from calm.data import load_tokenizer
 from calm.errors import CalmError
@@ -17,7 +18,6 @@ from calm.experiments.low_resource.data import DataSettings, describe, leaks, lo
 from calm.experiments.low_resource.duplicates import clusters
 
 SETTINGS = DataSettings(composition_share=0.1, development=10, test=40)
-WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,7 @@ def folder(tmp_path_factory):
     place.mkdir(parents=True)
     catalogue.save_as_mofile(str(place / "sw.mo"))
     (folder / "libreoffice-l10n-xh/VERSION").write_text("1:2.3")
-    for name, page in (
-        ("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/{}.html"),
-        ("debian-reference-en", "usr/share/debian-reference/ch{}.en.html"),
-    ):
-        for number in range(60):
-            file = folder / name / page.format(number)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            words = [" ".join(rng.choices(WORDS, k=30)) for _ in range(5)]
-            file.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in words))
-    return folder
+    return write_books(folder)
 
 
 def test_messages_are_cleaned_and_what_cannot_be_learned_from_is_left_out_and_counted(folder):

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from packages import write_books
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,12 +17,19 @@ from typer.testing import CliRunner
 
 from calm.cli import app
 from calm.errors import CalmError
+from calm.experiments.code import reproduce as code
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods.settings import Fit
 from calm.experiments.reproduce import reproduce
 from calm.experiments.results import METHODS, Results
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    """The two books of English prose, as unpacked packages."""
+    return write_books(tmp_path_factory.mktemp("books"))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +146,48 @@ def test_the_key_value_domain_from_data_to_report(tmp_path):
     again = CliRunner().invoke(app, [*arguments, *places])  # everything is kept
     assert again.exit_code == 0 and "seed 0, composed" in done.output and "seed 0, composed" not in again.output
     assert Results.load(path).table == results.table
+
+
+@pytest.mark.slow
+def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
+    place = tmp_path / "run/data/emacs-el/usr/share/emacs/lisp"
+    place.mkdir(parents=True)
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(900)]
+    for file in range(60):
+        drawn = [rng.sample(words, 5) for _ in range(5)]
+        forms = [f'(defun {a} ({b})\n  "Make the {c} of {d}."\n  ({c} {b}\n    {e}))\n' for a, b, c, d, e in drawn]
+        (place / f"{file}.el").write_text("\n".join(forms))
+    for name in ("debian-handbook", "debian-reference-en"):
+        (tmp_path / "run/data" / name).symlink_to(books / name)
+    cpu = code.PRESETS["cpu"]
+    tiny = dataclasses.replace(
+        cpu,
+        data=dataclasses.replace(cpu.data, test=6, development=6, max_new_tokens=3, human_eval_tokens=2),
+        methods=dataclasses.replace(
+            cpu.methods,
+            anchor=str(hub / "anchor"),
+            augmenting=(0, 3),
+            general=Fit(1, 2, 1e-3),
+            specialist=Fit(1, 2, 1e-3),
+            connections=2,
+            steps=1,
+            rows=2,
+            search_steps=1,
+            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
+            max_length=512,
+            dtype="float32",
+            methods=("m_A", "m_B", "composed"),
+        ),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    results = code.reproduce_preset("cpu", tiny, None, tmp_path / "run", console, allow_code_execution=True)
+    rows = {"humaneval", "python_completion", "python_to_text", "elisp_completion", "elisp_to_text"}
+    assert set(results.table) == rows
+    assert results.rows["humaneval"].examples == 164 and results.rows["elisp_to_text"].examples == 6
+    assert set(results.table["humaneval"]) == {"m_A", "m_B", "composed"}
+    assert set(results.other) == {"python_completion edit similarity", "elisp_completion edit similarity"}
+    assert set(results.preservation) == {"English perplexity", "Python perplexity"}
 
 
 def test_what_there_is_not_is_named():

@@ -15,7 +15,7 @@ PACKAGE = "emacs-el"  # GPL-3+
 _DEFUN = re.compile(r"^\((?:cl-)?def(?:un|subst|macro)\s", re.MULTILINE)
 _SKIP = re.compile(r"(?:\s|;[^\n]*)*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_CHARACTER = re.compile(r"\?(?:\\(?:[CMSHAs]-)?)*.", re.DOTALL)  # ?a ?\( ?\C-a ?\M-\C-x
+_CHARACTER = re.compile(r"\?(?:\\(?:[CMSHAs]-|\^))*(?:\\.|.)", re.DOTALL)  # ?a ?\( ?\\ ?\C-a ?\M-\C-x ?\^I
 _ATOM = re.compile(r"""(?:\\.|[^\s()\[\]";'`,])+""", re.DOTALL)
 
 
