@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import random
+import re
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import calm
-from calm.experiments.key_value_arithmetic import bases, evaluate, recipe, run, stages, workers
+from calm.experiments.key_value_arithmetic import baselines, bases, evaluate, recipe, reproduce, run, stages, workers
 from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection
 from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Expression, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.lines import (
@@ -453,3 +456,87 @@ def test_variants_decode_with_a_cache_as_without(finished, position):
     first = model(ids[:, :5], use_cache=True)
     rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-5, rtol=1e-4)
+
+
+# -- digits, and the presets that need a GPU ---------------------------------------------------------------------------
+
+DIGITS = DataSettings(values=(1, 300), operands=(2, 4), operators=("+", "-", "x"), numbers="digits", answer="direct")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6))
+def test_digits_are_encoded_as_the_tokenizer_reads_them(seed):
+    rng, task, tokenizer = random.Random(seed), Task.draw(DIGITS, 0), build_tokenizer(DIGITS)
+    for line in (composition_line(task, rng, 0.5), substitution_line(task, rng, list(task.values))):
+        ids = encode([line], tokenizer.get_vocab())["input_ids"][0].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert tokenizer(text)["input_ids"] == ids[:-1]  # all but the end
+        # the same words: a hyphen between letters joins the syllables of a key
+        assert re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text).split() == line.words[:-1]
+
+
+def test_digits_of_a_learned_number_are_all_learned():
+    tokenizer = build_tokenizer(DIGITS)
+    batch = encode([Line().add(["12", "="], False).add(["-305", "<end>"], True)], tokenizer.get_vocab())
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["1", "2", "=", "~", "3", "0", "5", "<end>"]
+    assert (batch["labels"][0] != IGNORED).tolist() == [False] * 3 + [True] * 5
+
+
+def test_the_gpu_preset_at_toy_size(tmp_path, monkeypatch):
+    """Everything of it but its size and its device."""
+    whole, tiny = recipe.PRESETS["gpu"], recipe.PRESETS["tiny"]
+    toy = dataclasses.replace(
+        tiny,
+        data=dataclasses.replace(whole.data, keys=80, values=(1, 999), syllables=20),
+        with_unknowns=whole.with_unknowns,
+        hardware=dataclasses.replace(whole.hardware, device="cpu", loaders=1),
+    )
+    monkeypatch.setitem(recipe.PRESETS, "gpu", toy)
+    monkeypatch.setattr(reproduce, "BASELINES", reproduce.BASELINES[-1:])
+    monkeypatch.setattr(reproduce, "CURVES", ())
+    monkeypatch.setattr(reproduce, "_curves", lambda finished, recipe: {})
+    results = reproduce.reproduce("gpu", [0], tmp_path, Console(quiet=True), False)
+    assert set(results.table) == set(TASKS) and {"composed", "mixed_logits"} <= set(results.table["KV-MATH"])
+    asked = results.examples["KV-MATH"][0]
+    assert asked["reference"].lstrip("-").isdigit()
+    anchor = AutoModelForCausalLM.from_pretrained(tmp_path / "seed-0/anchor")
+    assert anchor.dtype == torch.float32 and anchor.config.vocab_size == len(build_tokenizer(toy.data))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("name", ["gpu", "paper"])
+def test_no_gpu_is_said_before_work_starts(name, tmp_path):
+    with pytest.raises(calm.CalmError, match=f"preset='{name}' trains on a GPU"):
+        reproduce.reproduce(name, [0], tmp_path, Console(quiet=True), False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_data_can_be_drawn_and_asked():
+    data = recipe.PRESETS["paper"].data
+    task, tokenizer = Task.draw(data, 0), build_tokenizer(data)
+    assert sorted(task.values.values()) == list(range(1, 25_001)) and len(task.composition_keys) == 5_000
+    lines = [composition_line(task, random.Random(i), 0.35) for i in range(200)]
+    batch = encode(lines, tokenizer.get_vocab())["input_ids"]
+    assert tokenizer.unk_token_id not in batch and batch.shape[1] <= bases.CONTEXT
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_on_all_data_is_not_taught_to_stop_after_restating(finished, monkeypatch):
+    """KV-SUBS and KV-MATH have the same prompt when answers are restated: an end learned there forbids the solution."""
+    out, _ = finished
+    tiny = recipe.PRESETS["tiny"]
+    drawn = []
+    monkeypatch.setattr(baselines, "fit", lambda model, batches, *_, **__: drawn.append(batches[0]) or 0)
+    task, tokenizer = Task.draw(tiny.data, 0), build_tokenizer(tiny.data)
+    baselines.train_baseline(
+        "full_on_all", out / "anchor", out / "augmenting", task, tiny, tokenizer, 0, lambda *_: None
+    )
+    ends = drawn[-1]["labels"] == tokenizer.eos_token_id
+    ends_written = drawn[-1]["input_ids"] == tokenizer.eos_token_id
+    assert ends_written.any() and ends.any()
+    for row in (ends_written & ~ends).any(1).nonzero().flatten():
+        assert (drawn[-1]["input_ids"][row] == tokenizer.get_vocab()["="]).sum() == 1
+    for row in ends.any(1).nonzero().flatten():
+        assert (drawn[-1]["input_ids"][row] == tokenizer.get_vocab()["="]).sum() > 1

@@ -61,7 +61,10 @@ def train_baseline(
     lines = [composition_line(task, rng, recipe.numeric_share) for _ in range(recipe.validation_examples)]
     validation = encode(lines, vocabulary)
     if name == "mixed_logits":
-        models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (anchor, augmenting)]
+        models = [
+            AutoModelForCausalLM.from_pretrained(folder).to(recipe.hardware.device).eval()
+            for folder in (anchor, augmenting)
+        ]
         mixtures = {w: Mixed(models[0], models[1], w, vocabulary["<pad>"]).eval() for w in WEIGHTS}
         right = {weight: exact_match(mixture, validation) for weight, mixture in mixtures.items()}
         best = max(right, key=lambda weight: right[weight])
@@ -91,6 +94,8 @@ def train_baseline(
                 rows.append(glossary_line(task, rng, recipe.glossary_entries))
             else:
                 rows.append(substitution_line(task, rng, keys))
+                if task.settings.answer == "restate":
+                    rows[-1].learned[-1] = False  # KV-MATH goes on where KV-SUBS ends, after the same prompt
         return rows
 
     def trained(rate: float, steps: int) -> PreTrainedModel:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from calm.errors import CalmError
@@ -20,6 +20,8 @@ ONSETS = (*"bdfghjklmnprstvwz", "ch", "sh", "th", "br", "dr", "gr", "kr", "pr", 
 SYLLABLES = tuple(onset + vowel + coda for coda in ("", "n") for onset in ONSETS for vowel in "aeiou")
 SPECIAL_TOKENS = ("<pad>", "<end>", "<unknown>")
 LARGEST_VOCABULARY = 65_536
+SIGN = "~"
+"""The token for the sign of a negative number among digits; the minus between operands is another."""
 
 # One turn is one expression: earlier turns are not part of the task, and the equals sign asks for the answer.
 CHAT_TEMPLATE = (
@@ -42,6 +44,8 @@ class DataSettings:
         unique_values: every key has its own value, as in the paper.
         operands: fewest and most operands of an expression.
         operators: a selection of "+", "-" and "x".
+        numbers: "whole" has one token for each integer, "digits" one for each digit and one for the sign, where results
+            reach too far for that.
         answer: "restate" answers with one reduction at a time, KV-MATH after restating the expression in numbers;
             "direct" with the result alone, as in the paper (KV-SUBS is then asked for with ":").
         composition_share: share of the keys that the composition may see; evaluation uses the others.
@@ -57,6 +61,7 @@ class DataSettings:
     unique_values: bool = False
     operands: tuple[int, int] = (2, 3)
     operators: tuple[str, ...] = ("+", "-")
+    numbers: Literal["whole", "digits"] = "whole"
     answer: Literal["restate", "direct"] = "restate"
     composition_share: float = 0.2
 
@@ -68,6 +73,7 @@ class DataSettings:
             "values": (0 <= low <= high, "0 <= smallest <= largest"),
             "operands": (1 <= self.operands[0] <= self.operands[1], "1 <= fewest <= most"),
             "operators": (bool(self.operators) and set(self.operators) <= {"+", "-", "x"}, "some of '+', '-', 'x'"),
+            "numbers": (self.numbers in ("whole", "digits"), "'whole' or 'digits'"),
             "answer": (self.answer in ("restate", "direct"), "'restate' or 'direct'"),
             "composition_share": (0 < self.composition_share < 1, "between 0 and 1"),
             "unique_values": (
@@ -248,7 +254,7 @@ def random_key(rng: random.Random, settings: DataSettings) -> str:
 
 
 def build_tokenizer(settings: DataSettings) -> PreTrainedTokenizerFast:
-    """One token for each syllable, operator and integer that these settings can reach.
+    """One token for each syllable, operator and integer that these settings can reach, or for each digit.
 
     A hyphen between letters belongs to a key and is no token; a minus stands between spaces; "-7" is one integer.
     Decoding puts the hyphens back, so that text survives the round trip.
@@ -256,27 +262,24 @@ def build_tokenizer(settings: DataSettings) -> PreTrainedTokenizerFast:
     Raises:
         CalmError: the results reach too far for one token an integer.
     """
-    low, high = settings.values
-    most = settings.operands[1]
-    largest, subtracted = (max(high * n, high**n if "x" in settings.operators else 0) for n in (most, most - 1))
-    smallest = low - subtracted if "-" in settings.operators else low
-    if largest - smallest > LARGEST_VOCABULARY:
-        raise CalmError(
-            f"Results lie between {smallest} and {largest}, too many for one token an integer; expected at most "
-            f"{LARGEST_VOCABULARY}. Choose smaller values, fewer operands, or leave out 'x'."
-        )
-    numbers = (str(number) for number in range(smallest, largest + 1))
+    digits = settings.numbers == "digits"
+    numbers = (SIGN, *"0123456789") if digits else (str(number) for number in _reachable(settings))
     words = itertools.chain(SPECIAL_TOKENS, "+-x=:;", SYLLABLES[: settings.syllables], numbers)
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+|(?<=[a-z])-(?=[a-z])"), behavior="removed")
-    between_syllables = Regex(r"(?<=[a-wyz]) (?=[a-wyz])")
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=False),
-            decoders.Fuse(),
-            decoders.Replace(between_syllables, "-"),
-        ]
-    )
+    split: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(r"\s+|(?<=[a-z])-(?=[a-z])"), behavior="removed")
+    ]
+    joined: list[decoders.Decoder] = [
+        decoders.WordPiece(prefix="##", cleanup=False),
+        decoders.Fuse(),
+        decoders.Replace(Regex(r"(?<=[a-wyz]) (?=[a-wyz])"), "-"),
+    ]
+    if digits:
+        tokenizer.normalizer = normalizers.Replace(Regex(r"-(?=[0-9])"), SIGN)
+        split.append(pre_tokenizers.Split(Regex(rf"{SIGN}|[0-9]"), behavior="isolated"))
+        joined += [decoders.Replace(Regex(rf"(?<=[{SIGN}0-9]) (?=[0-9])"), ""), decoders.Replace(SIGN, "-")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.Sequence(joined)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -286,3 +289,21 @@ def build_tokenizer(settings: DataSettings) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def tokens_of(word: str, vocabulary: Mapping[str, int]) -> list[int]:
+    """The token of a word, or those of a number's digits, as the tokenizer makes them."""
+    return [vocabulary[word]] if word in vocabulary else [vocabulary[digit] for digit in word.replace("-", SIGN)]
+
+
+def _reachable(settings: DataSettings) -> range:
+    low, high = settings.values
+    most = settings.operands[1]
+    largest, subtracted = (max(high * n, high**n if "x" in settings.operators else 0) for n in (most, most - 1))
+    smallest = low - subtracted if "-" in settings.operators else low
+    if largest - smallest > LARGEST_VOCABULARY:
+        raise CalmError(
+            f"Results lie between {smallest} and {largest}, too many for one token an integer; expected at most "
+            f"{LARGEST_VOCABULARY}. Choose numbers='digits', smaller values, fewer operands, or leave out 'x'."
+        )
+    return range(smallest, largest + 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from calm.experiments.key_value_arithmetic.data import Expression, Task, random_key, words_of
+from calm.experiments.key_value_arithmetic.data import Expression, Task, random_key, tokens_of, words_of
 
 IGNORED = -100
 
@@ -140,11 +140,15 @@ def encode(lines: Sequence[Line], vocabulary: Mapping[str, int]) -> dict[str, Te
     Returns:
         Input ids and labels, int64 [rows, longest]; labels are -100 where nothing is learned.
     """
-    longest = max(len(line.words) for line in lines)
+    rows = []
+    for line in lines:
+        words = zip(line.words, line.learned, strict=True)
+        rows.append([(token, learned) for word, learned in words for token in tokens_of(word, vocabulary)])
+    longest = max(len(row) for row in rows)
     input_ids = torch.full((len(lines), longest), vocabulary["<pad>"])
     labels = torch.full((len(lines), longest), IGNORED)
-    for row, line in enumerate(lines):
-        ids = torch.tensor([vocabulary[word] for word in line.words])
-        input_ids[row, : len(ids)] = ids
-        labels[row, : len(ids)] = torch.where(torch.tensor(line.learned), ids, IGNORED)
+    for index, row in enumerate(rows):
+        ids, counts = torch.tensor([token for token, _ in row]), torch.tensor([learned for _, learned in row])
+        input_ids[index, : len(ids)] = ids
+        labels[index, : len(ids)] = torch.where(counts, ids, IGNORED)
     return {"input_ids": input_ids, "labels": labels}

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
+from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic import stages, workers
 from calm.experiments.key_value_arithmetic.data import TASKS, Task
 from calm.experiments.key_value_arithmetic.recipe import PRESETS, Recipe
@@ -16,7 +18,7 @@ from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAG
 from calm.experiments.methods import intervals
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, made_here
 
-SEEDS = {"cpu": (0, 1), "tiny": (0,), "gpu": (0, 1, 2)}
+SEEDS = {"cpu": (0, 1), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
 
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
@@ -43,9 +45,12 @@ def reproduce(
         allow_code_execution: no code is executed in this domain.
 
     Raises:
+        CalmError: the preset needs a GPU and there is none.
         StageFailed: a stage ended with an error.
     """
     recipe, chosen = PRESETS[preset], tuple(seeds) if seeds else SEEDS[preset]
+    if recipe.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise CalmError(f"preset={preset!r} trains on a GPU, and torch finds none here; preset='cpu' needs none.")
     finished = {seed: _run(recipe, seed, folder / f"seed-{seed}", console) for seed in chosen}
     first = finished[chosen[0]]
     flags = {
