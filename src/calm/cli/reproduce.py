@@ -28,8 +28,11 @@ def reproduce(
     ] = False,
 ) -> None:
     """Reproduce one domain of the paper: data, training, baselines, tables and plots. Run it again to go on."""
+    from transformers.utils import logging
+
     from calm.experiments.reproduce import reproduce as run
 
+    logging.disable_progress_bar()  # of loading weights, dozens of times; training shows its own
     run(
         domain.value,
         preset,
