@@ -6,7 +6,9 @@ import base64
 import copy
 import hashlib
 import json
+import locale
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -267,6 +269,19 @@ def test_the_page_fetches_nothing_and_runs_its_own_script_alone(inspection: Insp
     policy = next(a["content"] for tag, a in elements.found if a.get("http-equiv") == "Content-Security-Policy")
     digest = base64.b64encode(hashlib.sha256(elements.scripts[1].encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+@pytest.mark.skipif(bool(sys.flags.utf8_mode), reason="Python reads every file as UTF-8")
+def test_the_page_does_not_depend_on_the_locale(inspection: Inspection) -> None:
+    html = page.to_html(inspection)
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        with pytest.raises(UnicodeDecodeError):  # the page's files are not ASCII, and this locale is
+            (page.FOLDER / "page.js").read_text()
+        assert page.to_html(inspection) == html
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
 
 
 def test_the_maps_hold_the_weights(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:

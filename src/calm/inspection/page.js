@@ -2,7 +2,11 @@
 "use strict";
 const { weights, read, next, seen, offset } = JSON.parse(document.getElementById("maps").textContent);
 const rows = read.length, columns = seen.length;
-const size = columns > 80 ? 14 : columns > 40 ? 18 : 22;
+const size = columns > 80 ? 14 : columns > 40 ? 18 : 22; // of a cell, in CSS pixels
+const largest = 2 ** 23; // pixels of a canvas; some phones draw none of more than 2 ** 24, and hold all maps at once
+const sharp = size * Math.min(2, Math.ceil(window.devicePixelRatio || 1));
+const dots = Math.min(sharp, Math.floor(Math.sqrt(largest / (rows * columns)))); // of a cell, in pixels of the canvas
+const gap = Math.max(1, Math.round(dots / size)); // between cells
 
 const shade = (weight) => Math.pow(weight, 0.7); // small weights can be told from none; the legend has the same scale
 const colours = () => {
@@ -32,32 +36,39 @@ for (const figure of document.querySelectorAll(".map")) {
   const bytes = Uint8Array.from(atob(weights[figure.dataset.map]), (letter) => letter.charCodeAt(0));
   const canvas = figure.querySelector(".grid canvas"), output = figure.querySelector("output");
   const rowLabels = figure.querySelectorAll(".rows span"), columnLabels = figure.querySelectorAll(".columns span");
-  const scale = Math.min(2, Math.ceil(window.devicePixelRatio || 1));
   let head = 0, cursor = null;
   figure.querySelector(".grid").style.setProperty("--size", size + "px");
-  canvas.width = columns * size * scale;
-  canvas.height = rows * size * scale;
+  canvas.width = columns * dots;
+  canvas.height = rows * dots;
   canvas.style.width = columns * size + "px";
   canvas.style.height = rows * size + "px";
 
   const weight = (row, column) => bytes[(head * rows + row) * columns + column] / 255;
 
+  const context = canvas.getContext("2d");
+  const drawCell = (row, column, palette) =>
+    paint(context, column * dots, row * dots, dots - gap, dots - gap, weight(row, column), palette);
+
+  function drawCursor({ focus }) {
+    context.strokeStyle = focus;
+    context.lineWidth = 2 * gap;
+    const inner = dots - 3 * gap; // the line stays inside the cell
+    context.strokeRect(cursor.column * dots + gap, cursor.row * dots + gap, inner, inner);
+  }
+
   function draw() {
-    const context = canvas.getContext("2d"), palette = colours();
-    context.setTransform(scale, 0, 0, scale, 0, 0);
-    context.clearRect(0, 0, columns * size, rows * size);
+    const palette = colours();
+    context.clearRect(0, 0, canvas.width, canvas.height);
     for (let row = 0; row < rows; row++)
-      for (let column = 0; column <= row + offset; column++)
-        paint(context, column * size, row * size, size - 1, size - 1, weight(row, column), palette);
-    if (!cursor) return;
-    context.strokeStyle = palette.focus;
-    context.lineWidth = 2;
-    context.strokeRect(cursor.column * size, cursor.row * size, size - 1, size - 1);
+      for (let column = 0; column <= row + offset; column++) drawCell(row, column, palette);
+    if (cursor) drawCursor(palette);
   }
 
   function goTo(row, column) {
     row = Math.max(0, Math.min(rows - 1, row));
     column = Math.max(0, Math.min(row + offset, column));
+    const palette = colours();
+    if (cursor) drawCell(cursor.row, cursor.column, palette); // this cell alone: a long map takes long to draw
     rowLabels.forEach((label, index) => label.classList.toggle("here", index === row));
     columnLabels.forEach((label, index) => label.classList.toggle("here", index === column));
     cursor = { row, column };
@@ -65,7 +76,7 @@ for (const figure of document.querySelectorAll(".map")) {
     output.textContent =
       `After “${read[row]}”${expects} it looks at “${seen[column]}” (position ${column}) with weight ` +
       `${weight(row, column).toFixed(2)}${head ? ` in head ${head - 1}` : ", the mean of all heads"}.`;
-    draw();
+    drawCursor(palette);
   }
 
   const point = (event) => {
@@ -85,8 +96,8 @@ for (const figure of document.querySelectorAll(".map")) {
   });
   figure.querySelector("fieldset").addEventListener("change", (event) => {
     head = Number(event.target.value);
-    if (cursor) goTo(cursor.row, cursor.column);
-    else draw();
+    draw();
+    if (cursor) goTo(cursor.row, cursor.column); // reads out the weight
   });
   redraws.push(draw);
 }

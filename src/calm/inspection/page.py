@@ -43,7 +43,7 @@ def to_html(inspection: Inspection) -> str:
     Returns:
         A whole HTML document with its style, script and data; text of tokens is escaped.
     """
-    script = (FOLDER / "page.js").read_text()
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     positions = len(inspection.tokens) - 1
     hidden = max(0, positions - WINDOW)
@@ -75,7 +75,7 @@ def to_html(inspection: Inspection) -> str:
             "offset": hidden,
         },
         bar=_bar,
-        style=Markup((FOLDER / "page.css").read_text()),
+        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
