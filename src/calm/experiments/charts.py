@@ -190,6 +190,9 @@ def _curves(results: Results) -> Figure:
         axes.set_xlabel(curve.x)
         axes.set_ylabel(curve.y, fontsize=8)
         axes.set_ylim(bottom=min(0, axes.dataLim.ymin))
+        measured = sorted({x for points in curve.points.values() for x, _ in points})
+        if len(measured) <= 8 and all(x == int(x) for x in measured):
+            axes.set_xticks(measured)
         if len(curve.points) > 1:
             axes.legend(frameon=False, fontsize=8)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,12 @@ class Results(_Strict):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
             raise CalmError(f"{str(path)!r} holds no results of an experiment: {error}") from error
+
+
+def command(domain: str, preset: str, seeds: Sequence[int] | None, allow_code_execution: bool = False) -> str:
+    """The command line that makes such results again; `seeds` are those that were asked for instead of the preset's."""
+    words = ["calm reproduce", domain, "--preset", preset, *(f"--seed {seed}" for seed in seeds or ())]
+    return " ".join([*words, *(["--allow-code-execution"] if allow_code_execution else [])])
 
 
 def made_here() -> dict[str, Any]:

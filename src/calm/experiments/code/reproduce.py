@@ -13,7 +13,7 @@ from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.methods import table
 from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
-from calm.experiments.results import METHODS, Results, made_here
+from calm.experiments.results import METHODS, Results, command, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def reproduce_preset(
     return Results(
         domain="code",
         preset=name,
-        command=f"calm reproduce code --preset {name}" + (" --allow-code-execution" if allow_code_execution else ""),
+        command=command("code", name, seeds, allow_code_execution),
         settings={**dataclasses.asdict(preset), "data_made": describe(asked, SPLIT, folder / "data")},
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}"),

@@ -16,7 +16,7 @@ from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
-from calm.experiments.results import METHODS, Results, made_here
+from calm.experiments.results import METHODS, Results, command, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def reproduce_preset(
     return Results(
         domain="low_resource",
         preset=name_of_preset,
-        command=f"calm reproduce low_resource --preset {name_of_preset}",
+        command=command("low_resource", name_of_preset, seeds),
         settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
