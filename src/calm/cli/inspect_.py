@@ -59,7 +59,7 @@ def inspect(
             table.add_row(row["name"], *reach, f"{100 * row['moved']:.0f}%", f"{row['kl']:.2f} nats")
         console.print(f"{one['prompt']}{one['completion']}", markup=False, style="bold")
         console.print(table)
-        console.print(f"{one['page']} shows the rest.\n", markup=False)
+        console.print(f"{one['page']} shows the rest.\n", markup=False, soft_wrap=True)
 
 
 def _show_files(path: Path, as_json: bool) -> None:

@@ -77,5 +77,5 @@ def reproduce(
     drawn = save_charts(results, path.parent)
     written = write_report(Path(results_dir))
     for file in (path, *drawn, written):
-        console.print(str(file), markup=False)
+        console.print(str(file), markup=False, soft_wrap=True)
     return path
