@@ -92,6 +92,14 @@ def test_composition_data_is_seen_by_m_a_or_held_out_from_it_and_is_the_same_eit
     assert not set(held_out.composition) & set(held_out.specialist)
 
 
+def test_no_two_of_the_five_examples_before_a_prompt_are_alike(folder):
+    for seed in range(5):
+        data = load("xh", SETTINGS, seed, folder)
+        shown = data.tests["xh"].few_shot
+        assert set(shown) <= set(data.composition)
+        assert len(clusters([pair_of(example) for example in shown])) == 5
+
+
 def test_the_same_seed_gives_the_same_data_and_another_one_other_data(folder):
     first, again, other = (load("xh", SETTINGS, seed, folder) for seed in (0, 0, 1))
     assert (first.specialist, first.tests["xh"].examples) == (again.specialist, again.tests["xh"].examples)

@@ -140,14 +140,19 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
             trained += cluster
     share = round(settings.composition_share * (len(trained) + sum(map(len, small))))
     composition: list[Pair] = []
+    few_shot: list[Pair] = []
     while len(composition) < share and small:
-        composition += small.pop()
+        cluster = small.pop()
+        composition += cluster
+        # Examples made by one template would show m_B the template, not the task.
+        few_shot += [pair for pair in cluster if len(pair.english.split()) > 1][:1]
     trained += [pair for cluster in small for pair in cluster]
-    if len(one_each) < wanted or len(composition) < max(share, 5) or not trained:
+    if len(one_each) < wanted or len(composition) < share or len(few_shot) < 5 or not trained:
         raise CalmError(
             f"{summary['package']} has {len(pairs)} messages of up to {settings.max_words} words, too few for "
             f"{settings.test} test messages, {settings.development} for development, unlike any other, and a D_C of "
-            f"{settings.composition_share:.0%} of the rest (at least 5): ask for fewer, or take another language"
+            f"{settings.composition_share:.0%} of the rest, five of them unlike one another: "
+            "ask for fewer, or take another language"
         )
 
     specialist = trained if settings.composition_held_out else trained + composition
@@ -168,7 +173,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         examples=made["test"],
         metric=Chrf(),
         max_new_tokens=settings.max_new_tokens,
-        few_shot=made["composition"][:5],
+        few_shot=tuple(example(pair, language) for pair in few_shot[:5]),
         others=(Bleu(),),
     )
     data = Data(
