@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -90,7 +92,7 @@ def settings(anchor):
 def finished(data, settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     shown = io.StringIO()
-    outcomes = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    outcomes = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
     return folder, outcomes, shown.getvalue()
 
 
@@ -109,19 +111,44 @@ def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(f
     assert outcomes["composed"]["training"]["searched"].keys() == {"0.001", "0.005"}
 
 
-def test_a_finished_run_is_not_run_again_and_a_changed_one_is(finished, data, settings):
+def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished, data, settings):
     folder, outcomes, _ = finished
     shown = io.StringIO()
-    again = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    again = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
     assert json.loads(json.dumps(again)) == outcomes
     assert shown.getvalue() == ""
-    assert seconds_of(folder) > 0
+    assert seconds_of(folder, [0]) > 0 and seconds_of(folder, [1]) == 0
 
-    (folder / "cell" / "lora.json").unlink()  # as if it had been interrupted there
-    redone = run(data, settings, 0, folder / "cell", folder / "shared", Console(file=shown, width=200))
+    (folder / "seed-0/cell/lora.json").unlink()  # as if it had been interrupted there
+    redone = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
     assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
     assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
     assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
+
+
+def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, settings, tmp_path):
+    shutil.copytree(finished[0] / "seed-0", tmp_path / "seed-0")
+
+    def redone(data, settings, rates=None) -> str:
+        shown = io.StringIO()
+        console = Console(file=shown, width=200)
+        run(data, settings, 0, tmp_path / "seed-0/cell", tmp_path / "seed-0/shared", console, rates)
+        return shown.getvalue()
+
+    few = dataclasses.replace(settings, methods=("m_B", "mixed_logits"))
+    assert redone(data, few) == ""
+    assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
+    assert "mixed_logits" in redone(dataclasses.replace(data, development=data.development[:5]), few)
+    longer = redone(data, dataclasses.replace(few, max_length=8))
+    assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
+
+    composed = dataclasses.replace(settings, methods=("composed",))
+    trained = tmp_path / "seed-0/cell/composed"
+    (trained / "left_behind").touch()
+    other = dataclasses.replace(data, composition=data.composition[:10])
+    assert "composed.json" in redone(other, composed)
+    assert not (trained / "left_behind").exists()  # nothing of the other training is gone on with
+    assert len((trained / "train.jsonl").read_text().splitlines()) == 10
 
 
 def test_results_hold_the_table_with_intervals_and_paired_differences(finished, data, tmp_path):

@@ -217,7 +217,7 @@ def _of_run(results: Results, again: str) -> list[str]:
             lines += [f"{heading}:", "", markdown(rows, results), ""]
     if results.training:
         header = ["", *TRAINING, "tried (result on the development set)"]
-        lines += ["What training took, search included:", "", pipes([header, *_training(results)]), ""]
+        lines += ["What training took, search not included:", "", pipes([header, *_training(results)]), ""]
     for curve in results.curves.values():
         lines += [f"{curve.title} ({curve.y})", "", pipes(_curve(curve)), ""]
     for what, caption in charts.names_of(results).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.examples import Data, Example
 from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
-from calm.experiments.steps import fingerprint, once, read_json
+from calm.experiments.steps import fingerprint, once, read_json, write_json
 
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
 WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -95,12 +96,14 @@ class _Run:
     ) -> None:
         self.data, self.settings, self.seed, self.folder, self.console = data, settings, seed, folder, console
         self.rates = rates
+        self.bf16 = settings.dtype == "bfloat16"
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
         self.development = scoring.completion_rows(data.development, self.tokenizer, settings.max_length)
         self.asked = fingerprint(
             {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in data.tests.items()},
             dict(data.preserved),
+            settings.max_length,
         )
 
     def all(self) -> dict[str, Outcome]:
@@ -112,8 +115,9 @@ class _Run:
     def _make_bases(self) -> None:
         settings = self.settings
         vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
+        vanilla.append(settings.max_length)
         self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
-        specialist = [*vanilla, settings.specialist, settings.max_length, fingerprint(self.data.specialist)]
+        specialist = [*vanilla, settings.specialist, fingerprint(self.data.specialist)]
         self._once(self.specialist / "base.json", specialist, self._make_specialist)
         self._once(self.random / "base.json", vanilla, self._make_random)
         self.bases = fingerprint(specialist)
@@ -126,13 +130,14 @@ class _Run:
             model = bases.cut(bases.load(settings.anchor), settings.augmenting)
         if settings.general is not None:
             rows = scoring.text_rows(self.data.general, self.tokenizer, settings.max_length)
-            training.fine_tune(model, self.tokenizer, rows, settings.general, self.seed)
+            training.fine_tune(model, self.tokenizer, rows, settings.general, self.seed, self.bf16)
         self._save(model, self.vanilla)
         return {"parameters": model.num_parameters()}
 
     def _make_specialist(self) -> Outcome:
         model = bases.load(self.vanilla)
-        training.fine_tune(model, self.tokenizer, self._rows(self.data.specialist), self.settings.specialist, self.seed)
+        rows = self._rows(self.data.specialist)
+        training.fine_tune(model, self.tokenizer, rows, self.settings.specialist, self.seed, self.bf16)
         self._save(model, self.specialist)
         return {"parameters": model.num_parameters()}
 
@@ -143,18 +148,19 @@ class _Run:
     # --- methods ----------------------------------------------------------------------------------------------------
 
     def _method(self, method: str) -> Outcome:
-        depends_on: list[Any] = [self.settings.anchor, self.asked, self.settings.dtype, method]
+        path = self.folder / f"{method}.json"
+        depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
             rate, searched = self._rate(method, depends_on)
-            return self._once(
-                self.folder / f"{method}.json",
-                [*depends_on, rate],
-                lambda: self._evaluated(method, rate, searched),
-            )
+            trained = fingerprint(depends_on, rate)
+            return self._once(path, [trained, self.asked], lambda: self._evaluated(method, rate, searched, trained))
         if method in ("m_A", "mixed_logits"):
             depends_on += [self.bases]
-        return self._once(self.folder / f"{method}.json", depends_on, lambda: self._untrained(method))
+        if method == "mixed_logits":
+            chosen = self.rates[method] if self.rates is not None else None
+            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development), self.settings.max_length]
+        return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
         dtype = self.settings.dtype
@@ -168,7 +174,7 @@ class _Run:
             weight, searched = self.rates[method], {}
         else:
             searched = {w: self._development_nll(scoring.mixed(anchor, augmenting, w)) for w in WEIGHTS}
-            weight = min(searched, key=lambda w: searched[w])
+            weight = _best(searched)
         outcome = self._measure(anchor, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
         return outcome
@@ -190,15 +196,17 @@ class _Run:
             settings = [*depends_on, self.settings.search_steps, rate, fingerprint(self.data.development)]
             path = self.folder / "search" / f"{method}-{rate:g}.json"
             searched[rate] = self._once(path, settings, lambda rate=rate: trial(rate))["nll"]  # type: ignore[misc]
-        best = min(searched, key=lambda rate: searched[rate])
-        return best, {f"{rate:g}": nll for rate, nll in searched.items()}
+        return _best(searched), {f"{rate:g}": nll for rate, nll in searched.items()}
 
-    def _evaluated(self, method: str, rate: float, searched: Mapping[str, float]) -> Outcome:
+    def _evaluated(self, method: str, rate: float, searched: Mapping[str, float], trained_as: str) -> Outcome:
         folder = self.folder / method
+        if read_json(folder / "trained_as.json", trained_as) != trained_as:
+            shutil.rmtree(folder)  # an interrupted training with other settings or data is not gone on with
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "trained_as.json", trained_as)
         started = time.perf_counter()
         model, trained = self._train(method, rate, self.settings.steps, folder)
         seconds = time.perf_counter() - started
-        development = self._development_nll(scoring.logits_of(model))
         outcome = self._measure(model)
         outcome["training"] = {
             "trainable_parameters": trained,
@@ -207,7 +215,6 @@ class _Run:
             "steps": self.settings.steps,
             "seconds": round(seconds, 1),
         }
-        outcome["development_nll"] = development
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         return outcome
@@ -235,7 +242,7 @@ class _Run:
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
-        trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed)
+        trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed, self.bf16)
         return model.to(getattr(torch, settings.dtype)), trained
 
     # --- measuring --------------------------------------------------------------------------------------------------
@@ -283,6 +290,12 @@ class _Run:
         return once(path, settings, timed)
 
 
-def seconds_of(folder: Path) -> float:
-    """Seconds of all steps that are kept below a folder."""
-    return sum(read_json(path, {}).get("result", {}).get("step_seconds", 0.0) for path in folder.rglob("*.json"))
+def seconds_of(folder: Path, seeds: Sequence[int]) -> float:
+    """Seconds of all finished steps of these seeds, `folder` holding them as `seed-0`, `seed-1`, ..."""
+    kept = [read_json(path, {}) for seed in seeds for path in (folder / f"seed-{seed}").rglob("*.json")]
+    return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
+
+
+def _best(searched: Mapping[float, float]) -> float:
+    """What had the lowest loss; one that is not a number is none."""
+    return min(searched, key=lambda tried: searched[tried] if math.isfinite(searched[tried]) else math.inf)

@@ -31,7 +31,7 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
         `rows`, `table`, `differences`, `other`, `preservation`, `examples`, each by row; `training` by method.
     """
     found: dict[str, Any] = {name: {} for name in ("rows", "table", "differences", "other", "preservation", "examples")}
-    seeds = sorted(outcomes)
+    seeds = list(outcomes)
     methods = list(outcomes[seeds[0]])
     for row, task in data.tests.items():
         for metric in (task.metric, *task.others):
@@ -64,7 +64,7 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
     found["training"] = {
         method: Training(**outcomes[seeds[0]][method]["training"])
         for method in methods
-        if outcomes[seeds[0]][method]["training"].get("steps") or outcomes[seeds[0]][method]["training"].get("searched")
+        if "learning_rate" in outcomes[seeds[0]][method]["training"]
     }
     return found
 

@@ -22,7 +22,7 @@ from calm.training.recipe import check_recipe
 
 
 def fine_tune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], fit: Fit, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], fit: Fit, seed: int, bf16: bool
 ) -> int:
     """Train whatever of a model requires gradients.
 
@@ -32,6 +32,7 @@ def fine_tune(
         rows: `input_ids` and `labels`; drawn anew in each epoch, in batches of about one length.
         fit: steps, rows and learning rate.
         seed: of the order.
+        bf16: compute in bfloat16 (autocast).
 
     Returns:
         How many parameters were trained.
@@ -50,7 +51,7 @@ def fine_tune(
                 learning_rate=fit.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
-                bf16=True,
+                bf16=bf16,
                 use_cpu=not torch.cuda.is_available(),
                 max_grad_norm=1.0,
                 logging_strategy="no",
