@@ -139,7 +139,7 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert redone(data, few) == ""
     assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
     assert "mixed_logits" in redone(dataclasses.replace(data, development=data.development[:5]), few)
-    longer = redone(data, dataclasses.replace(few, max_length=8))
+    longer = redone(data, dataclasses.replace(few, max_length=12))
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
     composed = dataclasses.replace(settings, methods=("composed",))
