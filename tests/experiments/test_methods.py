@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.data import load_tokenizer
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
-from calm.experiments.methods import bases, intervals, scoring, table
+from calm.experiments.methods import bases, intervals, mixing, scoring, table
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf, Perplexity
 from calm.experiments.methods.run import run, seconds_of
@@ -195,7 +195,7 @@ def test_mixed_logits_are_one_model_at_each_end_and_cached_as_uncached_between(a
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
 
     def decode(weight: float) -> list[torch.Tensor]:
-        processor, tokens, steps = scoring.MixedLogits(second, weight, mask), ids, []
+        processor, tokens, steps = mixing.MixedLogits(second, weight, mask), ids, []
         for _ in range(3):
             positions = (torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1).cumsum(-1) - 1).clamp(0)
             full = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1)
@@ -228,6 +228,13 @@ def test_a_cut_model_computes_with_the_layers_it_was_given(anchor):
         bases.cut(smaller, (0, 2))
 
 
+def test_a_model_with_layers_of_several_kinds_is_not_cut(anchor):
+    model = bases.load(anchor)
+    model.config.layer_types = ["sliding_attention", "full_attention"] * 2
+    with pytest.raises(CalmError, match=r"several kinds \(full_attention, sliding_attention\)"):
+        bases.cut(model, (0, 3))
+
+
 def test_answers_end_at_the_first_stop_string():
     assert scoring.until("one\ntwo; three", ("\n", ";")) == "one"
     assert scoring.until("one", ("\n",)) == "one"
@@ -252,3 +259,15 @@ def test_an_interval_covers_what_it_says_and_a_paired_difference_is_narrower_tha
     apart = [intervals.cell([one], mean).interval for one in (better, easy)]
     assert 0 < paired[0] < 0.1 < paired[1]
     assert apart[0][0] < apart[1][1]  # apart, the two cannot be told from one another
+
+
+def test_seeds_that_differ_widen_an_interval():
+    def mean(sums: np.ndarray, examples: int) -> float:
+        return float(sums[0] / examples)
+
+    low, high = np.full((50, 1), 1.0), np.full((50, 1), 3.0)
+    assert intervals.cell([low], mean).interval == (1, 1)
+    both = intervals.cell([low, high], mean)
+    assert both.values == (1, 3) and both.mean == 2
+    assert both.interval == (1, 3)  # each seed alone is among what could have been drawn
+    assert intervals.difference([high, low], [low, low], mean).values == (2, 0)

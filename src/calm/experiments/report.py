@@ -10,7 +10,7 @@ from calm.errors import CalmError
 from calm.experiments import charts, paper
 from calm.experiments.paper import PaperTable
 from calm.experiments.results import METHODS, Cell, Curve, Results
-from calm.experiments.tables import TRAINING, escape, markdown, methods_of, pipes, shown, verdict
+from calm.experiments.tables import TRAINING, escape, head, label, markdown, methods_of, pipes, shown, verdict
 
 DOMAINS = {
     "key_value_arithmetic": "Key-value arithmetic (the paper's section 4.1)",
@@ -115,7 +115,7 @@ def _beside(table: PaperTable, found: list[Results]) -> list[str]:
             header += [f"{where}: {METHODS[method]}" for method in table.columns]
             columns = [{task: cells.get(method) for task, cells in results.table.items()} for method in table.columns]
         else:
-            header += [f"{where}: {_head(results, name)}" for name in results.table]
+            header += [f"{where}: {head(results, name)}" for name in results.table]
             columns = [dict(cells) for cells in results.table.values()]
         for line, name in zip(body, table.rows, strict=True):
             line += [_maybe(column.get(name)) for column in columns]
@@ -182,7 +182,7 @@ def _preserved(found: list[Results]) -> list[str]:
             ]
             for method in methods_of(rows)
         ]
-        lines += [pipes([["", *(_head(results, name) for name in rows)], *body]), ""]
+        lines += [pipes([["", *(head(results, name) for name in rows)], *body]), ""]
     return lines if found else [*lines, "Nothing was run yet.", ""]
 
 
@@ -232,13 +232,8 @@ def _of_run(results: Results, again: str) -> list[str]:
 def _curve(curve: Curve) -> list[list[str]]:
     points = {name: dict(line) for name, line in curve.points.items()}
     xs = sorted({x for line in points.values() for x in line})
-    header = [escape(curve.x), *(escape(_label(name)) for name in points)]
+    header = [escape(curve.x), *(escape(label(name)) for name in points)]
     return [header, *([f"{x:g}", *(_maybe(line.get(x)) for line in points.values())] for x in xs)]
-
-
-def _head(results: Results, name: str) -> str:
-    row = results.rows[name]
-    return f"{escape(name)}, {escape(row.metric)} {'↑' if row.higher_is_better else '↓'}"
 
 
 def _maybe(cell: Cell | None) -> str:
@@ -260,9 +255,8 @@ def _not_run(domain: str) -> str:
 
 def _training(results: Results) -> Iterator[list[str]]:
     for name, training in results.training.items():
-        method, _, rest = name.partition(" ")
         yield [
-            escape(f"{METHODS.get(method, method)} {rest}".strip()),
+            escape(label(name)),
             f"{training.trainable_parameters:,}",
             "" if training.learning_rate is None else f"{training.learning_rate:g}",
             f"{training.steps:,}",
@@ -278,12 +272,8 @@ def _examples(name: str, examples: list[dict[str, str]]) -> list[str]:
         return []
     keys = list(dict.fromkeys(key for example in few for key in example))
     table = [["", *(f"example {number}" for number in range(1, len(few) + 1))]]
-    table += [[escape(_label(key)), *(escape(example.get(key, "")) for example in few)] for key in keys]
+    table += [[escape(label(key)), *(escape(example.get(key, "")) for example in few)] for key in keys]
     return [f"Answers of {escape(name)} to look at:", "", pipes(table), ""]
-
-
-def _label(key: str) -> str:
-    return METHODS.get(key, key)
 
 
 def main(results_dir: Path) -> None:

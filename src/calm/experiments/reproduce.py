@@ -45,7 +45,7 @@ def reproduce(
 
     Args:
         domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3).
-        preset: `cpu` (under an hour on two cores), `gpu` or `paper`.
+        preset: `cpu` (for two cores), `gpu` or `paper`.
         seeds: instead of the preset's.
         output_dir: for data, models and what they wrote.
         results_dir: for the results.

@@ -23,7 +23,7 @@ def print_results(console: Console, results: Results) -> None:
         for name, training in results.training.items():
             rate = "" if training.learning_rate is None else f"{training.learning_rate:g}"
             minutes = f"{training.seconds / 60:.1f}"
-            shown.add_row(_label(name), f"{training.trainable_parameters:,}", rate, str(training.steps), minutes)
+            shown.add_row(label(name), f"{training.trainable_parameters:,}", rate, str(training.steps), minutes)
         console.print(shown)
     for note in results.notes:
         console.print(note, style="dim", markup=False)
@@ -41,12 +41,17 @@ def sections(results: Results) -> dict[str, Mapping[str, Mapping[str, Cell]]]:
 def markdown(rows: Mapping[str, Mapping[str, Cell]], results: Results) -> str:
     """One table, methods down and rows across; the last line ends without a newline."""
     names = list(rows)
-    lines = [["", *(escape(f"{name}, {_direction(results, name)}") for name in names)]]
+    lines = [["", *(head(results, name) for name in names)]]
     for method in methods_of(rows):
         cells = [shown(rows[name][method]) if method in rows[name] else "" for name in names]
         label = METHODS[method]
         lines.append([f"**{label}**" if method == "composed" else label, *cells])
     return pipes(lines)
+
+
+def head(results: Results, name: str) -> str:
+    """A row's name, metric and direction, for the head of a Markdown column."""
+    return escape(f"{name}, {_direction(results, name)}")
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
@@ -104,6 +109,7 @@ def _direction(results: Results, name: str) -> str:
     return f"{row.metric} {'↑' if row.higher_is_better else '↓'}"
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """What people call a method, or "METHOD ROW", or anything else, which stays as it is."""
     method, _, rest = name.partition(" ")
     return f"{METHODS.get(method, method)} {rest}".strip()

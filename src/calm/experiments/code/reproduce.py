@@ -11,9 +11,9 @@ from rich.console import Console
 from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.methods import table
-from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
-from calm.experiments.methods.settings import Fit, Settings
-from calm.experiments.results import METHODS, Results, command, made_here
+from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
+from calm.experiments.results import Results, command, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Preset:
     Attributes:
         seeds: of the models and the order of examples. Learning rates are searched with the first one.
         data: how functions are chosen and split.
-        methods: models and lengths of training; without an anchor, SmolLM2-135M.
+        methods: models and lengths of training.
     """
 
     seeds: tuple[int, ...]
@@ -40,36 +40,30 @@ PRESETS = {
         seeds=(0,),
         data=DataSettings(composition_held_out=True, test=100, human_eval_tokens=96),
         methods=Settings(
-            anchor="",
-            augmenting=(0, 1, 2, 3, 28, 29),
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
             general=Fit(steps=180, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=350, rows=32, learning_rate=8e-4),
             connections=4,
             steps=60,
             rows=16,
             search_steps=15,
+            learning_rates=FEW_RATES,
             max_length=160,
-            methods=tuple(METHODS),
         ),
     ),
     "gpu": Preset(
         seeds=(0, 1, 2),
         data=DataSettings(composition_held_out=True),
         methods=Settings(
-            anchor="",
-            augmenting=(0, 1, 2, 3, 28, 29),
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
             general=Fit(steps=600, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=2500, rows=32, learning_rate=8e-4),
             connections=4,
             steps=300,
             rows=32,
             search_steps=80,
-            learning_rates={
-                "composition": (1e-3, 2e-3, 4e-3),
-                "lora": (3e-4, 6e-4, 1.2e-3),
-                "full": (3e-5, 1e-4, 3e-4),
-            },
-            methods=tuple(METHODS),
         ),
     ),
 }
@@ -99,16 +93,10 @@ def reproduce_preset(
     allow_code_execution: bool,
 ) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    settings = preset.methods
-    if not settings.anchor:
-        settings = dataclasses.replace(settings, anchor=str(SMOLLM2_135M.folder()))
     asked = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
     chosen = tuple(seeds) if seeds else preset.seeds
     data = load(asked, SPLIT, folder / "data")
-    outcomes: dict[int, dict[str, Outcome]] = {}
-    for seed in chosen:
-        own = folder / f"seed-{seed}"
-        outcomes[seed] = run(data, settings, seed, own, own, console, rates=rates_of(outcomes))
+    outcomes = run_seeds(data, preset.methods, chosen, folder, console)
     left_out = () if allow_code_execution else ("HumanEval was left out: it runs what models write, if you allow it.",)
     return Results(
         domain="code",

@@ -23,12 +23,11 @@ from calm.experiments.key_value_arithmetic.lines import (
 from calm.experiments.key_value_arithmetic.mixing import Mixed
 from calm.experiments.key_value_arithmetic.recipe import Recipe
 from calm.experiments.key_value_arithmetic.training import Report, Trained, exact_match, fit, trainable
+from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.training import with_lora
 
 RATES = {"lora": (1e-3, 3e-3, 1e-2), "full_on_DC": (3e-4, 1e-3, 3e-3), "full_on_all": (3e-4, 1e-3, 3e-3)}
 """Learning rates that are tried, each for a quarter of the steps."""
-WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Of m_A in the mixture."""
 
 
 def train_baseline(
@@ -65,7 +64,7 @@ def train_baseline(
             AutoModelForCausalLM.from_pretrained(folder).to(recipe.hardware.device).eval()
             for folder in (anchor, augmenting)
         ]
-        mixtures = {w: Mixed(models[0], models[1], w, vocabulary["<pad>"]).eval() for w in WEIGHTS}
+        mixtures = {w: Mixed(models[0], models[1], w).eval() for w in WEIGHTS}
         right = {weight: exact_match(mixture, validation) for weight, mixture in mixtures.items()}
         best = max(right, key=lambda weight: right[weight])
         return Trained(mixtures[best], 0, 0, best, {f"{weight:g}": found for weight, found in right.items()})

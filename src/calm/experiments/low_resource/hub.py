@@ -16,8 +16,7 @@ from calm.experiments.low_resource.data import example, leaks, title
 from calm.experiments.methods.examples import Data, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf
 
-FLORES: dict[str, str | None] = {
-    "br": None,  # not among FLORES+'s languages: tested on OPUS-100's own test split
+FLORES = {
     "cy": "cym_Latn",
     "ga": "gle_Latn",
     "gd": "gla_Latn",
@@ -26,6 +25,7 @@ FLORES: dict[str, str | None] = {
     "xh": "xho_Latn",
 }
 """What FLORES+ calls them."""
+_PRESERVED = 200
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class HubSettings:
     Attributes:
         parallel: with a `translation` column, in configurations such as "cy-en".
         test: with a `text` column and `dev` and `devtest` splits, in configurations such as "cym_Latn".
-        general: with a `text` column.
-        general_config: its configuration.
-        general_texts: how many of them.
+        english: with a `text` column, whose first texts perplexity is measured on.
+        english_config: its configuration.
         composition_share: D_C's size, in parts of `m_A`'s data (about 5% in the paper).
         development: sentences for choosing learning rates.
         max_new_tokens: how long an answer may be.
@@ -45,9 +44,8 @@ class HubSettings:
 
     parallel: str = "Helsinki-NLP/opus-100"
     test: str = "openlanguagedata/flores_plus"
-    general: str = "HuggingFaceFW/fineweb-edu"
-    general_config: str | None = "sample-10BT"
-    general_texts: int = 200_000
+    english: str = "HuggingFaceFW/fineweb-edu"
+    english_config: str | None = "sample-10BT"
     composition_share: float = 0.05
     development: int = 500
     max_new_tokens: int = 128
@@ -64,33 +62,24 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
     Raises:
         CalmError: a data set cannot be had, or has no such language.
     """
+    if language not in FLORES:
+        raise CalmError(f"language={language!r}: FLORES+ is asked for one of {', '.join(FLORES)}.")
     pair = "-".join(sorted((language, "en")))
     parallel = [
         Pair(row["translation"]["en"].strip(), row["translation"][language].strip())
         for row in _rows(settings.parallel, pair, "train")
     ]
-    if FLORES.get(language) is None:
-        held_out = [
-            Pair(row["translation"]["en"].strip(), row["translation"][language].strip())
-            for row in _rows(settings.parallel, pair, "test")
-        ]
-        development, test = held_out[: settings.development], held_out[settings.development :]
-    else:
-        development = _flores(settings.test, FLORES[language], "dev")[: settings.development]
-        test = _flores(settings.test, FLORES[language], "devtest")
+    development = _flores(settings.test, FLORES[language], "dev")[: settings.development]
+    test = _flores(settings.test, FLORES[language], "devtest")
     parallel = [one for one in dict.fromkeys(parallel) if all(one)]
     leaking = {one for one, _ in leaks(parallel, [*development, *test])}
     trained = [one for one in parallel if one not in leaking]
     random.Random(seed).shuffle(trained)
     composition = trained[: round(settings.composition_share * len(trained))]
-    texts = [
-        row["text"]
-        for row in itertools.islice(
-            _rows(settings.general, settings.general_config, "train", streaming=True), settings.general_texts + 200
-        )
-    ]
+    streamed = _rows(settings.english, settings.english_config, "train", streaming=True)
+    english = tuple(row["text"] for row in itertools.islice(streamed, _PRESERVED))
     return Data(
-        general=tuple(texts[200:]),
+        general=(),  # the vanilla m_A is a model already
         specialist=tuple(example(one, language) for one in trained),
         composition=tuple(example(one, language) for one in composition),
         development=tuple(example(one, language) for one in development),
@@ -104,13 +93,13 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
                 others=(Bleu(),),
             )
         },
-        preserved={"English": tuple(texts[:200])},
+        preserved={"English": english},
     )
 
 
-def _flores(name: str, config: str | None, split: str) -> list[Pair]:
-    english, other = (_rows(name, which, split) for which in ("eng_Latn", config))
-    return [Pair(one["text"].strip(), two["text"].strip()) for one, two in zip(english, other, strict=True)]
+def _flores(name: str, config: str, split: str) -> list[Pair]:
+    sides = (_rows(name, which, split) for which in ("eng_Latn", config))
+    return [Pair(one["text"].strip(), two["text"].strip()) for one, two in zip(*sides, strict=True)]
 
 
 def _rows(name: str, config: str | None, split: str, streaming: bool = False) -> Sequence[dict[str, Any]]:

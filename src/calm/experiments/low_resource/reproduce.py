@@ -14,9 +14,9 @@ from calm.experiments.low_resource import hub
 from calm.experiments.low_resource.data import DataSettings, describe, load
 from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
-from calm.experiments.methods.run import Outcome, parameters_of, rates_of, run, seconds_of
-from calm.experiments.methods.settings import Fit, Settings
-from calm.experiments.results import METHODS, Results, command, made_here
+from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
+from calm.experiments.results import Results, command, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Preset:
 
     Attributes:
         languages: rows of the table. Learning rates are searched with the first seed of each.
-        seeds: of the split, the models and the order of examples.
+        seeds: of the models and the order of examples.
         data: how Debian's messages are split, or which data sets of a hub to take.
-        methods: models and lengths of training; without an anchor, SmolLM2-135M.
+        methods: models and lengths of training.
     """
 
     languages: tuple[str, ...]
@@ -35,9 +35,6 @@ class Preset:
     data: DataSettings | HubSettings
     methods: Settings
 
-
-# m_A: the anchor's first four layers and its last two, which is what a third of its size can be cut to and healed.
-_CUT = (0, 1, 2, 3, 28, 29)
 
 SPLIT = 0
 """Seed of the split, which is the same for all seeds, so that they answer the same messages."""
@@ -48,17 +45,17 @@ PRESETS = {
         seeds=(0,),
         data=DataSettings(composition_held_out=True, max_new_tokens=32),
         methods=Settings(
-            anchor="",
-            augmenting=_CUT,
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
             general=Fit(steps=180, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=800, rows=32, learning_rate=8e-4),
             connections=4,
             steps=80,
             rows=32,
             search_steps=15,
+            learning_rates=FEW_RATES,
             max_length=160,
             batch=64,
-            methods=tuple(METHODS),
         ),
     ),
     "gpu": Preset(
@@ -66,20 +63,14 @@ PRESETS = {
         seeds=(0, 1, 2),
         data=DataSettings(composition_held_out=True),
         methods=Settings(
-            anchor="",
-            augmenting=_CUT,
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
             general=Fit(steps=600, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=1500, rows=32, learning_rate=8e-4),
             connections=4,
             steps=200,
             rows=32,
             search_steps=60,
-            learning_rates={
-                "composition": (1e-3, 2e-3, 4e-3),
-                "lora": (3e-4, 6e-4, 1.2e-3),
-                "full": (3e-5, 1e-4, 3e-4),
-            },
-            methods=tuple(METHODS),
         ),
     ),
     # The paper's scale, on public checkpoints that share a tokenizer. Not run here; tests run it with stand-ins.
@@ -101,7 +92,6 @@ PRESETS = {
                 "lora": (1e-4, 3e-4, 1e-3),
                 "full": (5e-6, 1e-5, 3e-5),
             },
-            methods=tuple(METHODS),
         ),
     ),
 }
@@ -136,9 +126,6 @@ def reproduce_preset(
     name_of_preset: str, preset: Preset, seeds: Sequence[int] | None, folder: Path, console: Console
 ) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    settings = preset.methods
-    if not settings.anchor:
-        settings = dataclasses.replace(settings, anchor=str(SMOLLM2_135M.folder()))
     chosen = tuple(seeds) if seeds else preset.seeds
     fields: dict[str, Any] = {}
     described = {}
@@ -148,10 +135,7 @@ def reproduce_preset(
         else:
             data = load(language, preset.data, SPLIT, folder / "data")
             described[language] = describe(language, preset.data, SPLIT, folder / "data")
-        outcomes: dict[int, dict[str, Outcome]] = {}
-        for seed in chosen:
-            shared = folder / f"seed-{seed}"
-            outcomes[seed] = run(data, settings, seed, shared / language, shared, console, rates=rates_of(outcomes))
+        outcomes = run_seeds(data, preset.methods, chosen, folder, console, language)
         for name, rows in table.fields(data, outcomes).items():
             of_language = {_key(name, row, language, preset.languages): value for row, value in rows.items()}
             fields[name] = {**fields.get(name, {}), **of_language}

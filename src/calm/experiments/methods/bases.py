@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calm.backbones import layers_of, truncate_config
+from calm.config import text_config
 from calm.data import load_tokenizer
 from calm.errors import CalmError
 
@@ -33,11 +34,17 @@ def cut(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
         layers: which, counted from 0, in ascending order.
 
     Raises:
-        CalmError: it has no such layers.
+        CalmError: it has no such layers, or layers of several kinds.
     """
     depth = len(layers_of(model))
     if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
         raise CalmError(f"augmenting={tuple(layers)}: expected layers from 0 to {depth - 1}, each once, in order.")
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise CalmError(
+            f"augmenting={tuple(layers)}: the anchor's layers are of several kinds ({', '.join(sorted(kinds))}), and a "
+            "cut would mistake one for another; give a smaller model by name."
+        )
     config = copy.deepcopy(model.config)
     truncate_config(config, len(layers))
     smaller = AutoModelForCausalLM.from_config(config).to(model.dtype)

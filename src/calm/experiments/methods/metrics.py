@@ -17,14 +17,10 @@ from calm.experiments.methods.examples import Example
 class _Sacrebleu:
     """A corpus metric of sacrebleu from its sufficient statistics, which its own bootstrap is made of, too."""
 
-    name: str
     higher_is_better = True
 
-    def __init__(self) -> None:
-        self._metric: Any = self._new()
-
-    def _new(self) -> Any:
-        raise NotImplementedError
+    def __init__(self, name: str, metric: Any) -> None:
+        self.name, self._metric = name, metric
 
     def statistics(self, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
         """Counts of n-grams, float64 [examples, statistics]."""
@@ -40,19 +36,15 @@ class _Sacrebleu:
 class Chrf(_Sacrebleu):
     """chrF (Popović 2015): character n-grams up to 6, no words, beta 2, as in the paper's section 4.2."""
 
-    name = "chrF"
-
-    def _new(self) -> CHRF:
-        return CHRF()
+    def __init__(self) -> None:
+        super().__init__("chrF", CHRF())
 
 
 class Bleu(_Sacrebleu):
     """BLEU with sacrebleu's 13a tokenization."""
 
-    name = "BLEU"
-
-    def _new(self) -> BLEU:
-        return BLEU(effective_order=False)
+    def __init__(self) -> None:
+        super().__init__("BLEU", BLEU())
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from calm import planning
 from calm.data import Row, load_tokenizer
 from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.examples import Data, Example
+from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
 from calm.experiments.steps import fingerprint, once, read_json, write_json
 
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
-WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Of m_A in `mixed_logits`; chosen on the development set."""
 
 Outcome = dict[str, Any]
 """What one method leaves: `answers` by row, `nll` by preserved text set, `training`, as plain JSON."""
@@ -58,15 +57,33 @@ def run(
     return _Run(data, settings, seed, folder, shared, console, rates).all()
 
 
-def rates_of(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, float] | None:
-    """What `run` takes as `rates`: those that the first finished seed found, or None if there is none."""
-    for of_seed in outcomes.values():
-        return {
+def run_seeds(
+    data: Data, settings: Settings, seeds: Sequence[int], folder: Path, console: Console, name: str = ""
+) -> dict[int, dict[str, Outcome]]:
+    """Run every seed, with the learning rates that the first one found.
+
+    Args:
+        data: of one pair of models.
+        settings: sizes and lengths.
+        seeds: in this order.
+        folder: each seed's steps are kept in its `seed-SEED`.
+        console: is told what was done.
+        name: of the data set, where several share a vanilla `m_A`: the folder of what they do not share.
+
+    Returns:
+        The outcomes, by seed and method.
+    """
+    outcomes: dict[int, dict[str, Outcome]] = {}
+    rates: dict[str, float] | None = None
+    for seed in seeds:
+        shared = folder / f"seed-{seed}"
+        outcomes[seed] = run(data, settings, seed, shared / name, shared, console, rates)
+        rates = rates or {
             method: outcome["training"]["learning_rate"]
-            for method, outcome in of_seed.items()
+            for method, outcome in outcomes[seed].items()
             if "learning_rate" in outcome["training"]
         }
-    return None
+    return outcomes
 
 
 def parameters_of(folder: Path) -> dict[str, int]:
@@ -97,7 +114,8 @@ class _Run:
         self.data, self.settings, self.seed, self.folder, self.console = data, settings, seed, folder, console
         self.rates = rates
         self.bf16 = settings.dtype == "bfloat16"
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.anchor)
+        self.anchor = settings.anchor if isinstance(settings.anchor, str) else str(settings.anchor.folder())
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
         self.development = scoring.completion_rows(data.development, self.tokenizer, settings.max_length)
         self.asked = fingerprint(
@@ -127,7 +145,7 @@ class _Run:
         if isinstance(settings.augmenting, str):
             model = bases.load(settings.augmenting)
         else:
-            model = bases.cut(bases.load(settings.anchor), settings.augmenting)
+            model = bases.cut(bases.load(self.anchor), settings.augmenting)
         if settings.general is not None:
             rows = scoring.text_rows(self.data.general, self.tokenizer, settings.max_length)
             training.fine_tune(model, self.tokenizer, rows, settings.general, self.seed, self.bf16)
@@ -166,7 +184,7 @@ class _Run:
         dtype = self.settings.dtype
         if method == "m_A":
             return self._measure(bases.load(self.specialist, dtype))
-        anchor = bases.load(self.settings.anchor, dtype)
+        anchor = bases.load(self.anchor, dtype)
         if method != "mixed_logits":
             return self._measure(anchor, few_shot=method == "m_B")
         augmenting = bases.load(self.specialist, dtype)
@@ -224,7 +242,7 @@ class _Run:
         if method in COMPOSED:
             augmenting = {"vanilla_m_A": self.vanilla, "random_m_A": self.random}.get(method, self.specialist)
             result = training.train_composition(
-                settings.anchor,
+                self.anchor,
                 augmenting,
                 self.data.composition,
                 settings,
@@ -235,10 +253,10 @@ class _Run:
             )
             composed = calm.CalmForCausalLM.from_pretrained(folder, dtype=settings.dtype)
             return composed.to(bases.device()).eval(), result.trainable_parameters
-        model = bases.load(settings.anchor)
+        model = bases.load(self.anchor)
         examples = self.data.composition
         if method == "lora":
-            composition = planning.plan(settings.anchor, str(self.specialist), settings.connections, sequence_length=2)
+            composition = planning.plan(self.anchor, str(self.specialist), settings.connections, sequence_length=2)
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +17,7 @@ from transformers import (
 
 from calm.data import IGNORED, CompletionCollator, Row, load_examples
 from calm.experiments.methods.examples import Example, TaskSet
+from calm.experiments.methods.mixing import MixedLogits, mix
 
 Item = TypeVar("Item")
 
@@ -36,7 +35,7 @@ def logits_of(model: PreTrainedModel) -> Logits:
 
 
 def mixed(anchor: PreTrainedModel, augmenting: PreTrainedModel, weight: float) -> Logits:
-    """Log-probabilities of two models, mixed: `(1 - weight) log p_B + weight log p_A`.
+    """Log-probabilities of two models, mixed as `mix` does.
 
     Args:
         anchor: `m_B`.
@@ -46,40 +45,9 @@ def mixed(anchor: PreTrainedModel, augmenting: PreTrainedModel, weight: float) -
     of_anchor, of_augmenting = logits_of(anchor), logits_of(augmenting)
 
     def run(batch: dict[str, Tensor]) -> Tensor:
-        return (1 - weight) * of_anchor(batch).float().log_softmax(-1) + weight * of_augmenting(
-            batch
-        ).float().log_softmax(-1)
+        return mix(of_anchor(batch), of_augmenting(batch), weight)
 
     return run
-
-
-class MixedLogits(LogitsProcessor):
-    """Mixes another model's log-probabilities into those of the model that generates; made anew for each batch.
-
-    Args:
-        augmenting: the other model; it reads the same tokens, with a cache of its own.
-        weight: of its log-probabilities, from 0 to 1.
-        attention_mask: the prompts', int64 [batch, length], padded on the left.
-    """
-
-    def __init__(self, augmenting: PreTrainedModel, weight: float, attention_mask: Tensor) -> None:
-        self.augmenting, self.weight, self.mask = augmenting, weight, attention_mask
-        self.cache = DynamicCache(config=augmenting.config)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [batch, vocabulary] of the next token after `input_ids` [batch, length]."""
-        missing = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], dim=1)
-        seen = self.cache.get_seq_length()
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
-        logits = self.augmenting(
-            input_ids=input_ids[:, seen:],
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return (1 - self.weight) * scores.float().log_softmax(-1) + self.weight * logits.float().log_softmax(-1)
 
 
 @torch.no_grad()

