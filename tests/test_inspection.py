@@ -376,3 +376,23 @@ def test_the_switch_nests_and_goes_back() -> None:
         model.connections_disabled(2),
     ):
         pass
+
+
+def test_augmenting_models_are_switched_by_name() -> None:
+    model = perturb(Mix(augmenting=("llama", "gpt2")).fresh())
+    inspection = inspected(model)
+    pairs = model.config.layer_pairs
+    first, second = sorted({pair.augmenting for pair in pairs})
+    of_first = [index for index, pair in enumerate(pairs) if pair.augmenting == first]
+    with model.connections_disabled(*of_first):
+        expected = reread(model, inspection)
+    with model.augmenting_disabled(first):
+        found = reread(model, inspection)
+        with model.augmenting_disabled(first, second):
+            none = reread(model, inspection)
+    assert_identical(found, expected)
+    with model.composition_disabled():
+        assert_identical(none, reread(model, inspection))
+    assert not torch.equal(found, none) and not torch.equal(found, reread(model, inspection))
+    with pytest.raises(CalmError, match=r"\['welsh'\]: expected some of"), model.augmenting_disabled("welsh"):
+        pass

@@ -648,6 +648,23 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         finally:
             self._switched_off = before
 
+    @contextmanager
+    def augmenting_disabled(self, *names: str) -> Iterator[CalmForCausalLM]:
+        """Within this context these augmenting models add nothing; the others go on.
+
+        Args:
+            names: Of augmenting models; with all of them the model is its bare anchor, bit for bit.
+
+        Raises:
+            CalmError: If there is no such augmenting model.
+        """
+        there = {pair.augmenting for pair in self.config.layer_pairs}
+        if unknown := sorted(set(names) - there):
+            raise CalmError(f"augmenting models {unknown}: expected some of {sorted(there)}.")
+        indices = [index for index, pair in enumerate(self.config.layer_pairs) if pair.augmenting in names]
+        with self.composition_disabled() if there == set(names) else self.connections_disabled(*indices):
+            yield self
+
     # -- saving and loading -------------------------------------------------------------------------------------
 
     def save_pretrained(
