@@ -19,6 +19,6 @@ def write_books(folder: Path) -> Path:
         for number in range(60):
             path = folder / name / page.format(number)
             path.parent.mkdir(parents=True, exist_ok=True)
-            texts = [" ".join(rng.choices(WORDS, k=30)) for _ in range(5)]
+            texts = [" ".join(rng.choices(WORDS, k=30)) + "." for _ in range(5)]
             path.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in texts))
     return folder

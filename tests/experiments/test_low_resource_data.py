@@ -105,6 +105,10 @@ def test_the_same_seed_gives_the_same_data_and_another_one_other_data(folder):
     assert (first.specialist, first.tests["xh"].examples) == (again.specialist, again.tests["xh"].examples)
     assert set(first.tests["xh"].examples) != set(other.tests["xh"].examples)
     assert not set(first.general) & set(first.preserved["English"])
+    words = first.preserved_tests["English last word"].examples
+    assert words and all(any(text.startswith(e.prompt) for text in first.preserved["English"]) for e in words)
+    assert not any(text.startswith(e.prompt) for e in words for text in first.general)
+    assert len(first.preserved_tests["Python last word"].examples) == 120
 
 
 def test_near_duplicates_are_numbers_word_order_and_small_changes(folder):

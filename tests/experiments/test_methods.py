@@ -20,7 +20,7 @@ from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
 from calm.experiments.methods import bases, intervals, mixing, scoring, table
 from calm.experiments.methods.examples import Data, Example, TaskSet
-from calm.experiments.methods.metrics import Bleu, Chrf, Perplexity
+from calm.experiments.methods.metrics import Bleu, Chrf, FirstWord, Perplexity
 from calm.experiments.methods.run import run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.results import METHODS, Results, made_here
@@ -67,6 +67,9 @@ def data():
         development=tuple(examples[10:20]),
         tests={"syllables": task},
         preserved={"Arithmetic": ("4 + 2 = 6", "1 + 1 + 1 = 3")},
+        preserved_tests={
+            "Sums": TaskSet("Sums", (Example("4 + 2 =", " 6"), Example("1 + 2 =", " 3")), FirstWord(), 2, stop=())
+        },
     )
 
 
@@ -101,7 +104,7 @@ def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(f
     assert list(outcomes) == list(METHODS)
     for method, outcome in outcomes.items():
         assert len(outcome["answers"]["syllables"]) == 10, method
-        assert len(outcome["nll"]["Arithmetic"]) == 2, method
+        assert len(outcome["nll"]["Arithmetic"]) == len(outcome["answers"]["Sums"]) == 2, method
     trained = {method: o["training"] for method, o in outcomes.items() if o["training"].get("steps")}
     assert len(trained) == 7
     assert {training["steps"] for training in trained.values()} == {settings.steps}
@@ -139,6 +142,12 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert redone(data, few) == ""
     assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
     assert "mixed_logits" in redone(dataclasses.replace(data, development=data.development[:5]), few)
+    sums = data.preserved_tests["Sums"]
+    alone = dataclasses.replace(settings, methods=("m_B",))
+    titled = {"Sums": dataclasses.replace(sums, title="Other", metric=Chrf())}  # what is shown of the same answers
+    assert redone(dataclasses.replace(data, preserved_tests=titled), alone) == ""
+    fewer = {"Sums": dataclasses.replace(sums, examples=sums.examples[:1])}
+    assert "m_B.json" in redone(dataclasses.replace(data, preserved_tests=fewer), alone)
     longer = redone(data, dataclasses.replace(few, max_length=12))
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
@@ -169,6 +178,14 @@ def test_results_hold_the_table_with_intervals_and_paired_differences(finished, 
         )
         low, high = results.table["syllables"][method].interval
         assert low <= results.table["syllables"][method].mean <= high
+    kept, changes = results.preservation["Sums"], results.preservation_changes["Sums"]
+    assert set(kept) == set(METHODS) and set(changes) == set(METHODS) - {"m_B"}
+    assert all(changes[method].mean == pytest.approx(kept[method].mean - kept["m_B"].mean) for method in changes)
+    perplexities = results.preservation_changes["Arithmetic perplexity"]
+    assert perplexities["m_B_zero_shot"].interval == (0, 0)  # paired: on the same texts the same model
+    low, high = results.preservation["Arithmetic perplexity"]["m_B"].interval
+    assert low < high  # unpaired it would not be told from another
+    assert perplexities["m_A"].interval != (0, 0)
     composed, alone = (results.table["syllables"][method].mean for method in ("composed", "m_A"))
     assert results.differences["syllables"]["m_A"].mean == pytest.approx(composed - alone)
     assert (

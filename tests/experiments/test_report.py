@@ -71,6 +71,10 @@ def test_where_composition_does_not_help_is_what_the_intervals_say():
     ]
     assert "from 40.00 to 44.00 (+10.0%)" in sentences[3]
     assert len(sentences) == 4
+    assert "on the same examples" not in sentences[3]
+    paired = {"English perplexity": {"composed": cell(4.0)}}
+    (*_, sentence) = report.no_help(results(preservation_changes=paired))
+    assert "(+10.0%, 4.00 [3.00, 5.00] on the same examples)" in sentence
     kept = results(preservation={"English perplexity": {"m_B": cell(40), "composed": cell(40.2)}})
     assert len(list(report.no_help(kept))) == 3  # half a percent is within what is asked for
 

@@ -161,6 +161,11 @@ def test_what_is_kept_is_shown_as_a_change_of_the_anchor(tmp_path):
     assert row_of(kept, METHODS["full_on_all"])[1] == "44.0 [43.0, 45.0] (+120.0%)"
     assert row_of(kept, METHODS["m_B"])[1] == "20.0 [19.0, 21.0]"
     assert row_of(kept, f"**{METHODS['composed']}**")[1].endswith("(+0.5%)")
+    assert "Minus m_B alone" not in kept
+    paired = results(preservation_changes={"English perplexity cy": {"composed": cell(0.1, 0.2)}})
+    kept = section(text_of(tmp_path, paired), "What is left of the anchor's other abilities")
+    after = kept.split("Minus m_B alone, on the same texts and examples:")[1]
+    assert row_of(after, f"**{METHODS['composed']}**")[1] == "0.10 [-0.10, 0.30] |"
 
 
 def test_a_run_names_its_command_machine_cost_and_plots(tmp_path):

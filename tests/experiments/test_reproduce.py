@@ -57,7 +57,7 @@ def hub(tmp_path_factory):
     for config, turned in (("eng_Latn", False), ("cym_Latn", True)):
         texts = [{"text": text[::-1] if turned else text} for text in sentences[100:]]
         _write(folder / "test", {"dev": texts[:20], "devtest": texts[20:]}, config)
-    _write(folder / "english", {"train": [{"text": " ".join(rng.sample(words, 8))} for _ in range(230)]}, None)
+    _write(folder / "english", {"train": [{"text": " ".join(rng.sample(words, 14)) + "."} for _ in range(230)]}, None)
     return folder
 
 
@@ -123,7 +123,10 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
         "cy",
         "cy BLEU",
     }
-    for field in ("rows", "preservation"):
+    kept = {"English perplexity", "English last word", "Python last word"}
+    assert results.preservation.keys() == results.preservation_changes.keys() == kept
+    assert all(set(results.preservation[row]) == set(METHODS) for row in kept)
+    for field in ("rows", "preservation", "preservation_changes"):
         assert low_resource._key(field, "English perplexity", "cy", ("cy", "br")) == "English perplexity cy"
     assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
 
@@ -186,7 +189,7 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
     assert results.rows["humaneval"].examples == 164 and results.rows["elisp_to_text"].examples == 6
     assert set(results.table["humaneval"]) == {"m_A", "m_B", "composed"}
     assert set(results.other) == {"python_completion edit similarity", "elisp_completion edit similarity"}
-    assert set(results.preservation) == {"English perplexity", "Python perplexity"}
+    assert set(results.preservation) == {"English perplexity", "Python perplexity", "English last word"}
 
 
 def test_what_there_is_not_is_named():

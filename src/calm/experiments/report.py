@@ -94,10 +94,12 @@ def no_help(results: Results) -> Iterator[str]:
             before, after = cells["m_B"].mean, cells["composed"].mean
             change = 100 * (after - before) / abs(before) if before else 0.0
             if (change < -1) if row.higher_is_better else (change > 1):
+                paired = results.preservation_changes.get(name, {}).get("composed")
+                said = f"{change:+.1f}%" + (f", {shown(paired)} on the same examples" if paired else "")
                 yield (
                     f"**{escape(name)}** ({where}): with its connections on, the composed model moves the anchor's "
-                    f"{row.metric} from {before:.2f} to {after:.2f} ({change:+.1f}%); switched off, it is the anchor "
-                    "bit for bit."
+                    f"{row.metric} from {before:.2f} to {after:.2f} ({said}); switched off, it is the anchor bit "
+                    "for bit."
                 )
 
 
@@ -183,6 +185,9 @@ def _preserved(found: list[Results]) -> list[str]:
             for method in methods_of(rows)
         ]
         lines += [pipes([["", *(head(results, name) for name in rows)], *body]), ""]
+        changes = {name: cells for name, cells in results.preservation_changes.items() if cells}
+        if changes:
+            lines += ["Minus m_B alone, on the same texts and examples:", "", markdown(changes, results), ""]
     return lines if found else [*lines, "Nothing was run yet.", ""]
 
 

@@ -116,6 +116,7 @@ class Results(_Strict):
         differences: By row and method, composed minus that method on the same examples.
         other: More metrics of the same test sets, by row and method (rows named such as "cy BLEU").
         preservation: What each method does to other abilities, by row (such as "English perplexity") and method.
+        preservation_changes: By row of `preservation` and method, that method minus m_B on the same texts and examples.
         curves: What was varied, and what came out.
         training: By method; where rows were trained apart, by "METHOD ROW".
         parameters: Of "anchor", "augmenting" and "composition".
@@ -137,6 +138,7 @@ class Results(_Strict):
     differences: dict[str, dict[str, Cell]] = {}
     other: dict[str, dict[str, Cell]] = {}
     preservation: dict[str, dict[str, Cell]] = {}
+    preservation_changes: dict[str, dict[str, Cell]] = {}
     curves: dict[str, Curve] = {}
     training: dict[str, Training] = {}
     parameters: dict[str, int] = {}

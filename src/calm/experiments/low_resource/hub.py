@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from calm.errors import CalmError
+from calm.experiments import preservation
 from calm.experiments.low_resource.catalogues import Pair
 from calm.experiments.low_resource.data import example, leaks, title
 from calm.experiments.methods.examples import Data, TaskSet
@@ -35,7 +36,7 @@ class HubSettings:
     Attributes:
         parallel: with a `translation` column, in configurations such as "cy-en".
         test: with a `text` column and `dev` and `devtest` splits, in configurations such as "cym_Latn".
-        english: with a `text` column, whose first texts perplexity is measured on.
+        english: with a `text` column, in whose first texts perplexity and last words are measured.
         english_config: its configuration.
         composition_share: D_C's size, in parts of `m_A`'s data (about 5% in the paper).
         development: sentences for choosing learning rates.
@@ -94,6 +95,10 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
             )
         },
         preserved={"English": english},
+        preserved_tests={
+            preservation.ENGLISH: preservation.english_words(english),
+            preservation.PYTHON: preservation.python_words(),
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -78,6 +78,8 @@ class Data:
         tests: By row.
         preserved: Plain texts whose perplexity shows what a method does to other abilities, by name, such as
             "English". In none of the other sets.
+        preserved_tests: Tasks in such abilities, by row of the preservation table. Every method gets the same prompts,
+            `m_B` too. In none of the other sets; no row of `tests` has the name of one of these.
     """
 
     general: tuple[str, ...]
@@ -86,3 +88,4 @@ class Data:
     development: tuple[Example, ...]
     tests: Mapping[str, TaskSet]
     preserved: Mapping[str, tuple[str, ...]]
+    preserved_tests: Mapping[str, TaskSet] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Metrics of texts, by sacrebleu, as sums over answers; and perplexity."""
+"""Metrics of texts, by sacrebleu, as sums over answers; the first word of an answer; and perplexity."""
 
 from __future__ import annotations
 
@@ -45,6 +45,35 @@ class Bleu(_Sacrebleu):
 
     def __init__(self) -> None:
         super().__init__("BLEU", BLEU())
+
+
+@dataclass(frozen=True)
+class Mean:
+    """100 times the mean of one number per answer."""
+
+    higher_is_better: bool = True
+
+    def value(self, sums: np.ndarray, examples: int) -> float:
+        """0 to 100."""
+        return 100 * float(sums[0]) / examples
+
+
+@dataclass(frozen=True)
+class FirstWord(Mean):
+    """Percent of the answers whose first word is the reference.
+
+    Args:
+        ignored: signs that do not count at either end of the answer's word.
+    """
+
+    ignored: str = ""
+    name: str = "exact match, %"
+
+    def statistics(self, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
+        """1 or 0: float64 [examples, 1]."""
+        words = [(answer.split() or [""])[0].strip(self.ignored) for answer in answers]
+        pairs = zip(words, examples, strict=True)
+        return np.array([[word == example.completion.strip()] for word, example in pairs], dtype=np.float64)
 
 
 @dataclass(frozen=True)

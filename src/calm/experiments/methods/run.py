@@ -27,7 +27,8 @@ from calm.experiments.steps import fingerprint, once, read_json, write_json
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
 
 Outcome = dict[str, Any]
-"""What one method leaves: `answers` by row, `nll` by preserved text set, `training`, as plain JSON."""
+"""What one method leaves: `answers` by row of `tests` and `preserved_tests`, `nll` by preserved text set, `training`,
+as plain JSON."""
 
 
 def run(
@@ -118,8 +119,9 @@ class _Run:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
         self.development = scoring.completion_rows(data.development, self.tokenizer, settings.max_length)
+        self.tasks = {**data.tests, **data.preserved_tests}
         self.asked = fingerprint(
-            {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in data.tests.items()},
+            {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in self.tasks.items()},
             dict(data.preserved),
             settings.max_length,
         )
@@ -272,7 +274,7 @@ class _Run:
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
         written = {
             row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
-            for row, task in self.data.tests.items()
+            for row, task in self.tasks.items()
         }
         nll = {}
         for name, texts in self.data.preserved.items():

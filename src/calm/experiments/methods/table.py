@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from calm.experiments.methods import intervals
-from calm.experiments.methods.examples import Data, Metric
+from calm.experiments.methods.examples import Data, Metric, TaskSet
 from calm.experiments.methods.metrics import Perplexity
 from calm.experiments.methods.run import Outcome
 from calm.experiments.results import Cell, Row, Training
 
 Outcomes = Mapping[int, Mapping[str, Outcome]]
 """By seed and method."""
+
+Statistics = Mapping[str, Sequence[np.ndarray]]
+"""By method, for each seed float64 [examples, statistics]."""
 
 SHOWN = 5
 """Examples with every method's answer that the results hold for each row."""
@@ -28,17 +31,16 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
         outcomes: every seed with the same methods.
 
     Returns:
-        `rows`, `table`, `differences`, `other`, `preservation`, `examples`, each by row; `training` by method.
+        `rows`, `table`, `differences`, `other`, `preservation`, `preservation_changes`, `examples`, each by row;
+        `training` by method.
     """
-    found: dict[str, Any] = {name: {} for name in ("rows", "table", "differences", "other", "preservation", "examples")}
+    by_row = ("rows", "table", "differences", "other", "preservation", "preservation_changes", "examples")
+    found: dict[str, Any] = {name: {} for name in by_row}
     seeds = list(outcomes)
     methods = list(outcomes[seeds[0]])
     for row, task in data.tests.items():
         for metric in (task.metric, *task.others):
-            statistics = {
-                method: [metric.statistics(outcomes[s][method]["answers"][row], task.examples) for s in seeds]
-                for method in methods
-            }
+            statistics = _statistics(outcomes, row, task, metric)
             cells = {method: intervals.cell(of_seeds, metric.value) for method, of_seeds in statistics.items()}
             name = row if metric is task.metric else f"{row} {metric.name}"
             found["table" if metric is task.metric else "other"][name] = cells
@@ -54,13 +56,12 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
             for index, example in enumerate(task.examples[:SHOWN])
         ]
     for name, texts in data.preserved.items():
-        perplexity = Perplexity()
-        row = f"{name} perplexity"
-        found["rows"][row] = Row(metric=perplexity.name, higher_is_better=False, examples=len(texts), title=name)
-        found["preservation"][row] = {
-            method: intervals.cell([np.asarray(outcomes[s][method]["nll"][name]) for s in seeds], perplexity.value)
-            for method in methods
-        }
+        of_texts = {method: [np.asarray(outcomes[s][method]["nll"][name]) for s in seeds] for method in methods}
+        found["rows"][f"{name} perplexity"] = _row(Perplexity(), len(texts), name)
+        _preserve(found, f"{name} perplexity", of_texts, Perplexity().value)
+    for row, task in data.preserved_tests.items():
+        found["rows"][row] = _row(task.metric, len(task.examples), task.title)
+        _preserve(found, row, _statistics(outcomes, row, task, task.metric), task.metric.value)
     found["training"] = {
         method: Training(**outcomes[seeds[0]][method]["training"])
         for method in methods
@@ -69,7 +70,26 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
     return found
 
 
-def _differences(statistics: Mapping[str, Sequence[np.ndarray]], metric: Metric) -> dict[str, Cell]:
+def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> Statistics:
+    """The seeds' statistics of each method's answers."""
+    seeds = list(outcomes)
+    return {
+        method: [metric.statistics(outcomes[seed][method]["answers"][row], task.examples) for seed in seeds]
+        for method in outcomes[seeds[0]]
+    }
+
+
+def _preserve(found: dict[str, Any], row: str, statistics: Statistics, value: intervals.Value) -> None:
+    """One row of preservation, and what each method changes of m_B's number there."""
+    found["preservation"][row] = {method: intervals.cell(of_seeds, value) for method, of_seeds in statistics.items()}
+    found["preservation_changes"][row] = {
+        method: intervals.difference(of_seeds, statistics["m_B"], value)
+        for method, of_seeds in statistics.items()
+        if method != "m_B" and "m_B" in statistics
+    }
+
+
+def _differences(statistics: Statistics, metric: Metric) -> dict[str, Cell]:
     if "composed" not in statistics:
         return {}
     return {
@@ -79,5 +99,5 @@ def _differences(statistics: Mapping[str, Sequence[np.ndarray]], metric: Metric)
     }
 
 
-def _row(metric: Metric, examples: int, title: str) -> Row:
+def _row(metric: Metric | Perplexity, examples: int, title: str) -> Row:
     return Row(metric=metric.name, higher_is_better=metric.higher_is_better, examples=examples, title=title)
