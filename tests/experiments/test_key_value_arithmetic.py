@@ -523,16 +523,30 @@ def test_the_papers_data_can_be_drawn_and_asked():
 # -- baselines ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_length_of_the_upper_reference_is_of_no_matter_to_other_stages():
+    tiny = recipe.PRESETS["tiny"]
+    longer = dataclasses.replace(tiny, steps_on_all=21)
+    all_stages = (*stages.STAGES, *stages.BASELINES, *stages.CURVES)
+    changed = [s.name for s in all_stages if len({stages.stage_fingerprint(s, r, 0) for r in (tiny, longer)}) == 2]
+    assert changed == ["full_on_all"]
+
+
 def test_fine_tuning_on_all_data_is_not_taught_to_stop_after_restating(finished, monkeypatch):
     """KV-SUBS and KV-MATH have the same prompt when answers are restated: an end learned there forbids the solution."""
     out, _ = finished
     tiny = recipe.PRESETS["tiny"]
-    drawn = []
-    monkeypatch.setattr(baselines, "fit", lambda model, batches, *_, **__: drawn.append(batches[0]) or 0)
+    drawn, lengths = [], []
+
+    def fit(model, batches, *_, **__):
+        drawn.append(batches[0])
+        lengths.append(len(batches))
+
+    monkeypatch.setattr(baselines, "fit", fit)
     task, tokenizer = Task.draw(tiny.data, 0), build_tokenizer(tiny.data)
     baselines.train_baseline(
         "full_on_all", out / "anchor", out / "augmenting", task, tiny, tokenizer, 0, lambda *_: None
     )
+    assert lengths == [5, 5, 5, tiny.steps_on_all] and tiny.steps_on_all != tiny.composition_training.steps
     ends = drawn[-1]["labels"] == tokenizer.eos_token_id
     ends_written = drawn[-1]["input_ids"] == tokenizer.eos_token_id
     assert ends_written.any() and ends.any()

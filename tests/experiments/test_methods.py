@@ -82,6 +82,7 @@ def settings(anchor):
         specialist=Fit(20, 16, 5e-3),
         connections=2,
         steps=4,
+        steps_on_all=6,
         rows=4,
         search_steps=2,
         learning_rates={"composition": (1e-3, 5e-3), "lora": (1e-3,), "full": (1e-4,)},
@@ -99,7 +100,9 @@ def finished(data, settings, tmp_path_factory):
     return folder, outcomes, shown.getvalue()
 
 
-def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(finished, data, settings):
+def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_and_answer_all(
+    finished, data, settings
+):
     _, outcomes, _ = finished
     assert list(outcomes) == list(METHODS)
     for method, outcome in outcomes.items():
@@ -107,7 +110,8 @@ def test_every_method_is_trained_as_long_as_every_other_and_answers_everything(f
         assert len(outcome["nll"]["Arithmetic"]) == len(outcome["answers"]["Sums"]) == 2, method
     trained = {method: o["training"] for method, o in outcomes.items() if o["training"].get("steps")}
     assert len(trained) == 7
-    assert {training["steps"] for training in trained.values()} == {settings.steps}
+    steps = {method: training["steps"] for method, training in trained.items()}
+    assert steps == {**dict.fromkeys(steps, settings.steps), "full_on_all": settings.steps_on_all}
     sizes = {method: trained[method]["trainable_parameters"] for method in ("composed", "random_m_A", "lora")}
     assert sizes["composed"] == sizes["random_m_A"]
     assert abs(sizes["lora"] - sizes["composed"]) < 0.1 * sizes["composed"]
@@ -151,6 +155,13 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     longer = redone(data, dataclasses.replace(few, max_length=12))
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
+    both = dataclasses.replace(settings, methods=("full_on_DC", "full_on_all"))
+    assert redone(data, both) == ""
+    on_all = redone(data, dataclasses.replace(both, steps_on_all=7))
+    assert "full_on_all.json" in on_all and "full_on_DC" not in on_all and "search" not in on_all
+    on_dc = redone(data, dataclasses.replace(both, steps=5, steps_on_all=7))
+    assert "full_on_DC.json" in on_dc and "full_on_all" not in on_dc and "search" not in on_dc
+
     composed = dataclasses.replace(settings, methods=("composed",))
     trained = tmp_path / "seed-0/cell/composed"
     (trained / "left_behind").touch()
@@ -158,6 +169,14 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert "composed.json" in redone(other, composed)
     assert not (trained / "left_behind").exists()  # nothing of the other training is gone on with
     assert len((trained / "train.jsonl").read_text().splitlines()) == 10
+
+
+def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):
+    assert settings.about_all() == (
+        "m_B fine-tuned on all of m_A's data takes 6 steps of 4 examples, every other method 4; m_A took 20 of 16: "
+        "fewer examples, so that it is less than an upper reference."
+    )
+    assert dataclasses.replace(settings, steps_on_all=80).about_all().endswith("m_A took 20 of 16.")
 
 
 def test_results_hold_the_table_with_intervals_and_paired_differences(finished, data, tmp_path):

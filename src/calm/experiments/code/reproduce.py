@@ -46,6 +46,7 @@ PRESETS = {
             specialist=Fit(steps=350, rows=32, learning_rate=8e-4),
             connections=4,
             steps=60,
+            steps_on_all=180,
             rows=16,
             search_steps=15,
             learning_rates=FEW_RATES,
@@ -62,6 +63,7 @@ PRESETS = {
             specialist=Fit(steps=2500, rows=32, learning_rate=8e-4),
             connections=4,
             steps=300,
+            steps_on_all=2500,
             rows=32,
             search_steps=80,
         ),
@@ -108,8 +110,7 @@ def reproduce_preset(
         notes=(
             "One split for all seeds, by files; a seed draws weights, the order of examples, and with them m_A.",
             "Nothing that is trained on resembles a held-out function or a solution of HumanEval.",
-            "m_B fine-tuned on all of m_A's data takes as many steps as every other method, far fewer than m_A: it is "
-            "no upper reference yet.",
+            preset.methods.about_all(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
             "m_B answers with three examples of D_C before the question, HumanEval excepted; every other method "
             "without.",

@@ -40,7 +40,7 @@ def train_baseline(
     seed: int,
     report: Report,
 ) -> Trained:
-    """Train `m_B` in another way than by composition, for as many steps; or mix it with `m_A`.
+    """Train `m_B` in another way than by composition, for as many steps (`full_on_all` longer); or mix it with `m_A`.
 
     Learning rates and weights are chosen by how many validation lines of `D_C` (composition keys) come out right.
 
@@ -104,7 +104,7 @@ def train_baseline(
         fit(model, Batches(draw, vocabulary, steps, f"{name} {seed}"), settings, seed, report, hardware=recipe.hardware)
         return model
 
-    steps = recipe.composition_training.steps
+    steps = recipe.steps_on_all if name == "full_on_all" else recipe.composition_training.steps
     right = {rate: exact_match(trained(rate, max(1, steps // 4)), validation) for rate in RATES[name]}
     best = max(right, key=lambda rate: right[rate])
     model = trained(best, steps)

@@ -78,7 +78,8 @@ class Recipe:
         augmenting_training: training of `m_A`, and of the vanilla `m_A` of the ablation.
         anchor_model: size of `m_B`.
         anchor_training: training of `m_B`.
-        composition_training: training of every composition.
+        composition_training: training of every composition, and of the baselines.
+        steps_on_all: steps of the baseline `full_on_all`, whose batches are half `m_A`'s data.
         connections: number of connections.
         glossary_entries: `key = value` entries of a glossary line.
         glossary_share: share of glossary lines in `m_A`'s batches at the first and at the last step.
@@ -96,6 +97,7 @@ class Recipe:
     anchor_model: ModelSettings
     anchor_training: TrainingSettings
     composition_training: TrainingSettings
+    steps_on_all: int
     connections: int = 3
     glossary_entries: int = 4
     glossary_share: tuple[float, float] = (0.5, 0.2)
@@ -124,6 +126,7 @@ _GPU = Recipe(
         steps=20_000, rows=512, learning_rate=1e-3, warmup_steps=500, weight_decay=0.1, check_every=500
     ),
     composition_training=TrainingSettings(steps=5_000, rows=256, learning_rate=1e-3, warmup_steps=200),
+    steps_on_all=20_000,
     connections=4,
     with_unknowns=0.0,  # a direct answer over unknown values teaches nothing
     evaluation_examples=1000,
@@ -138,6 +141,7 @@ PRESETS = {
         anchor_model=ModelSettings(width=96, feed_forward=384),
         anchor_training=TrainingSettings(steps=800, rows=192, learning_rate=6e-3, weight_decay=0.1),
         composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
+        steps_on_all=2000,  # as many lines of m_A's data as m_A has
     ),
     # Proves that everything runs, not that anything is learned.
     "tiny": Recipe(
@@ -147,6 +151,7 @@ PRESETS = {
         anchor_model=ModelSettings(width=24, feed_forward=48, layers=2),
         anchor_training=TrainingSettings(steps=20, rows=8, learning_rate=5e-3, check_every=10),
         composition_training=TrainingSettings(steps=10, rows=8, learning_rate=5e-3),
+        steps_on_all=20,
         connections=2,
         evaluation_examples=20,
         validation_examples=10,

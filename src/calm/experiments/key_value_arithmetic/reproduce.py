@@ -115,10 +115,10 @@ def reproduce(
             NOTES[recipe.data.answer],
             f"{recipe.data.keys:,} keys; D_C spans {len(task.composition_keys)} of them, and the expressions of the "
             "table are over the others. Each seed draws its own keys, values and models.",
-            f"m_B fine-tuned on all of m_A's data takes {recipe.composition_training.steps} steps of "
-            f"{recipe.composition_training.rows} rows like every other method, half of them m_A's; m_A itself took "
-            f"{recipe.augmenting_training.steps} of {recipe.augmenting_training.rows} to learn the keys, so this is no "
-            "upper reference yet.",
+            f"m_B fine-tuned on all of m_A's data takes {recipe.steps_on_all:,} steps of "
+            f"{recipe.composition_training.rows} rows, half of them m_A's, every other method "
+            f"{recipe.composition_training.steps:,}; m_A itself took {recipe.augmenting_training.steps:,} of "
+            f"{recipe.augmenting_training.rows} to learn the keys.",
             "Points of curves are evaluated on the same fifth of the keys, which no point was trained on; the point "
             "that a curve shares with the table is the table's.",
             "Learning rates of baselines and the mixture's weight are chosen by the percent of validation lines over "

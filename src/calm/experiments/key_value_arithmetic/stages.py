@@ -124,7 +124,10 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
         other = "anchor" if stage.name != "m_B" else "augmenting"
         later |= {f"{other}_model": None, f"{other}_training": None}
         recipe = dataclasses.replace(recipe, **later)  # type: ignore[arg-type]
-    return fingerprint(*parts, dataclasses.replace(recipe, workers=1))
+    settings = dataclasses.asdict(dataclasses.replace(recipe, workers=1))
+    if stage.name != "full_on_all":
+        del settings["steps_on_all"]
+    return fingerprint(*parts, settings)
 
 
 def kept(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult | None:

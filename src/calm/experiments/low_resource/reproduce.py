@@ -51,6 +51,7 @@ PRESETS = {
             specialist=Fit(steps=800, rows=32, learning_rate=8e-4),
             connections=4,
             steps=80,
+            steps_on_all=240,
             rows=32,
             search_steps=15,
             learning_rates=FEW_RATES,
@@ -69,6 +70,7 @@ PRESETS = {
             specialist=Fit(steps=1500, rows=32, learning_rate=8e-4),
             connections=4,
             steps=200,
+            steps_on_all=1500,
             rows=32,
             search_steps=60,
         ),
@@ -85,6 +87,7 @@ PRESETS = {
             specialist=Fit(steps=10_000, rows=64, learning_rate=2e-5),
             connections=8,
             steps=2000,
+            steps_on_all=10_000,
             rows=64,
             search_steps=500,
             learning_rates={
@@ -100,8 +103,6 @@ PRESETS = {
 NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
     "Near-duplicates of a test message, in English or as the same translation, are in nothing that is trained on.",
-    "m_B fine-tuned on all of m_A's data takes as many steps as every other method, far fewer than m_A: it is no upper "
-    "reference yet.",
     "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
     "m_B answers with five examples of D_C before the message; every other method without.",
 )
@@ -146,7 +147,7 @@ def reproduce_preset(
         settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
-        notes=NOTES,
+        notes=(*NOTES, preset.methods.about_all()),
         seconds=seconds_of(folder, chosen),
         **fields,
         **made_here(),

@@ -173,7 +173,7 @@ class _Run:
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
             rate, searched = self._rate(method, depends_on)
-            trained = fingerprint(depends_on, rate)
+            trained = fingerprint(depends_on, self.settings.steps_of(method), rate)
             return self._once(path, [trained, self.asked], lambda: self._evaluated(method, rate, searched, trained))
         if method in ("m_A", "mixed_logits"):
             depends_on += [self.bases]
@@ -225,14 +225,15 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "trained_as.json", trained_as)
         started = time.perf_counter()
-        model, trained = self._train(method, rate, self.settings.steps, folder)
+        steps = self.settings.steps_of(method)
+        model, trained = self._train(method, rate, steps, folder)
         seconds = time.perf_counter() - started
         outcome = self._measure(model)
         outcome["training"] = {
             "trainable_parameters": trained,
             "learning_rate": rate,
             "searched": dict(searched),
-            "steps": self.settings.steps,
+            "steps": steps,
             "seconds": round(seconds, 1),
         }
         for checkpoint in folder.glob("checkpoint-*"):

@@ -9,8 +9,7 @@ from calm.experiments.checkpoints import RealModel
 from calm.experiments.results import METHODS
 
 TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora", "full_on_DC", "full_on_all")
-"""Methods that are trained, all for the same number of steps of the same size."""
-
+"""Methods that are trained, all but `full_on_all`, the upper reference, for the same number of steps of one size."""
 
 RATES: dict[str, tuple[float, ...]] = {
     "composition": (1e-3, 2e-3, 4e-3),
@@ -52,6 +51,7 @@ class Settings:
         specialist: Further training of the vanilla `m_A`, which makes it `m_A`.
         connections: A number, or (augmenting layer, anchor layer) pairs.
         steps: Optimiser steps of every method that is trained on `D_C`.
+        steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
         search_steps: Steps of each trial in the search for a learning rate.
         learning_rates: Those that are tried, by "composition", "lora" and "full".
@@ -67,6 +67,7 @@ class Settings:
     specialist: Fit
     connections: int | tuple[tuple[int, int], ...]
     steps: int
+    steps_on_all: int
     rows: int
     search_steps: int
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
@@ -76,5 +77,18 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
 
     def of_training(self) -> dict[str, Any]:
-        """What a method that is trained on `D_C` depends on, besides its own learning rate and the models."""
-        return {name: getattr(self, name) for name in ("connections", "steps", "rows", "max_length", "dtype")}
+        """What a training depends on, besides its own length and learning rate, the models and the data."""
+        return {name: getattr(self, name) for name in ("connections", "rows", "max_length", "dtype")}
+
+    def steps_of(self, method: str) -> int:
+        """Optimiser steps of one of `TRAINED_ON_DC`."""
+        return self.steps_on_all if method == "full_on_all" else self.steps
+
+    def about_all(self) -> str:
+        """A note for results: how long the upper reference was trained, and whether it can be taken for one."""
+        own, rows = self.specialist, self.steps_on_all * self.rows
+        short = ": fewer examples, so that it is less than an upper reference" if rows < own.steps * own.rows else ""
+        return (
+            f"m_B fine-tuned on all of m_A's data takes {self.steps_on_all:,} steps of {self.rows} examples, every "
+            f"other method {self.steps:,}; m_A took {own.steps:,} of {own.rows}{short}."
+        )
