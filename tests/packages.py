@@ -1,9 +1,12 @@
-"""Unpacked Debian packages as a user would put them there by hand: two books of invented English prose."""
+"""Data as a user would put it there by hand: two books of invented English prose, and data sets of a hub as folders."""
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
 """Invented, and unlike one another."""
@@ -21,4 +24,62 @@ def write_books(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             texts = [" ".join(rng.choices(WORDS, k=30)) + "." for _ in range(5)]
             path.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in texts))
+    return folder
+
+
+def write_data_set(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], config: str | None) -> None:
+    """A data set of several configurations, as the hub describes them in a README's header."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        name = f"{config or 'default'}-{split}.jsonl"
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = sorted(folder.glob("*.jsonl"))
+    configs: dict[str, list[tuple[str, str]]] = {}
+    for path in described:
+        which, _, split = path.stem.rpartition("-")
+        configs.setdefault(which, []).append((split, path.name))
+    header = "".join(
+        f"- config_name: {which}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {file}\n" for split, file in files)
+        for which, files in configs.items()
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+
+
+def write_code_sets(folder: Path) -> Path:
+    """CodeXGLUE in Python and Go as `functions`, and MBPP as `mbpp`, below `folder`, which is returned."""
+    rng = random.Random(2)
+
+    def python_row() -> dict[str, str]:
+        a, b, c, d, e, f = rng.sample(WORDS, 6)
+        said = f"Make the {c} of {d}.\n\n        More."
+        code = f'def {a}(self, {b}):\n        """{said}"""\n        {c} = {d}({b})\n        return {c}.{e}({f})'
+        return {"repo": f"{a}/{b}", "path": "a.py", "code": code, "docstring": said}
+
+    def go_row() -> dict[str, str]:
+        a, b, c, d, e, f = rng.sample(WORDS, 6)
+        code = f"func {a}({b} int) int {{\n\t{c} := {d}({b})\n\treturn {c}.{e}({f})\n}}"
+        return {"repo": f"{a}/{b}", "path": "a.go", "code": code, "docstring": f"{a} makes the {c} of {d}."}
+
+    def problem() -> dict[str, Any]:
+        a, b, c, d = rng.sample(WORDS, 4)
+        return {
+            "text": f"Write a function to {a} the {b}.",
+            "code": f"def {a}({b}):\r\n    {c} = {d} = {b} * 2\r\n    return {c} + {d}",
+            "test_setup_code": "",
+            "test_list": [f"assert {a}({number}) == {4 * number}" for number in range(3)],
+        }
+
+    problems = [problem() for _ in range(6)]
+    name, _, rest = problems[0]["code"].replace("\r\n", "\n").partition("\n")
+    leak = {"repo": "a/leak", "path": "a.py", "code": f'{name}\n    """Gollyngiad a b c."""\n{rest}'}
+    leak["docstring"] = "Gollyngiad a b c."
+    for config, row in (("python", python_row), ("go", go_row)):
+        splits = {
+            split: [row() for _ in range(size)] for split, size in (("train", 40), ("validation", 6), ("test", 6))
+        }
+        if config == "python":
+            splits["train"].append(leak)
+        write_data_set(folder / "functions", splits, config)
+    write_data_set(folder / "mbpp", {"test": problems[:3], "prompt": problems[3:]}, "full")
     return folder

@@ -13,6 +13,7 @@ import pytest
 import sacrebleu
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm.data import load_tokenizer
@@ -142,6 +143,13 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
         run(data, settings, 0, tmp_path / "seed-0/cell", tmp_path / "seed-0/shared", console, rates)
         return shown.getvalue()
 
+    both = dataclasses.replace(settings, methods=("full_on_DC", "full_on_all"))
+    assert redone(data, both) == ""
+    on_all = redone(data, dataclasses.replace(both, steps_on_all=7))
+    assert "full_on_all.json" in on_all and "full_on_DC" not in on_all and "search" not in on_all
+    on_dc = redone(data, dataclasses.replace(both, steps=5, steps_on_all=7))
+    assert "full_on_DC.json" in on_dc and "full_on_all" not in on_dc and "search" not in on_dc
+
     few = dataclasses.replace(settings, methods=("m_B", "mixed_logits"))
     assert redone(data, few) == ""
     assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
@@ -155,13 +163,6 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     longer = redone(data, dataclasses.replace(few, max_length=12))
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
-    both = dataclasses.replace(settings, methods=("full_on_DC", "full_on_all"))
-    assert redone(data, both) == ""
-    on_all = redone(data, dataclasses.replace(both, steps_on_all=7))
-    assert "full_on_all.json" in on_all and "full_on_DC" not in on_all and "search" not in on_all
-    on_dc = redone(data, dataclasses.replace(both, steps=5, steps_on_all=7))
-    assert "full_on_DC.json" in on_dc and "full_on_all" not in on_dc and "search" not in on_dc
-
     composed = dataclasses.replace(settings, methods=("composed",))
     trained = tmp_path / "seed-0/cell/composed"
     (trained / "left_behind").touch()
@@ -169,6 +170,32 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert "composed.json" in redone(other, composed)
     assert not (trained / "left_behind").exists()  # nothing of the other training is gone on with
     assert len((trained / "train.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_other_data(
+    finished, data, settings, tmp_path
+):
+    public = bases.load(finished[0] / "seed-0/cell/m_A")
+    for weight in public.parameters():
+        weight.data += 0.01
+    public.save_pretrained(tmp_path / "public")
+    methods = ("m_A", "full_on_DC", "full_on_all")
+    given = dataclasses.replace(settings, specialist=str(tmp_path / "public"), methods=methods)
+
+    def redone(data) -> str:
+        shown = io.StringIO()
+        console = Console(file=shown, width=200)
+        run(data, given, 0, tmp_path / "seed-0/cell", tmp_path / "seed-0/shared", console, {m: 1e-4 for m in methods})
+        return shown.getvalue()
+
+    assert "m_A/base.json" in redone(data)
+    taken = load_file(tmp_path / "seed-0/cell/m_A/model.safetensors")
+    for name, weight in load_file(tmp_path / "public/model.safetensors").items():
+        torch.testing.assert_close(taken[name], weight, rtol=0, atol=0)
+    assert redone(data) == ""
+    other = redone(dataclasses.replace(data, specialist=data.specialist[:50]))
+    assert "full_on_all.json" in other and "full_on_DC" not in other and "m_A" not in other
+    assert given.about_all().endswith("public, whose own data is not public: it is all that D_C is a part of.")
 
 
 def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):

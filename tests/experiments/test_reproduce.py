@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from packages import write_books
+from packages import write_books, write_code_sets, write_data_set
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from calm.cli import app
 from calm.errors import CalmError
 from calm.experiments.code import reproduce as code
+from calm.experiments.code.hub import HubSettings as CodeSettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
@@ -34,14 +35,14 @@ def books(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Two models with one tokenizer, and the three data sets, as folders in the place of a hub's names."""
+    """Three models with one tokenizer, and the data sets, as folders in the place of a hub's names."""
     folder = tmp_path_factory.mktemp("hub")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_only = Tokenizer(models.BPE({"<end>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}, []))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<end>", pad_token="<end>")
-    for name, layers in (("anchor", 4), ("augmenting", 2)):
+    for name, layers in (("anchor", 4), ("augmenting", 2), ("specialist", 3)):
         torch.manual_seed(layers)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, **sizes)).save_pretrained(folder / name)
@@ -53,31 +54,15 @@ def hub(tmp_path_factory):
     (folder / "parallel").mkdir()
     rows = [{"translation": {"en": text, "cy": text[::-1]}} for text in sentences[:100]]
     rows.append({"translation": {"en": f"{sentences[130]}!", "cy": "gollyngiad"}})  # leaks a test sentence
-    _write(folder / "parallel", {"train": rows}, "cy-en")
+    write_data_set(folder / "parallel", {"train": rows}, "cy-en")
     for config, turned in (("eng_Latn", False), ("cym_Latn", True)):
         texts = [{"text": text[::-1] if turned else text} for text in sentences[100:]]
-        _write(folder / "test", {"dev": texts[:20], "devtest": texts[20:]}, config)
-    _write(folder / "english", {"train": [{"text": " ".join(rng.sample(words, 14)) + "."} for _ in range(230)]}, None)
-    return folder
-
-
-def _write(folder, splits, config):
-    """A data set of several configurations, as the hub describes them in a README's header."""
-    folder.mkdir(exist_ok=True)
-    for split, rows in splits.items():
-        name = f"{config or 'default'}-{split}.jsonl"
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    described = sorted(folder.glob("*.jsonl"))
-    configs: dict[str, list[tuple[str, str]]] = {}
-    for path in described:
-        which, _, split = path.stem.rpartition("-")
-        configs.setdefault(which, []).append((split, path.name))
-    header = "".join(
-        f"- config_name: {which}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {file}\n" for split, file in files)
-        for which, files in configs.items()
+        write_data_set(folder / "test", {"dev": texts[:20], "devtest": texts[20:]}, config)
+    write_code_sets(folder)
+    write_data_set(
+        folder / "english", {"train": [{"text": " ".join(rng.sample(words, 14)) + "."} for _ in range(230)]}, None
     )
-    (folder / "README.md").write_text(f"---\nconfigs:\n{header}---\n")
+    return folder
 
 
 @pytest.mark.slow
@@ -193,6 +178,54 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
     assert set(results.table["humaneval"]) == {"m_A", "m_B", "composed"}
     assert set(results.other) == {"python_completion edit similarity", "elisp_completion edit similarity"}
     assert set(results.preservation) == {"English perplexity", "Python perplexity", "English last word"}
+
+
+@pytest.mark.slow
+def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_path):
+    paper = code.PRESETS["paper"]
+    tiny = dataclasses.replace(
+        paper,
+        seeds=(0, 1),
+        data=CodeSettings(
+            functions=str(hub / "functions"),
+            languages=("python", "go"),
+            mbpp=str(hub / "mbpp"),
+            english=str(hub / "english"),
+            english_config=None,
+            development=4,
+            test=5,
+            max_new_tokens=3,
+            program_tokens=2,
+        ),
+        methods=dataclasses.replace(
+            paper.methods,
+            anchor=str(hub / "anchor"),
+            augmenting=str(hub / "augmenting"),
+            specialist=str(hub / "specialist"),
+            connections=2,
+            steps=1,
+            steps_on_all=2,
+            rows=2,
+            search_steps=1,
+            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
+            batch=256,
+            dtype="float32",
+            methods=("m_A", "m_B", "composed", "vanilla_m_A", "full_on_all", "mixed_logits"),
+        ),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    results = code.reproduce_preset("paper", tiny, None, tmp_path, console, allow_code_execution=True)
+    assert set(results.table) == {"humaneval", "mbpp", "python_to_text", "go_to_text"}
+    assert {row: results.rows[row].examples for row in ("mbpp", "go_to_text")} == {"mbpp": 3, "go_to_text": 5}
+    assert all(set(cells) == set(tiny.methods.methods) for cells in results.table.values())
+    assert set(results.preservation) == {"English perplexity", "English last word"}
+    assert results.settings["data_made"]["python"]["similar"] > 0  # a solution of MBPP among them
+    assert results.training["full_on_all"].steps == 2
+    own, public = (
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "seed-0/m_A", hub / "specialist")
+    )
+    assert own == public
+    assert (tmp_path / "seed-0/vanilla/model.safetensors").read_bytes() != own
 
 
 def test_what_there_is_not_is_named():

@@ -25,7 +25,11 @@ from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Chrf
 
 LANGUAGES = {"python": "Python", "elisp": "Emacs Lisp"}
-_COMMENT = {"python": "#", "elisp": ";;"}
+_COMMENT = {
+    **dict.fromkeys(("python", "ruby"), "#"),
+    "elisp": ";;",
+    **dict.fromkeys(("go", "java", "javascript", "php"), "//"),
+}
 _PER_FILE = 5
 """Held-out functions of one file at most."""
 _PRESERVED = 200
@@ -135,6 +139,18 @@ def human_eval() -> tuple[tuple[Example, ...], dict[str, str]]:
     return tuple(examples), checks
 
 
+def human_eval_task(max_new_tokens: int) -> TaskSet:
+    """HumanEval as a row; its metric runs what models write."""
+    problems, checks = human_eval()
+    return TaskSet(
+        title="HumanEval",
+        examples=problems,
+        metric=PassAt1(checks=checks),
+        max_new_tokens=max_new_tokens,
+        stop=("\ndef", "\nclass", "\nif", "\nprint", "\n#", "\n@", "\nassert"),
+    )
+
+
 def split(
     functions: Sequence[Function], also_held_out: Sequence[Function], sizes: Sequence[int], share: float, seed: int
 ) -> tuple[Split, dict[str, int]]:
@@ -198,10 +214,10 @@ def split(
 def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
     if settings.allow_code_execution:
         check_limits()
-    problems, checks = human_eval()
+    problems, _ = human_eval()
     lisp, lisp_versions = emacs_lisp.read(folder)
     sources = {"python": python.read(), "elisp": lisp}
-    held_out = {"python": [_function(problem) for problem in problems], "elisp": []}
+    held_out = {"python": [solved(problem) for problem in problems], "elisp": []}
     a_language = -(-settings.development // len(LANGUAGES))
     splits, counts = {}, {}
     for language, functions in sources.items():
@@ -212,7 +228,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         counts[language] = {**reasons, **left_out, **parts}
 
     def made(part: Callable[[Split], list[Function]]) -> list[Example]:
-        examples = [one for language in LANGUAGES for f in part(splits[language]) for one in _forms(f, language, seed)]
+        examples = [one for language in LANGUAGES for f in part(splits[language]) for one in forms(f, language, seed)]
         random.Random(seed).shuffle(examples)
         return examples
 
@@ -228,21 +244,15 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     random.Random(seed).shuffle(development)
     tests = {}
     if settings.allow_code_execution:
-        tests["humaneval"] = TaskSet(
-            title="HumanEval",
-            examples=problems,
-            metric=PassAt1(checks=checks),
-            max_new_tokens=settings.human_eval_tokens,
-            stop=("\ndef", "\nclass", "\nif", "\nprint", "\n#", "\n@", "\nassert"),
-        )
+        tests["humaneval"] = human_eval_task(settings.human_eval_tokens)
     for language, title in LANGUAGES.items():
-        few = _few(splits[language].composition, seed)
+        shown = few(splits[language].composition, seed)
         tests[f"{language}_completion"] = TaskSet(
             title=f"{title} completion",
             examples=tuple(completion(function, seed) for function in splits[language].test),
             metric=ExactMatch(),
             max_new_tokens=settings.max_new_tokens,
-            few_shot=tuple(completion(function, seed) for function in few),
+            few_shot=tuple(completion(function, seed) for function in shown),
             others=(EditSimilarity(),),
         )
         tests[f"{language}_to_text"] = TaskSet(
@@ -250,7 +260,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
             examples=tuple(to_text(function, language) for function in splits[language].test),
             metric=Chrf(),
             max_new_tokens=settings.max_new_tokens,
-            few_shot=tuple(to_text(function, language) for function in few),
+            few_shot=tuple(to_text(function, language) for function in shown),
         )
     prose = english.load(seed, folder)
     whole = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
@@ -274,7 +284,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     }
 
 
-def _forms(function: Function, language: str, seed: int) -> Iterable[Example]:
+def forms(function: Function, language: str, seed: int) -> Iterable[Example]:
     """The examples that are made of one function to train on."""
     yield completion(function, seed)
     yield to_text(function, language)
@@ -282,10 +292,11 @@ def _forms(function: Function, language: str, seed: int) -> Iterable[Example]:
         yield to_code(function)
 
 
-def _few(functions: Sequence[Function], seed: int) -> list[Function]:
+def few(functions: Sequence[Function], seed: int) -> list[Function]:
+    """Those that m_B is shown."""
     return random.Random(seed).sample(functions, min(_FEW, len(functions)))
 
 
-def _function(problem: Example) -> Function:
+def solved(problem: Example) -> Function:
     """A solved problem as a function, to compare others with; its description is in the code."""
     return Function("human_eval", problem.prompt, problem.completion, "")

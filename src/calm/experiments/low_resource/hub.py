@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import datasets
 
 from calm.errors import CalmError
 from calm.experiments import preservation
+from calm.experiments.hub import first_texts, rows
 from calm.experiments.low_resource.catalogues import Pair
 from calm.experiments.low_resource.data import example, leaks, title
 from calm.experiments.methods.examples import Data, TaskSet
@@ -26,7 +22,6 @@ FLORES = {
     "xh": "xho_Latn",
 }
 """What FLORES+ calls them."""
-_PRESERVED = 200
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
     pair = "-".join(sorted((language, "en")))
     parallel = [
         Pair(row["translation"]["en"].strip(), row["translation"][language].strip())
-        for row in _rows(settings.parallel, pair, "train")
+        for row in rows(settings.parallel, pair, "train")
     ]
     development = _flores(settings.test, FLORES[language], "dev")[: settings.development]
     test = _flores(settings.test, FLORES[language], "devtest")
@@ -77,8 +72,7 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
     trained = [one for one in parallel if one not in leaking]
     random.Random(seed).shuffle(trained)
     composition = trained[: round(settings.composition_share * len(trained))]
-    streamed = _rows(settings.english, settings.english_config, "train", streaming=True)
-    english = tuple(row["text"] for row in itertools.islice(streamed, _PRESERVED))
+    english = first_texts(settings.english, settings.english_config)
     return Data(
         general=(),  # the vanilla m_A is a model already
         specialist=tuple(example(one, language) for one in trained),
@@ -103,16 +97,5 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
 
 
 def _flores(name: str, config: str, split: str) -> list[Pair]:
-    sides = (_rows(name, which, split) for which in ("eng_Latn", config))
+    sides = (rows(name, which, split) for which in ("eng_Latn", config))
     return [Pair(one["text"].strip(), two["text"].strip()) for one, two in zip(*sides, strict=True)]
-
-
-def _rows(name: str, config: str | None, split: str, streaming: bool = False) -> Sequence[dict[str, Any]]:
-    try:
-        loaded: Any = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except Exception as error:  # many: not found, gated, no network, no such configuration
-        raise CalmError(
-            f"the data set {name!r} ({config}, {split}) could not be read: {error} (FLORES+ wants you to accept its "
-            "terms on the hub and to log in with `hf auth login`)"
-        ) from error
-    return loaded

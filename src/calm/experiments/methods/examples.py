@@ -72,7 +72,7 @@ class Data:
 
     Attributes:
         general: Plain text in what the anchor knows well (English prose), which the vanilla m_A is trained on.
-        specialist: `m_A` is the vanilla m_A, further trained on this.
+        specialist: `m_A` is the vanilla m_A, further trained on this (unless it is a public model).
         composition: `D_C`.
         development: For choosing learning rates; like the tests, and in none of them.
         tests: By row.

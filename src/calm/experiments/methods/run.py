@@ -137,10 +137,12 @@ class _Run:
         vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
         vanilla.append(settings.max_length)
         self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
-        specialist = [*vanilla, settings.specialist, fingerprint(self.data.specialist)]
+        specialist: list[Any] = [settings.specialist]
+        if isinstance(settings.specialist, Fit):
+            specialist = [*vanilla, settings.specialist, fingerprint(self.data.specialist)]
         self._once(self.specialist / "base.json", specialist, self._make_specialist)
         self._once(self.random / "base.json", vanilla, self._make_random)
-        self.bases = fingerprint(specialist)
+        self.bases = fingerprint(specialist if isinstance(settings.specialist, Fit) else [vanilla, specialist])
 
     def _make_vanilla(self) -> Outcome:
         settings = self.settings
@@ -155,9 +157,10 @@ class _Run:
         return {"parameters": model.num_parameters()}
 
     def _make_specialist(self) -> Outcome:
-        model = bases.load(self.vanilla)
-        rows = self._rows(self.data.specialist)
-        training.fine_tune(model, self.tokenizer, rows, self.settings.specialist, self.seed, self.bf16)
+        fit = self.settings.specialist
+        model = bases.load(fit if isinstance(fit, str) else self.vanilla)
+        if isinstance(fit, Fit):
+            training.fine_tune(model, self.tokenizer, self._rows(self.data.specialist), fit, self.seed, self.bf16)
         self._save(model, self.specialist)
         return {"parameters": model.num_parameters()}
 
@@ -172,6 +175,8 @@ class _Run:
         depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
+            if method == "full_on_all":
+                depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)
             trained = fingerprint(depends_on, self.settings.steps_of(method), rate)
             return self._once(path, [trained, self.asked], lambda: self._evaluated(method, rate, searched, trained))

@@ -48,7 +48,8 @@ class Settings:
         augmenting: What becomes `m_A`: some layers of the anchor (with its embeddings and head), counted from 0, or
             the folder or hub name of a smaller model with the same tokenizer.
         general: Training of the vanilla `m_A` on general text; None where `augmenting` is a model already.
-        specialist: Further training of the vanilla `m_A`, which makes it `m_A`.
+        specialist: Further training of the vanilla `m_A`, which makes it `m_A`; or the folder or hub name of a public
+            model that is `m_A`.
         connections: A number, or (augmenting layer, anchor layer) pairs.
         steps: Optimiser steps of every method that is trained on `D_C`.
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
@@ -64,7 +65,7 @@ class Settings:
     anchor: str | RealModel
     augmenting: tuple[int, ...] | str
     general: Fit | None
-    specialist: Fit
+    specialist: Fit | str
     connections: int | tuple[tuple[int, int], ...]
     steps: int
     steps_on_all: int
@@ -86,9 +87,14 @@ class Settings:
 
     def about_all(self) -> str:
         """A note for results: how long the upper reference was trained, and whether it can be taken for one."""
-        own, rows = self.specialist, self.steps_on_all * self.rows
-        short = ": fewer examples, so that it is less than an upper reference" if rows < own.steps * own.rows else ""
+        own = self.specialist
+        if isinstance(own, str):
+            of_own = f"m_A is {own}, whose own data is not public: it is all that D_C is a part of"
+        else:
+            of_own = f"m_A took {own.steps:,} of {own.rows}"
+            if self.steps_on_all * self.rows < own.steps * own.rows:
+                of_own += ": fewer examples, so that it is less than an upper reference"
         return (
             f"m_B fine-tuned on all of m_A's data takes {self.steps_on_all:,} steps of {self.rows} examples, every "
-            f"other method {self.steps:,}; m_A took {own.steps:,} of {own.rows}{short}."
+            f"other method {self.steps:,}; {of_own}."
         )
