@@ -335,7 +335,7 @@ def test_it_can_be_read_by_programs_and_people() -> None:
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype='int8': expected one of 'float32'"),
-        ({"sequence_length": 0}, "sequence_length=0: expected a whole number, at least 1"),
+        ({"sequence_length": 1}, "sequence_length=1: expected a whole number, at least 2"),
         ({"batch_size": 1.5}, "batch_size=1.5: expected"),
         ({"processes": 0}, "processes=0: expected a whole number"),
         ({"sequence_length": CONTEXT + 1}, f"sequence_length={CONTEXT + 1}: the context of the anchor is {CONTEXT}"),

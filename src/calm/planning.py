@@ -178,7 +178,8 @@ def plan(
         connections: As in `compose`.
         num_heads: Heads of a connection; the anchor's number by default.
         attention: `"normalized"` or `"paper"`.
-        sequence_length: Tokens in a sequence.
+        sequence_length: Tokens in a sequence, at least 2: a training step is planned, which predicts each from those
+            before it.
         batch_size: Sequences in a batch.
         dtype: Of all weights: `"float32"`, `"bfloat16"` or `"float16"`.
         processes: How many train together.
@@ -197,13 +198,13 @@ def plan(
         raise CalmError(f"dtype={dtype!r}: expected one of {', '.join(map(repr, DTYPES))}.")
     if calibration is not None:
         calibration.check_dtype(dtype)
-    for name, number in (
-        ("sequence_length", sequence_length),
-        ("batch_size", batch_size),
-        ("processes", processes),
+    for name, number, least in (
+        ("sequence_length", sequence_length, 2),  # a training step predicts a token from one before it
+        ("batch_size", batch_size, 1),
+        ("processes", processes, 1),
     ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise CalmError(f"{name}={number!r}: expected a whole number, at least 1.")
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise CalmError(f"{name}={number!r}: expected a whole number, at least {least}.")
 
     bases = dict(augmenting) if isinstance(augmenting, Mapping) else {"augmenting": augmenting}
     found = {name: Source.parse(b, revision) for name, b in bases.items() if isinstance(b, str | os.PathLike)}
