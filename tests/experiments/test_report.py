@@ -10,7 +10,7 @@ from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments import report, tables
-from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
+from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, variant_of
 
 
 def cell(mean: float, width: float | None = 1.0) -> Cell:
@@ -60,6 +60,29 @@ def test_results_are_read_as_they_were_written_and_anything_else_is_refused(tmp_
     path.write_text(path.read_text().replace('"preset"', '"presets"'))
     with pytest.raises(CalmError, match="holds no results of an experiment"):
         Results.load(path)
+
+
+def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
+    own = (0, 1)
+    runs = [
+        (None, False),
+        ([1, 0], False),  # the first seed chooses learning rates
+        ([3], False),
+        ([3, 4], False),
+        (None, True),
+        ([3], True),
+    ]
+    variants = [variant_of(seeds, own, left_out) for seeds, left_out in runs]
+    assert variants == ["", "seed1-0", "seed3", "seed3-4", "no-execution", "seed3-no-execution"]
+    assert variant_of([0, 1], own) == ""  # the preset's own, asked for by name
+    paths = [results(variant=variant).save(tmp_path) for variant in variants]
+    assert len({path.name for path in tmp_path.glob("low_resource/*.json")}) == len(runs)
+    assert paths[2].name == "2026-01-02-cpu-seed3.json" and Results.load(paths[2]).variant == "seed3"
+    shown = [run.name for run in report.newest(tmp_path)]
+    assert shown == sorted(run.name for run in map(Results.load, paths))
+    results(variant="seed3", date="2026-01-03").save(tmp_path)  # the newest of each
+    assert [run.date for run in report.newest(tmp_path) if run.name == "cpu-seed3"] == ["2026-01-03"]
+    assert [run.date for run in report.newest(tmp_path) if run.name == "cpu"] == ["2026-01-02"]
 
 
 def test_where_composition_does_not_help_is_what_the_intervals_say():

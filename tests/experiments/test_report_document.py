@@ -183,6 +183,8 @@ def test_a_run_names_its_command_machine_cost_and_plots(tmp_path):
     charts.save_charts(results(), tmp_path / "low_resource")
     linked = re.findall(r"!\[.*?\]\((.*?)\)", run)
     assert len(linked) == 4 and all((tmp_path / link).is_file() for link in linked)
+    charts.save_charts(results(variant="seed3"), tmp_path / "low_resource")
+    assert len(list(tmp_path.glob("low_resource/*.png"))) == 8  # neither run's overwrite the other's
 
 
 def test_tables_are_whole_whatever_examples_hold(tmp_path):

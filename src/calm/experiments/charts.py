@@ -18,7 +18,7 @@ LINES = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def save_charts(results: Results, folder: Path) -> list[Path]:
-    """Draw what the results hold, as PNGs named `DATE-PRESET-WHAT.png`.
+    """Draw what the results hold, as PNGs named as the results, `-WHAT.png`.
 
     Args:
         results: of one run.
@@ -30,7 +30,7 @@ def save_charts(results: Results, folder: Path) -> list[Path]:
     draw = {"table": _bars, "differences": _differences, "preservation": _gain_and_loss, "curves": _curves}
     paths = []
     for what in names_of(results):
-        paths.append(folder / f"{results.date}-{results.preset}-{what}.png")
+        paths.append(folder / f"{results.stem}-{what}.png")
         draw[what](results).savefig(paths[-1], dpi=150, metadata={"Software": None})
     return paths
 

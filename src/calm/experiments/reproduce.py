@@ -40,6 +40,9 @@ def reproduce(
 ) -> Path:
     """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
 
+    With other seeds than the preset's, or without code that was to be executed, the name says so (`DATE-PRESET-seed3`,
+    `DATE-PRESET-no-execution`), so that nothing overwrites the results of the preset itself.
+
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
     repeat as you like.
 

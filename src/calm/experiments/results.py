@@ -107,6 +107,7 @@ class Results(_Strict):
     Attributes:
         domain: `key_value_arithmetic`, `low_resource` or `code`.
         preset: Its sizes.
+        variant: What tells it from a run of the whole preset with its own seeds, as `variant_of` names it; else empty.
         command: What makes it again.
         date: When it ended, YYYY-MM-DD.
         settings: The preset, whole.
@@ -129,6 +130,7 @@ class Results(_Strict):
 
     domain: str
     preset: str
+    variant: str = ""
     command: str
     date: str
     settings: dict[str, Any]
@@ -148,8 +150,18 @@ class Results(_Strict):
     versions: dict[str, str]
     seconds: float
 
+    @property
+    def name(self) -> str:
+        """The preset, with the variant if there is one: "cpu", "cpu-seed3"."""
+        return f"{self.preset}-{self.variant}" if self.variant else self.preset
+
+    @property
+    def stem(self) -> str:
+        """What the names of its files begin with: its date and name."""
+        return f"{self.date}-{self.name}"
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `FOLDER/DOMAIN/DATE-PRESET.json`.
+        """Write `FOLDER/DOMAIN/DATE-PRESET.json`, or `DATE-PRESET-VARIANT.json`.
 
         Returns:
             The file.
@@ -157,7 +169,7 @@ class Results(_Strict):
         Raises:
             CalmError: If it cannot be written.
         """
-        path = Path(folder, self.domain, f"{self.date}-{self.preset}.json")
+        path = Path(folder, self.domain, f"{self.stem}.json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.model_dump(mode="json"))
@@ -182,6 +194,22 @@ def command(domain: str, preset: str, seeds: Sequence[int] | None, allow_code_ex
     """The command line that makes such results again; `seeds` are those that were asked for instead of the preset's."""
     words = ["calm reproduce", domain, "--preset", preset, *(f"--seed {seed}" for seed in seeds or ())]
     return " ".join([*words, *(["--allow-code-execution"] if allow_code_execution else [])])
+
+
+def variant_of(seeds: Sequence[int] | None, own: Sequence[int], code_left_out: bool = False) -> str:
+    """What tells a run from one of the whole preset, so that neither overwrites the other's results.
+
+    Args:
+        seeds: those that were asked for, None for the preset's.
+        own: the preset's.
+        code_left_out: rows were left out because they execute code.
+
+    Returns:
+        Such as "seed3", "seed3-4" (in the order in which they run: the first one chooses learning rates),
+        "no-execution", "seed3-no-execution", or "".
+    """
+    others = ["seed" + "-".join(map(str, seeds))] if seeds and tuple(seeds) != tuple(own) else []
+    return "-".join([*others, *(["no-execution"] if code_left_out else [])])
 
 
 def made_here() -> dict[str, Any]:

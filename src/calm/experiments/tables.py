@@ -95,7 +95,7 @@ def methods_of(rows: Mapping[str, Mapping[str, Cell]]) -> list[str]:
 
 
 def _table(heading: str, rows: Mapping[str, Mapping[str, Cell]], results: Results) -> Table:
-    table = Table(title=f"{heading} ({results.domain}, preset {results.preset}, 95% intervals)")
+    table = Table(title=f"{heading} ({results.domain}, preset {results.name}, 95% intervals)")
     table.add_column("")
     for name in rows:
         table.add_column(f"{name}\n{_direction(results, name)}", justify="right")

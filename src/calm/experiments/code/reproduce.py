@@ -15,7 +15,7 @@ from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Results, command, made_here
+from calm.experiments.results import Results, command, made_here, variant_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ def reproduce_preset(
     return Results(
         domain="code",
         preset=name,
+        variant=variant_of(seeds, preset.seeds, code_left_out=not allow_code_execution),
         command=command("code", name, seeds, allow_code_execution),
         settings={**dataclasses.asdict(preset), "data_made": made},
         seeds=chosen,

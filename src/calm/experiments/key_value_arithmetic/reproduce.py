@@ -16,7 +16,7 @@ from calm.experiments.key_value_arithmetic.data import TASKS, Task
 from calm.experiments.key_value_arithmetic.recipe import PRESETS, Recipe
 from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult
 from calm.experiments.methods import intervals
-from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, command, made_here
+from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, command, made_here, variant_of
 
 SEEDS = {"cpu": (0, 1), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
 
@@ -65,6 +65,7 @@ def reproduce(
     return Results(
         domain="key_value_arithmetic",
         preset=preset,
+        variant=variant_of(seeds, SEEDS[preset]),
         command=command("key_value_arithmetic", preset, seeds),
         settings=dataclasses.asdict(recipe),
         seeds=chosen,

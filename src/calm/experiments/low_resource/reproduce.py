@@ -16,7 +16,7 @@ from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Results, command, made_here
+from calm.experiments.results import Results, command, made_here, variant_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,7 @@ def reproduce_preset(
     return Results(
         domain="low_resource",
         preset=name_of_preset,
+        variant=variant_of(seeds, preset.seeds),
         command=command("low_resource", name_of_preset, seeds),
         settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=chosen,
