@@ -153,16 +153,15 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
 
 def function(row: dict[str, Any], language: str) -> Function:
     """A function of CodeXGLUE, without the docstring that Python's have in their code."""
-    first, _, rest = row["code"].expandtabs(4).partition("\n")
-    # the first line of a method lost its indentation, the others did not
-    lines = [line.rstrip() for line in textwrap.dedent(rest).split("\n")]
-    body = "\n".join(line for line in lines if line)
+    first, _, rest = row["code"].replace("\r\n", "\n").expandtabs(4).partition("\n")
+    rest = textwrap.dedent(rest)  # the first line of a method lost its indentation, the others did not
     file = f"{row['repo']}/{row['path']}"
     if language == "python":
-        body = textwrap.indent(body, "    ")
-        without = next(python.parse(f"{first}\n{textwrap.indent(textwrap.dedent(rest), '    ')}", file), None)
+        rest = textwrap.indent(rest, "    ")
+        without = next(python.parse(f"{first}\n{rest}", file), None)
         if without:
             return without
+    body = "\n".join(line.rstrip() for line in rest.split("\n") if line.strip())
     return Function(file, f"{first}\n", body, first_sentence(row["docstring"]))
 
 

@@ -123,13 +123,13 @@ def reproduce_preset(
     chosen = tuple(seeds) if seeds else preset.seeds
     if isinstance(preset.data, HubSettings):
         data, made = hub.load(preset.data, SPLIT, allow_code_execution)
-        left_out = "HumanEval and MBPP were"
+        problems, kept_whole = "HumanEval and MBPP", "repositories"
     else:
         asked = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
         data, made = load(asked, SPLIT, folder / "data"), describe(asked, SPLIT, folder / "data")
-        left_out = "HumanEval was"
+        problems, kept_whole = "HumanEval", "files"
     outcomes = run_seeds(data, preset.methods, chosen, folder, console)
-    said = () if allow_code_execution else (f"{left_out} left out: they run what models write, if you allow it.",)
+    left_out = () if allow_code_execution else (f"Left out: {problems}, which run what models write, if you allow it.",)
     return Results(
         domain="code",
         preset=name,
@@ -139,14 +139,14 @@ def reproduce_preset(
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}"),
         notes=(
-            "One split for all seeds, by files; a seed draws weights, the order of examples, and with them m_A.",
-            "Nothing that is trained on here resembles a held-out function or a solution of HumanEval"
-            f"{' or MBPP' if isinstance(preset.data, HubSettings) else ''}.",
+            f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them an "
+            "m_A that is trained here.",
+            f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             preset.methods.about_all(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
             "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted; every "
             "other method without.",
-            *said,
+            *left_out,
         ),
         seconds=seconds_of(folder, chosen),
         **table.fields(data, outcomes),

@@ -117,9 +117,9 @@ def reproduce(
             f"{recipe.data.keys:,} keys; D_C spans {len(task.composition_keys)} of them, and the expressions of the "
             "table are over the others. Each seed draws its own keys, values and models.",
             f"m_B fine-tuned on all of m_A's data takes {recipe.steps_on_all:,} steps of "
-            f"{recipe.composition_training.rows} rows, half of them m_A's, every other method "
-            f"{recipe.composition_training.steps:,}; m_A itself took {recipe.augmenting_training.steps:,} of "
-            f"{recipe.augmenting_training.rows} to learn the keys.",
+            f"{recipe.composition_training.rows} lines, every other method {recipe.composition_training.steps:,}. Half "
+            f"of them are m_A's, {recipe.steps_on_all * recipe.composition_training.rows // 2:,} in all; m_A itself "
+            f"took {recipe.augmenting_training.steps * recipe.augmenting_training.rows:,} to learn the keys.",
             "Points of curves are evaluated on the same fifth of the keys, which no point was trained on; the point "
             "that a curve shares with the table is the table's.",
             "Learning rates of baselines and the mixture's weight are chosen by the percent of validation lines over "
