@@ -139,8 +139,8 @@ def reproduce_preset(
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}"),
         notes=(
-            f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them an "
-            "m_A that is trained here.",
+            f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
+            "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             preset.methods.about_all(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
