@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.console import Console
 from calm.cli import loading
 from calm.cli.arguments import Dtype, parse_augmenting
 from calm.errors import CalmError
+
+if TYPE_CHECKING:
+    from calm.playground.answers import Company
 
 AUTH = "CALM_PLAYGROUND_AUTH"
 
@@ -31,25 +34,34 @@ def playground(
         from calm.playground import app
     except ImportError as error:
         raise CalmError(f"The page needs Gradio ({error}). Install it: pip install 'calm-lm[serve]'") from error
+    auth = _auth()
+    app.check_host(host, auth)
+    page = app.Page(load_company(model, anchor, augmenting, dtype, device)).build()
+    shown = f"[{host}]" if ":" in host else host
+    Console(highlight=False, soft_wrap=True).print(f"http://{shown}:{port} shows {model}; Ctrl-C ends it", markup=False)
+    app.serve(page, host, port, auth)
+
+
+def load_company(
+    model: str, anchor: str | None, augmenting: list[str] | None, dtype: str, device: str | None
+) -> Company:
+    """Load a composition, and its augmenting models once more, whole: the composition holds their first layers only.
+
+    Raises:
+        CalmError: If a part cannot be loaded, or if there is no such device.
+    """
     from calm import sources
     from calm.playground.answers import Company
 
-    auth = _auth()
-    app.check_host(host, auth)
     composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
-    moved = parse_augmenting(augmenting) if augmenting else None
-    names = list(composed.config.augmenting_configs)
-    where = moved if isinstance(moved, dict) else dict.fromkeys(names, moved)
+    config = composed.config
+    moved = parse_augmenting(augmenting) if augmenting else {}
+    where = moved if isinstance(moved, dict) else dict.fromkeys(config.augmenting_configs, moved)
     whole = {
-        name: sources.load_part(composed.config, name, where.get(name), dtype=dtype).eval().to(composed.device)
-        for name in names
+        name: sources.load_part(config, name, where.get(name), dtype=dtype).eval().to(composed.device)
+        for name in config.augmenting_configs
     }
-    page = app.Page(Company(composed, whole, tokenizer)).build()
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"http://{'[%s]' % host if ':' in host else host}:{port} shows {model}. Ctrl-C ends it.", markup=False
-    )
-    app.serve(page, host, port, auth)
+    return Company(composed, whole, tokenizer)
 
 
 def _auth() -> tuple[str, str] | None:

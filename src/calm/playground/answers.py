@@ -150,8 +150,7 @@ class Company:
                     answer.ended = "the context is full"
                 elif len(answer.token_ids) == sampling.max_new_tokens:
                     answer.ended = "stopped at the limit"
-                text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-                answer.text = text if answer.ended else text.rstrip("\ufffd")  # a character's rest may yet come
+                answer.text = text_of(self.tokenizer, answer.token_ids, bool(answer.ended))
             yield [lane.answer for lane in lanes]
 
     def encode(self, question: Question) -> Tensor:
@@ -196,6 +195,12 @@ class Company:
         token_ids = torch.cat([ids, torch.tensor(answer.token_ids, device=ids.device)])
         with self._lock, self.composed.augmenting_disabled(*question.off):
             return inspect_tokens(self.composed, self.tokenizer, question.prompt, token_ids, len(ids))
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], ended: bool) -> str:
+    """An answer's text, without the beginning of a character whose rest may yet come."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text if ended else text.rstrip("\ufffd")
 
 
 class _Lane:

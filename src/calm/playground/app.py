@@ -24,6 +24,9 @@ FOLDER = Path(__file__).parent
 SESSIONS = 32
 """Whose last answers are kept; an inspection holds the weights of all pairs of tokens."""
 
+_PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
+"""HTML as it is: the page has its own style and script."""
+
 
 @dataclass
 class Shown:
@@ -54,7 +57,7 @@ class Page:
         with gr.Blocks(title="calm playground", analytics_enabled=False, fill_width=True) as page:
             shown = gr.State(None, time_to_live=3600)
             exported = gr.Textbox(visible="hidden", show_label=False)
-            gr.HTML(view.intro(self.company), js_on_load=None)
+            gr.HTML(view.intro(self.company), **_PLAIN)
             with gr.Row(equal_height=False, elem_id="ask"):
                 with gr.Column(scale=3, min_width=300):
                     prompt = gr.Textbox(
@@ -108,18 +111,18 @@ class Page:
                             label="Chat template",
                             info="off: the prompt is continued as it is",
                         )
-            status = gr.HTML(view.status("Ready."), js_on_load=None)
-            answers = gr.HTML(self._answers([], frozenset(), running=False), js_on_load=None, elem_id="answers")
-            gr.HTML(view.heading("looked"), js_on_load=None)
+            status = gr.HTML(view.status("Ready."), **_PLAIN)
+            answers = gr.HTML(self._answers([], frozenset(), running=False), **_PLAIN, elem_id="answers")
+            gr.HTML(view.heading("looked"), **_PLAIN)
             connection = gr.Radio(
                 [(name_of(pair), index) for index, pair in enumerate(pairs)],
                 value=0,
-                label="Connection: augmenting model and its layer → layer of the anchor",
+                label="Connection: from a layer of the augmenting model → to a layer of the anchor, counted from 0",
                 elem_id="connection",
             )
-            looked = gr.HTML(view.looked(None, pairs[0]), js_on_load=None, elem_id="looked")
-            gr.HTML(view.heading("added"), js_on_load=None)
-            added = gr.HTML(view.added(None), js_on_load=None, elem_id="added")
+            looked = gr.HTML(view.looked(None, pairs[0]), **_PLAIN, elem_id="looked")
+            gr.HTML(view.heading("added"), **_PLAIN)
+            added = gr.HTML(view.added(None), **_PLAIN, elem_id="added")
             with gr.Row(elem_id="export"):
                 as_html = gr.Button("Export as a page (HTML)", size="sm", interactive=False, elem_id="export-html")
                 as_json = gr.Button("Export as data (JSON)", size="sm", interactive=False, elem_id="export-json")
@@ -169,7 +172,7 @@ class Page:
         last: list[Answer] = []
         try:
             sampling = Sampling(int(max_new_tokens), float(temperature), float(top_p), int(seed or 0))
-            question = Question(prompt, sampling, off, chat)
+            question = Question(prompt or "", sampling, off, chat)
             yield self._answers([], off, running=True), view.status("Reading the prompt …"), None
             for last in self.company.answers(question):
                 yield self._answers(last, off, running=True), view.status("Writing …"), None
@@ -177,6 +180,11 @@ class Page:
                     break
         except CalmError as error:
             yield self._answers(last, off, running=False), view.status(str(error), error=True), None
+            return
+        except Exception:  # as when memory runs out: the page must not wait for ever
+            logger.exception("an answer failed")
+            text = "The models failed. What they said is where calm playground was started."
+            yield self._answers(last, off, running=False), view.status(text, error=True), None
             return
         yield self._answers(last, off, running=False), view.status("Measuring …"), Shown(question, last)
 
@@ -224,7 +232,7 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
     Args:
         page: From `Page.build`.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
+        port: Port to listen on.
         auth: User and password; needed where others can reach the address.
         block: Return only when interrupted.
 
@@ -254,7 +262,7 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
             mcp_server=False,
             pwa=False,
             theme=theme(),
-            css_paths=FOLDER / "page.css",
+            head=f"<style>{(FOLDER / 'page.css').read_text(encoding='utf-8')}</style>",  # css= would rewrite it
             js=(FOLDER / "page.js").read_text(encoding="utf-8"),
         )
     except OSError as error:

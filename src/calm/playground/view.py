@@ -56,8 +56,8 @@ def answers(company: Company, shown: Sequence[Answer], off: frozenset[str], runn
         {
             "role": "composed",
             "title": "Composed",
-            "who": f"the anchor with {_count(connections, 'connection')}"
-            + (f" to {', '.join(on)}" if len(names) > 1 else " to the augmenting model")
+            "who": f"the anchor and {_count(connections, 'connection')}"
+            + (f" to {', '.join(on)}" if len(names) > 1 else "")
             if on
             else "all switched off: this is the anchor",
         },
