@@ -63,13 +63,8 @@ def test_the_heat_map_is_what_was_measured(index: int):
         for t in range(inspection.prompt_length - 1, len(tokens) - 1)
     ]
     assert rows == expected
-    assert rows != [
-        row[:1] + cells[1:] for row, cells in zip(rows, table(view.looked(inspection, _other(use))), strict=False)
-    ]
-
-
-def _other(use: object) -> object:
-    return next(other.pair for other in measured()[2].connections if other is not use)
+    other = inspection.connections[index - 1].pair
+    assert rows != table(view.looked(inspection, other))[1:]
 
 
 def test_the_shares_are_what_was_measured():
