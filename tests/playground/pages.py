@@ -10,7 +10,7 @@ from calm.playground.answers import Company
 
 HOSTILE = (
     "<script>window.caught=1</script>",
-    '<img src="x" onerror="window.caught=2">',
+    '<img/src="x"/onerror="window.caught=2">',
     "${window.caught=3}",
     "{{value}}",
     "@children",
@@ -39,3 +39,7 @@ def company(mix: Mix, tokenizer: PreTrainedTokenizerFast | None = None) -> Compa
 def words(*ids: int) -> str:
     """A prompt of these tokens."""
     return " ".join(hostile_tokenizer().convert_ids_to_tokens(list(ids)))
+
+
+EVERYTHING = words(10, 11, 2, 13, 4, 5, 16, 7, 8, 19)
+"""A prompt of all that is hostile."""

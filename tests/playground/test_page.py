@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from factories import Mix
-from pages import HOSTILE, company, words
+from pages import EVERYTHING, HOSTILE, company, words
 
 from calm.inspection import Inspection
 from calm.inspection.page import visible
@@ -134,7 +134,7 @@ def test_three_answers_and_what_the_connections_did(one, visit):
     models = [*parts.augmenting.values(), parts.composed.anchor, parts.composed]
     assert page.answers == [produced(model, parts, SAMPLING) for model in models]
     assert page.answers[-1] != page.answers[-2]
-    assert "".join(HOSTILE[1:3])[:10] in "".join(page.answers)  # the models do write markup
+    assert any(text in "".join(page.answers) for text in HOSTILE)  # the models do write markup
 
     _, inspection = expected(parts, Question(PROMPT, SAMPLING))
     tokens = [visible(token) for token in inspection.tokens]
@@ -253,8 +253,8 @@ def test_the_keyboard_is_enough(one, visit):
     keyboard.press("Enter")
     page.wait()
     assert page.answers == first
-    tab_to("#connection input")
-    keyboard.press("ArrowDown")
+    tab_to("#connection input[value='1']")
+    keyboard.press("Space")
     page.tab.locator(".calm-looked[data-name='m0 3 → 3']").wait_for()
     tab_to("#looked .calm-scroll")
     keyboard.press("ArrowDown")  # enters at the end of the first row
@@ -337,7 +337,7 @@ def test_errors_can_be_read(one, visit):
 def test_what_is_typed_stays_text(one, visit):
     _, url = one
     page = visit(url)
-    page.ask(" ".join(HOSTILE) + f" {words(4, 5, 7, 8, 10, 11, 13, 14, 16, 17)}")
+    page.ask(EVERYTHING)
     page.tab.wait_for_timeout(300)  # for an image to fail to load
     assert page.tab.locator("#answers script, #answers img, #looked img, #looked b").count() == 0
     shown = page.tab.locator(".calm-looked thead").text_content()
