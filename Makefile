@@ -15,8 +15,9 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
+CHROMIUM := /usr/bin/chromium
 
-.PHONY: help install demo test test-slow test-real lint types imports format bench bench-training bench-gpu bench-planning docs clean
+.PHONY: help install demo test test-slow test-real test-browser lint types imports format bench bench-training bench-gpu bench-planning docs clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,14 +41,22 @@ install: $(DEV) ## set the environment up and do nothing else
 demo: $(DEV) ## two small models that each fail a task solve it together (about six minutes on two cores)
 	$(BIN)/calm demo
 
-test: $(DEV) ## the tests, without the slow ones and those on real checkpoints
-	$(PYTEST) -m "not slow and not real" $(PYTEST_ARGS)
+test: $(DEV) ## the tests, without the slow ones and those on real checkpoints or in a browser
+	$(PYTEST) -m "not slow and not real and not browser" $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## the slow tests
 	$(PYTEST) -m "slow and not real" --timeout 1800 $(PYTEST_ARGS)
 
 test-real: $(DEV) ## the tests on real checkpoints
 	$(TEST_ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m real --timeout 1800 $(PYTEST_ARGS)
+
+test-browser: $(DEV) $(CHROMIUM) ## the tests of `calm playground` in Chromium
+	$(TEST_ENV) $(BIN)/python -m pytest -m browser tests/playground $(PYTEST_ARGS)
+
+$(CHROMIUM):
+	@test "$$(id -u)" = 0 || { echo "$@ is missing. Install it: sudo apt-get install chromium"; exit 1; }
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends chromium
 
 lint: $(DEV) ## ruff: lint and format, checked
 	$(BIN)/ruff check .

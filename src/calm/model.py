@@ -665,6 +665,11 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         with self.composition_disabled() if there == set(names) else self.connections_disabled(*indices):
             yield self
 
+    @property
+    def active_connections(self) -> list[int]:
+        """Indices of the connections that are switched on here; none within `composition_disabled()`."""
+        return [] if self._disabled else [i for i in range(len(self.connections)) if i not in self._switched_off]
+
     # -- saving and loading -------------------------------------------------------------------------------------
 
     def save_pretrained(

@@ -368,6 +368,16 @@ def test_finished_stages_are_kept(finished, monkeypatch):
     assert again["kept_stages"] == [stage.name for stage in STAGES]
 
 
+def test_the_demo_ends_by_saying_how_to_try_it(finished, monkeypatch, capsys):
+    out, _ = finished
+    answers = {"m_A": "1", "m_B": "2", "composed": "3"}
+    monkeypatch.setattr(run.report, "example", lambda results: ("ba + du =", answers))
+    run.main("tiny", 0, out)
+    *_, chat, prompt, page = capsys.readouterr().out.strip().split("\n")
+    assert chat == f"Try it: calm chat {out / 'composed'}" and prompt == "and type, for example: ba + du ="
+    assert f"calm playground {out / 'composed'}" in page
+
+
 def test_without_matplotlib_there_is_no_plot_and_everything_else(finished, monkeypatch, capsys):
     out, first = finished
     for file in ("results.json", "table.png"):

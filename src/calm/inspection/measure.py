@@ -90,7 +90,7 @@ class Inspection:
         tokens: The text of each.
         prompt_length: How many of them are the prompt.
         next_tokens: What the composed model expects.
-        connections: Each connection, in the order of `model.connections`.
+        connections: Each connection that was switched on, in the order of `model.connections`.
         anchor: The bare anchor: all connections switched off.
     """
 
@@ -109,13 +109,10 @@ class Inspection:
         return slice(self.prompt_length - 1, len(self.tokens) - 1)
 
 
-@torch.no_grad()
 def inspect_prompt(
     model: CalmForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 16
 ) -> Inspection:
     """Continue a prompt greedily and measure each connection on the way (issue 4, "The report").
-
-    All is measured on the whole sequence at once, which gives the numbers that generation had (invariant 4).
 
     Args:
         model: In evaluation mode.
@@ -127,7 +124,8 @@ def inspect_prompt(
         The inspection.
 
     Raises:
-        CalmError: If the prompt is empty, or longer with its completion than `MAX_TOKENS` or the model's context.
+        CalmError: If the prompt is empty, longer with its completion than `MAX_TOKENS` or the model's context, or if
+            the composition is switched off.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     prompt_length = ids.shape[1]
@@ -149,6 +147,42 @@ def inspect_prompt(
         top_k=None,
         pad_token_id=tokenizer.pad_token_id,
     )[0]
+    return inspect_tokens(model, tokenizer, prompt, token_ids, prompt_length)
+
+
+@torch.no_grad()
+def inspect_tokens(
+    model: CalmForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    token_ids: Tensor,
+    prompt_length: int,
+) -> Inspection:
+    """Measure each connection on a prompt and what has been produced, however it was sampled.
+
+    All is measured on the whole sequence at once, which gives the numbers that generation had (invariant 4), under the
+    same switches.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: The text that the first tokens are, with or without a chat template around it.
+        token_ids: Int64 `[positions + 1]`, prompt and completion.
+        prompt_length: How many of them are the prompt.
+
+    Returns:
+        The inspection, of the connections that are switched on.
+
+    Raises:
+        CalmError: If there are more than `MAX_TOKENS`, or if the composition is switched off.
+    """
+    if len(token_ids) > MAX_TOKENS:
+        raise CalmError(
+            f"{len(token_ids)} tokens: expected at most {MAX_TOKENS}, since each head's attention between all of them "
+            "is kept. Shorten the prompt or the completion."
+        )
+    if not (active := model.active_connections):
+        raise CalmError("The composition is switched off: no connection does anything that could be measured.")
     read, follow = token_ids[None, :-1], token_ids[1:]
     kept = model.augmenting_outputs(read)  # the same whatever is switched off
 
@@ -177,7 +211,8 @@ def inspect_prompt(
         )
 
     connections = []
-    for index, (pair, watch) in enumerate(zip(model.config.layer_pairs, watches, strict=True)):
+    for index in active:
+        pair, watch = model.config.layer_pairs[index], watches[index]
         with model.connections_disabled(index):
             connections.append(ConnectionUse(pair, watch.injection, watch.attention, watch.entropy, without()))
     with model.composition_disabled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,17 @@ def visible(token: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.translate(VISIBLE))
 
 
-def to_html(inspection: Inspection) -> str:
+def to_html(
+    inspection: Inspection,
+    answers: Mapping[str, str] | None = None,
+    chosen: str = "its likeliest token each time",
+) -> str:
     """Write an inspection as a page.
 
     Args:
         inspection: Of one prompt.
+        answers: What each model answered, to be shown beside one another, by its name.
+        chosen: How the composed model's tokens were chosen.
 
     Returns:
         A whole HTML document with its style, script and data; text of tokens is escaped.
@@ -54,6 +61,8 @@ def to_html(inspection: Inspection) -> str:
     rows = summary(inspection)
     return environment.get_template("page.html").render(
         inspection=inspection,
+        answers=answers or {},
+        chosen=chosen,
         tokens=tokens,
         names=names,
         augmenting={use.pair.augmenting for use in inspection.connections},

@@ -112,7 +112,11 @@ def _show(console: Console, content: dict[str, Any], results: dict[str, StageRes
     console.print("\nWhat neither can, both can:", style="bold")
     for name, text in answers.items():
         console.print(f"{name:>10}: {prompt} {text}", style="green" if name == "composed" else "red", markup=False)
-    console.print(f"\nTry it: calm chat {out / 'composed'}\nand type, for example: {prompt}", markup=False)
+    try_it = (
+        f"\nTry it: calm chat {out / 'composed'}\nand type, for example: {prompt}\n"
+        f"On a page: calm playground {out / 'composed'} (needs pip install 'calm-lm[serve]')"
+    )
+    console.print(try_it, markup=False, soft_wrap=True)
 
 
 class _Clock:
