@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, reproduce, train
+from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, reproduce, serve, train
 from calm.errors import CalmError
 
 
@@ -48,6 +48,7 @@ app.command("chat")(chat.chat)
 app.command("evaluate")(evaluate.evaluate)
 app.command("reproduce")(reproduce.reproduce)
 app.command("inspect")(inspect_.inspect)
+app.command("serve")(serve.serve)
 
 
 def main() -> None:
