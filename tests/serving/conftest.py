@@ -1,30 +1,21 @@
-"""A small composition with a chat template, and servers that serve it in this process or in one of its own."""
+"""A small composition with a chat template, and a server of it that tests share."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import uvicorn
 from bases import byte_tokenizer, save_base
 from factories import perturb
-from openai import OpenAI
+from servers import NAME, Served, serving
 from transformers import PreTrainedTokenizerBase
 
 import calm
 from calm.data import load_tokenizer
-from calm.serving.app import build
 from calm.serving.limits import Limits
-from calm.serving.server import bind, url_of
 
-NAME = "tiny"
-CONTEXT = 256
+CONTEXT = 128
 
 
 @pytest.fixture(scope="session")
@@ -58,53 +49,8 @@ def model(composed: Path) -> calm.CalmForCausalLM:
     return calm.CalmForCausalLM.from_pretrained(composed)
 
 
-@dataclass
-class Served:
-    """A server in a thread of this process."""
-
-    url: str
-    server: uvicorn.Server
-    engine: Any
-
-    def client(self, key: str = "none", **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0} | options)
-
-
-@contextmanager
-def serving(composed: Path, **options: Any) -> Iterator[Served]:
-    """Serves the composition on a free port of this machine."""
-    own = calm.CalmForCausalLM.from_pretrained(composed)
-    tokenizer = load_tokenizer(composed)
-    tokenizer.padding_side = "left"
-    app = build(own, tokenizer, NAME, **options)
-    bound = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    url = url_of(bound)
-    thread.start()
-    until(lambda: server.started)
-    yield Served(url, server, app.state.engine)
-    server.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive()
-
-
 @pytest.fixture(scope="session")
 def served(composed: Path) -> Iterator[Served]:
     """A server with the usual limits."""
-    with serving(composed, limits=Limits(max_tokens=200)) as running:
+    with serving(composed, limits=Limits(max_tokens=100)) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def client(served: Served) -> OpenAI:
-    """OpenAI's client of it."""
-    return served.client()
-
-
-def until(true: Callable[[], Any], seconds: float = 60) -> None:
-    """Waits for something to become true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)

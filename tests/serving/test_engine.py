@@ -214,7 +214,7 @@ def test_a_stop_string_ends_its_row_and_no_other(engine: Callable[..., Engine], 
 
 def test_the_end_of_sequence_ends_a_row_without_text(engine: Callable[..., Engine], mixed: list[Asked]):
     """The fifth token is made the one that ends."""
-    tokens, texts, _ = together(engine(), [mixed[0]])[0]
+    tokens = together(engine(), [mixed[0]])[0][0]
     end = tokens[4]
     running = engine()
     with patched(running.model.generation_config, eos_token_id=[end]):
