@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import httpx2
 import openai
 import pytest
 import torch
-from factories import assert_same
+from factories import assert_same, patched
 from openai import OpenAI
 from servers import NAME, Served, held, serving, until
 from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,9 @@ def client(served: Served) -> OpenAI:
     return served.client()
 
 
-def metric(served: Served, name: str) -> float:
+def metric(served: Served, name: str, key: str = "") -> float:
     """The value of a metric without labels."""
-    text = httpx2.get(f"{served.url}/metrics").text
+    text = httpx2.get(f"{served.url}/metrics", headers={"authorization": f"Bearer {key}"}).text
     return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
 
 
@@ -306,7 +307,7 @@ def test_unknown_models_and_paths(client: OpenAI, served: Served):
 @pytest.fixture(scope="module")
 def guarded(composed: Path) -> Iterator[Served]:
     """A server with a key and tight limits."""
-    limits = Limits(batch_size=1, queue=1, max_tokens=50, body_size=1000, seconds=2.0)
+    limits = Limits(batch_size=1, queue=1, max_tokens=50, body_size=1000)
     with serving(composed, api_key="the-right-key", limits=limits) as running:
         yield running
 
@@ -358,15 +359,16 @@ def test_a_full_queue_says_when_to_come_again(guarded: Served):
 def test_a_request_that_takes_too_long_ends_and_the_next_is_answered(guarded: Served, stream: bool):
     client = guarded.client("the-right-key", max_retries=2)  # which the answer tells not to try again
     asked = {"prompt": "x", "max_tokens": 50, **GREEDY}
-    before = sum(m.value for m in guarded.engine._metrics.generated_tokens.collect()[0].samples[:1])
-    with held(guarded.engine) as gate:
+    before = metric(guarded, "calm_generated_tokens_total", "the-right-key")
+    short = replace(guarded.engine.limits, seconds=0.5)
+    with held(guarded.engine) as gate, patched(guarded.engine, limits=short):
         gate.permit(2)
-        with pytest.raises(openai.APIError, match="no answer within 2 s") as caught:
+        with pytest.raises(openai.APIError, match=r"no answer within 0\.5 s") as caught:
             list(client.completions.create(stream=stream, **asked))
         assert caught.value.code == "timeout"
     until(lambda: not guarded.engine._running)
-    after = sum(m.value for m in guarded.engine._metrics.generated_tokens.collect()[0].samples[:1])
-    assert after - before <= 4, "what nobody waits for is not generated"
+    generated = metric(guarded, "calm_generated_tokens_total", "the-right-key") - before
+    assert generated <= 4, "what nobody waits for is not generated"
     assert client.completions.create(**asked).usage.completion_tokens == 50
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 from fastapi.sse import format_sse_event
@@ -33,6 +33,7 @@ from calm.serving.names import Names
 from calm.serving.observing import Observe
 from calm.serving.requests import ChatRequest, CompletionRequest
 
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # FastAPI's words for one
 LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -100,11 +101,12 @@ def build(
             if api_key is not None
             else Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES),
         ],
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key is not None else [],
         responses={"default": {"model": ErrorBody}},
     )
     app.state.engine = engine
     errors.install(app)
+    # for the schema; the key has been compared by then
+    guarded = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key is not None else [])
 
     async def answer(request: Request, asked: ChatRequest | CompletionRequest) -> Any:
         generating = Generating(engine, names, metrics, request, asked, log_prompts)
@@ -115,15 +117,15 @@ def build(
 
     answers: dict[str, Any] = {
         "response_model_exclude_unset": True,
-        "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        "responses": {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}},
     }
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, **answers)
+    @guarded.post("/v1/chat/completions", response_model=ChatCompletion, **answers)
     async def chat_completions(request: Request, asked: ChatRequest) -> Any:
         """The next message of a conversation."""
         return await answer(request, asked)
 
-    @app.post("/v1/completions", response_model=Completion, **answers)
+    @guarded.post("/v1/completions", response_model=Completion, **answers)
     async def completions(request: Request, asked: CompletionRequest) -> Any:
         """Text that continues prompts."""
         return await answer(request, asked)
@@ -131,12 +133,12 @@ def build(
     def listed(model: str) -> ListedModel:
         return ListedModel(id=model, object="model", created=created, owned_by="calm-lm", augmenting=names.on[model])
 
-    @app.get("/v1/models", response_model_exclude_unset=True)
+    @guarded.get("/v1/models", response_model_exclude_unset=True)
     async def models() -> ModelList:
         """The composition, its anchor, and the composition with one of several augmenting models."""
         return ModelList(object="list", data=[listed(model) for model in names.on])
 
-    @app.get("/v1/models/{model:path}", response_model_exclude_unset=True)
+    @guarded.get("/v1/models/{model:path}", response_model_exclude_unset=True)
     async def one_model(model: str) -> ListedModel:
         """One of them."""
         names.off(model, None)
@@ -149,11 +151,12 @@ def build(
             raise APIError(503, "the engine has stopped")
         return Health(status="ok")
 
-    @app.get("/metrics", response_class=Response)
+    @guarded.get("/metrics", response_class=Response)
     async def render_metrics() -> Response:
         """For Prometheus."""
         return Response(metrics.render(), media_type=metrics.content_type)
 
+    app.include_router(guarded)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -76,14 +77,30 @@ class APIError(Exception):
 
 def from_validation(error: RequestValidationError) -> APIError:
     """A 400 that names the first parameter at fault; what was sent is not repeated."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first['ctx']['error']}")
-    param = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    problems = error.errors()
+    if problems[0]["type"] == "json_invalid":
+        return APIError(400, f"the body is not JSON: {problems[0]['ctx']['error']}")
+    param = _place(problems[0]["loc"], error.body)
+    if problems[0]["type"] == "extra_forbidden":
         message = "this server does not know or support this parameter: leave it out"
+    else:  # a parameter of several types has a complaint from each
+        here = [problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]]
+        message = ", or: ".join(dict.fromkeys(str(problem["msg"]) for problem in here))
     return APIError(400, f"{param or 'the body'}: {message}", param=param or None)
+
+
+def _place(location: Sequence[str | int], body: Any) -> str:
+    """Where in the body, without pydantic's names for the types that it tried there."""
+    names: list[str] = []
+    for part in location[1:]:
+        if isinstance(body, dict) and (part in body or not names):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        names.append(str(part))
+    return ".".join(names)
 
 
 def install(app: FastAPI) -> None:

@@ -209,7 +209,7 @@ class Generating:
                 raise APIError(400, "max_tokens and max_completion_tokens differ: send one", param=param)
             asked, param = self._asked.max_completion_tokens, "max_completion_tokens"
         elif isinstance(self._asked, CompletionRequest) and asked is None:
-            asked = min(16, allowed)  # OpenAI's default
+            asked = min(16, allowed)
         if asked is not None and asked > allowed:
             raise APIError(400, f"{param}={asked}: this server generates {allowed} at most", param=param)
         if room < (asked or 1):

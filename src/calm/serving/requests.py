@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+
+def _whole(value: Any) -> Any:
+    """3.0 is a whole number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, StringConstraints(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[Int, Field(ge=0)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 NotSupported = "Only what changes nothing is accepted: 0."
@@ -36,10 +44,10 @@ class _Request(_Strict):
             "By default those that the model's name says."
         ),
     )
-    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
+    n: Int | None = Field(1, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0, or below 0.001: the likeliest token each time.")
     top_p: float | None = Field(1.0, ge=0, le=1, description="Sample from the likeliest tokens of this probability.")
-    seed: int | None = Field(
+    seed: Int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="Of sampling; the same whatever runs beside it."
     )
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
@@ -60,11 +68,11 @@ class _Request(_Strict):
 class CompletionRequest(_Request):
     """A request for text that continues prompts."""
 
-    prompt: Text | Annotated[list[Text] | list[TokenId] | list[Tokens], Field(min_length=1)] = Field(
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)] = Field(
         description="A text or its tokens, or a list of either."
     )
-    max_tokens: int | None = Field(16, ge=1, description="Tokens to generate at most.")
-    logprobs: int | None = Field(None, ge=0, le=5, description="Alternatives beside each token's log-probability.")
+    max_tokens: Int | None = Field(None, ge=1, description="Tokens to generate at most; by default 16, as OpenAI's.")
+    logprobs: Int | None = Field(None, ge=0, le=5, description="Alternatives beside each token's log-probability.")
     echo: Literal[False] | None = Field(False, description="Not supported: false.")
     best_of: Literal[1] | None = Field(None, description="Not supported: 1.")
 
@@ -106,12 +114,12 @@ class ChatRequest(_Request):
     """A request for the next message of a conversation."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(
+    max_completion_tokens: Int | None = Field(
         None, ge=1, description="Tokens to generate at most; by default what the server allows and the context holds."
     )
-    max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    max_tokens: Int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
+    top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
 
     @property
     def alternatives(self) -> int | None:
