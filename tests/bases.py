@@ -61,12 +61,11 @@ def save_base(
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=64,
             initializer_range=0.2,  # at the usual 0.02 the frozen head could not say much, whatever is trained
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-            **{"attention_dropout": 0.1} | config,
+            **{"attention_dropout": 0.1, "max_position_embeddings": 64} | config,
         )
     )
     model.save_pretrained(folder)

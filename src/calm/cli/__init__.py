@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, playground, reproduce, train
+from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, playground, reproduce, serve, train
 from calm.errors import CalmError
 
 
@@ -49,6 +49,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("reproduce")(reproduce.reproduce)
 app.command("inspect")(inspect_.inspect)
 app.command("playground")(playground.playground)
+app.command("serve")(serve.serve)
 
 
 def main() -> None:

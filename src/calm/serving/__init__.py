@@ -1,0 +1,1 @@
+"""Serving compositions: an OpenAI-compatible server on transformers, and the way to vLLM's."""

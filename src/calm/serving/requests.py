@@ -1,0 +1,127 @@
+"""The requests that are understood, in OpenAI's words; a parameter that is not here is refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is a whole number in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+TokenId = Annotated[Int, Field(ge=0)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+NotSupported = "Only what changes nothing is accepted: 0."
+
+MAX_CHOICES = 16
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """What a stream tells besides its text."""
+
+    include_usage: bool = Field(False, description="Count the tokens in a last chunk.")
+
+
+class _Request(_Strict):
+    """What both kinds of requests have in common."""
+
+    model: str = Field(description="A name that /v1/models lists.")
+    augmenting: Literal["all", "none"] | list[str] | None = Field(
+        None,
+        description=(
+            'Which augmenting models are on: "all", "none" (the bare anchor answers) or a list of their names. '
+            "By default those that the model's name says."
+        ),
+    )
+    n: Int | None = Field(1, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
+    temperature: float | None = Field(1.0, ge=0, le=2, description="0, or below 0.001: the likeliest token each time.")
+    top_p: float | None = Field(1.0, ge=0, le=1, description="Sample from the likeliest tokens of this probability.")
+    seed: Int | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="Of sampling; the same whatever runs beside it."
+    )
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
+        None, description="Strings that end the answer and are not part of it."
+    )
+    stream: bool | None = Field(False, description="Send the answer as it comes, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Zero | None = Field(0, description=NotSupported)
+    presence_penalty: Zero | None = Field(0, description=NotSupported)
+    user: str | None = Field(None, description="Accepted, of no effect and not kept.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(_Request):
+    """A request for text that continues prompts."""
+
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)] = Field(
+        description="A text or its tokens, or a list of either."
+    )
+    max_tokens: Int | None = Field(None, ge=1, description="Tokens to generate at most; by default 16, as OpenAI's.")
+    logprobs: Int | None = Field(None, ge=0, le=5, description="Alternatives beside each token's log-probability.")
+    echo: Literal[False] | None = Field(False, description="Not supported: false.")
+    best_of: Literal[1] | None = Field(None, description="Not supported: 1.")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as texts or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to report beside each one."""
+        return self.logprobs
+
+
+class TextPart(_Strict):
+    """A part of a message; there are none but text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """A message of the conversation, as the chat template takes it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @property
+    def text(self) -> str:
+        """The parts as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Request):
+    """A request for the next message of a conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Int | None = Field(
+        None, ge=1, description="Tokens to generate at most; by default what the server allows and the context holds."
+    )
+    max_tokens: Int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
+    logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
+    top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens to report beside each one."""
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,164 @@
+"""Makes OpenAI's responses, whole and in chunks, out of the pieces of rows."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.serving.rows import FinishReason, Piece, Token
+
+LEAST = -9999.0  # JSON has no minus infinity; OpenAI's own least log-probability
+
+
+class Answer(ABC):
+    """The answer to one request, as far as it has come.
+
+    Args:
+        model: The name that was asked for.
+        tokenizer: For the text of tokens beside their log-probabilities.
+        prompt_tokens: Tokens of all prompts, each counted once.
+        choices: Number of rows.
+        logprobs: Whether log-probabilities are wanted.
+    """
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(
+        self, model: str, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, choices: int, logprobs: bool
+    ) -> None:
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.texts = [""] * choices
+        self.finish_reasons: list[FinishReason | None] = [None] * choices
+        self.completion_tokens = 0
+        self.prompt_tokens = prompt_tokens
+        self._created = int(time.time())
+        self._model = model
+        self._tokenizer = tokenizer
+        self._wants_logprobs = logprobs
+        self._tokens: list[list[Token]] = [[] for _ in range(choices)]
+
+    def add(self, index: int, piece: Piece) -> None:
+        """Take up what a row said next."""
+        self.texts[index] += piece.text
+        self.finish_reasons[index] = piece.finish_reason
+        self.completion_tokens += 1
+        if piece.token is not None:
+            self._tokens[index].append(piece.token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has ended."""
+        return all(self.finish_reasons)
+
+    def whole(self) -> dict[str, Any]:
+        """The response to a request that does not stream."""
+        choices = []
+        for index, text in enumerate(self.texts):
+            logprobs = self._logprobs(self._tokens[index], 0) if self._wants_logprobs else None
+            choices.append(self._choice(index, text, logprobs, self.finish_reasons[index]))
+        return self._head(self.object) | {"choices": choices, "usage": self._usage()}
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """The part of a streamed response for a piece that was just added."""
+        logprobs = None
+        if piece.token is not None:
+            before = sum(len(self._text_of(token.id)) for token in self._tokens[index][:-1])
+            logprobs = self._logprobs([piece.token], before)
+        return self._head(self.chunk_object) | {
+            "choices": [self._delta(index, piece.text, logprobs, piece.finish_reason)]
+        }
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last part of a streamed response, which counts the tokens."""
+        return self._head(self.chunk_object) | {"choices": [], "usage": self._usage()}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """What is streamed before any token."""
+        return []
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    @abstractmethod
+    def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _delta(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]: ...
+
+
+class ChatAnswer(Answer):
+    """An answer to /v1/chat/completions."""
+
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._head(self.chunk_object) | {"choices": [{"index": index, "delta": delta, "finish_reason": None}]}
+            for index in range(len(self.texts))
+        ]
+
+    def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _delta(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]:
+        delta = {"content": text} if text else {}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self._text_of(token), "logprob": max(logprob, LEAST), "bytes": None}
+
+        return {
+            "content": [
+                entry(token.id, token.logprob) | {"top_logprobs": [entry(*alternative) for alternative in token.top]}
+                for token in tokens
+            ]
+        }
+
+
+class TextAnswer(Answer):
+    """An answer to /v1/completions."""
+
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    _delta = _choice
+
+    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]:
+        texts = [self._text_of(token.id) for token in tokens]
+        offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
+            "top_logprobs": [self._alternatives(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _alternatives(self, token: Token) -> dict[str, float]:
+        # the likelier of two tokens with the same text is kept, and the chosen one always
+        shown = (*reversed(token.top), (token.id, token.logprob))
+        return {self._text_of(alternative): max(logprob, LEAST) for alternative, logprob in shown}

@@ -1,0 +1,55 @@
+"""What vLLM's server is started with; a stand-in for its command writes down what it got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KEY = "a-key-that-nobody-should-see"
+STAND_IN = """#!{python}
+import json, os, sys
+if sys.argv[1] == "serve":
+    seen = {{"arguments": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY"), "pid": os.getpid()}}
+    open({seen!r}, "w").write(json.dumps(seen))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One in which vLLM seems to be installed."""
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported: nothing here may')\n")
+    command = tmp_path / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(STAND_IN.format(python=sys.executable, seen=str(tmp_path / "seen.json")))
+    command.chmod(0o755)
+    paths = os.pathsep.join((str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
+    return os.environ | {"PYTHONPATH": paths, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "calm.cli", "serve", *map(str, arguments)]
+    line[1:3] = ["-c", "from calm.cli import main; main()"]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_vllm_becomes_the_process_where_it_is_installed(
+    composed: Path, environment: dict[str, str], tmp_path: Path, free_port: int
+):
+    """By default, with the key in the environment and not on the command line, and with what follows `--`."""
+    options = ["--port", free_port, "--name", "served", "--dtype", "float32", "--", "--max-model-len", "64", "--x=y"]
+    result = run(environment | {"CALM_API_KEY": KEY}, composed, *options)
+    assert result.returncode == 0, result.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["arguments"] == [
+        *("serve", str(composed), "--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "served"),
+        *("--dtype", "float32", "--max-model-len", "64", "--x=y"),
+    ]
+    assert seen["key"] == KEY
+    assert KEY not in result.stdout + result.stderr
