@@ -287,9 +287,7 @@ def load_bases(
     return anchor_model, models
 
 
-def locate(
-    role: str, reference: Mapping[str, Any], expected: PreTrainedConfig
-) -> tuple[Source, PreTrainedConfig]:
+def locate(role: str, reference: Mapping[str, Any], expected: PreTrainedConfig) -> tuple[Source, PreTrainedConfig]:
     """Find a base by its recorded reference and check its configuration there, for who loads weights another way.
 
     Args:

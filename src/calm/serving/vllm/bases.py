@@ -1,8 +1,6 @@
 """The bases in vLLM: built from their configurations, augmenting models cut, and their layers hooked."""
 
 import copy
-import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,11 +18,9 @@ from calm.errors import UnsupportedModelError
 from calm.serving.vllm.checks import prepared
 from calm.serving.vllm.connection import PaddedAttention
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-
 
 def build_anchor(config: PreTrainedConfig, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """vLLM's model of a base, whole.
+    """VLLM's model of a base, whole.
 
     Args:
         config: The base's configuration.
@@ -35,7 +31,7 @@ def build_anchor(config: PreTrainedConfig, vllm_config: VllmConfig, prefix: str)
 
 
 def build_augmenting(config: PreTrainedConfig, depth: int, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """vLLM's model of a base, cut after its last connected layer and without its head.
+    """VLLM's model of a base, cut after its last connected layer and without its head.
 
     What is cut off takes no memory and no time, and has no part of the cache.
 
@@ -122,12 +118,3 @@ def add_to_residual(output: Any, injection: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return injection, residual_of(output)  # the next norm adds the two
     return output + injection.view_as(output)
-
-
-def kept(weights: Iterable[tuple[str, torch.Tensor]], depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """A base's weights without those of the layers that are cut off."""
-    for name, weight in weights:
-        layer = _LAYER.search(name)
-        if layer is None or int(layer[1]) < depth:
-            yield name, weight
-

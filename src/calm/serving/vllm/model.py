@@ -1,15 +1,13 @@
 """CalmForCausalLM in vLLM: runs the augmenting models, hooks the connections into the anchor, heads like its anchor."""
 
 import itertools
-from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
@@ -17,8 +15,7 @@ from calm.config import CalmConfig, width_of
 from calm.errors import CheckpointError
 from calm.serving.vllm import bases, checks
 from calm.serving.vllm.connection import Connection
-
-_SAFETENSORS = ["model*.safetensors"]
+from calm.serving.vllm.weights import SAFETENSORS, BaseWeights, Weights
 
 
 @support_torch_compile
@@ -37,7 +34,7 @@ class CalmForCausalLM(nn.Module):
         CalmError: If vLLM's version or attention backend does not serve compositions, or a base is missing.
     """
 
-    allow_patterns_overrides = _SAFETENSORS
+    allow_patterns_overrides = SAFETENSORS
     fall_back_to_pt_during_load = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -45,17 +42,21 @@ class CalmForCausalLM(nn.Module):
         checks.check_version()
         config: CalmConfig = vllm_config.model_config.hf_config
         self.config = config
-        self.anchor = bases.build_anchor(config.anchor_config, vllm_config, maybe_prefix(prefix, "anchor"))
-        self.augmenting = nn.ModuleList()  # in the order of the names: their names may hold what a module's may not
         self.names = list(config.augmenting_configs)
+        # before vLLM's models are made, which may change transformers' classes
+        self._bases = [BaseWeights.find(config, None, "anchor.")]
+        self._bases += [BaseWeights.find(config, name, f"augmenting.{i}.") for i, name in enumerate(self.names)]
+        self.secondary_weights = [base.source for base in self._bases]
+        self.anchor: Any = bases.build_anchor(config.anchor_config, vllm_config, maybe_prefix(prefix, "anchor"))
+        self.augmenting = nn.ModuleList()  # by number: vLLM wants one in a layer's name and no second one
         for index, (name, base) in enumerate(config.augmenting_configs.items()):
-            own = maybe_prefix(prefix, f"augmenting{index}")  # vLLM wants one number in a layer's name
+            own = maybe_prefix(prefix, f"augmenting{index}")
             self.augmenting.append(bases.build_augmenting(base, config.augmenting_depth(name), vllm_config, own))
         self.connections = nn.ModuleList(
             Connection(
                 width_of(config.augmenting_configs[pair.augmenting]),
                 width_of(config.anchor_config),
-                config.num_heads,
+                cast(int, config.num_heads),
                 config.attention,
                 bases.cache_config(vllm_config, None),
                 maybe_prefix(prefix, f"connections.{index}"),
@@ -64,18 +65,6 @@ class CalmForCausalLM(nn.Module):
         )
         self._captured: dict[tuple[str, int], torch.Tensor] = {}  # empty but during a forward pass
         self._hook()
-        self.secondary_weights = [self._source("anchor.", None)]
-        self.secondary_weights += [self._source(f"augmenting.{i}.", name) for i, name in enumerate(self.names)]
-
-    def _source(self, prefix: str, name: str | None) -> DefaultModelLoader.Source:
-        source, _ = checks.locate(self.config, name)
-        return DefaultModelLoader.Source(
-            source.name_or_path,
-            source.revision,
-            prefix=prefix,
-            fall_back_to_pt=False,
-            allow_patterns_overrides=_SAFETENSORS,
-        )
 
     def _hook(self) -> None:
         pairs = self.config.layer_pairs
@@ -132,7 +121,7 @@ class CalmForCausalLM(nn.Module):
         """The anchor's logits, `[tokens, vocabulary]`; `None` on ranks that do not gather them."""
         return self.anchor.compute_logits(hidden_states)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def load_weights(self, weights: Weights) -> set[str]:
         """Load the connections from the composition's folder and the bases from theirs.
 
         Args:
@@ -145,26 +134,20 @@ class CalmForCausalLM(nn.Module):
             CheckpointError: If the composition's weights do not fit its configuration.
         """
         loaded: set[str] = set()
-        for part, own in itertools.groupby(weights, lambda item: item[0].split(".", 1)[0]):
-            if part == "connections":
-                loaded |= self._load_connections({name: weight for name, weight in own})
-            elif part == "anchor":
-                found = self.anchor.load_weights((name.removeprefix("anchor."), weight) for name, weight in own)
-                loaded |= {f"anchor.{name}" for name in found}
+        for prefix, own in itertools.groupby(weights, lambda item: self._prefix_of(item[0])):
+            if prefix == "connections.":
+                loaded |= self._load_connections(dict(own))
             else:
-                loaded |= self._load_augmenting(own)
+                base = next(base for base in self._bases if base.prefix == prefix)
+                model: Any = self.get_submodule(prefix.removesuffix("."))
+                loaded |= {prefix + name for name in model.load_weights(base.taken(own))}
         return loaded
 
-    def _load_augmenting(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = set()
-        for index, own in itertools.groupby(weights, lambda item: int(item[0].split(".", 2)[1])):
-            prefix, depth = f"augmenting.{index}.", self.config.augmenting_depth(self.names[index])
-            stripped = ((name.removeprefix(prefix), weight) for name, weight in own)
-            loaded |= {prefix + name for name in self.augmenting[index].load_weights(bases.kept(stripped, depth))}
-        return loaded
+    def _prefix_of(self, name: str) -> str:
+        return next((base.prefix for base in self._bases if name.startswith(base.prefix)), "connections.")
 
     def _load_connections(self, weights: dict[str, torch.Tensor]) -> set[str]:
-        for index, connection in enumerate(self.connections):
+        for index, connection in enumerate(cast(Any, self.connections)):
             names = {n: f"connections.{index}.{n}.weight" for n in ("f_proj", "w_q", "w_k", "w_v", "w_o")}
             if missing := sorted(name for name in names.values() if name not in weights):
                 raise CheckpointError(
