@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from factories import VOCAB, Mix, perturb, tokens
+from factories import Mix, perturb, tokens
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -38,12 +38,16 @@ class Expected:
     log_probs: Tensor
 
 
-def save(mix: Mix, folder: Path, dtype: torch.dtype = torch.float32) -> calm.CalmForCausalLM:
-    """A composition whose connections matter, and its bases, as folders."""
+def save(
+    mix: Mix, folder: Path, dtype: torch.dtype = torch.float32, context: int | None = None
+) -> calm.CalmForCausalLM:
+    """A composition whose connections matter, and its bases, as folders; with rotary positions of any context."""
     anchor, augmenting = str(folder / "anchor"), {}
-    mix.anchor_model().save_pretrained(anchor)
-    for name, model in mix.augmenting_models().items():
-        model.save_pretrained(folder / name)
+    for name, base in {"anchor": mix.anchor_model(), **mix.augmenting_models()}.items():
+        if context is not None:
+            base.config.max_position_embeddings = context
+        base.save_pretrained(folder / name)
+    for name in mix.augmenting_models():
         augmenting[name] = str(folder / name)
     pairs = mix.connections if isinstance(mix.connections, int) else dict(zip(augmenting, mix.connections, strict=True))
     model = calm.compose(
@@ -140,6 +144,6 @@ def worst(outputs: Sequence[RequestOutput], expected: Sequence[Expected]) -> flo
     return max(differences)
 
 
-def prompts(seed: int = 0, vocabulary: int = VOCAB) -> list[list[int]]:
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     """Random prompts of mixed lengths."""
-    return [tokens(1, length, seed=seed + length)[0].tolist() for length in LENGTHS]
+    return [tokens(1, length, seed=length)[0].tolist() for length in lengths]

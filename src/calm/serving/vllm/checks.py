@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from calm import backbones, sources
 from calm.config import CalmConfig, context_of, text_config
 from calm.errors import CalmError, CheckpointError, UnsupportedModelError
-from calm.serving.vllm.plugin import SUPPORTED_VLLM, is_supported
+from calm.serving.vllm import plugin
 from calm.sources import Source
 
 FAMILIES = (
@@ -43,11 +43,11 @@ def check_version() -> None:
     Raises:
         CalmError: Naming the version found and those supported.
     """
-    if not is_supported():
+    if not plugin.is_supported():
         import vllm
 
         raise CalmError(
-            f"vLLM {vllm.__version__} is installed; compositions are served by vLLM {SUPPORTED_VLLM}. Install such a "
+            f"vLLM {vllm.__version__} is installed; compositions are served by vLLM {plugin.SUPPORTED_VLLM}. Install such a "
             f"version, or the calm-lm that goes with this one. {_OTHERWISE}"
         )
 
@@ -134,7 +134,7 @@ def _check_engine(config: CalmConfig, vllm_config: Any) -> None:
             f"{parallel.tensor_parallel_size} does not divide. Take a number that divides those of all models, or 1."
         )
     for given, what in (
-        (vllm_config.quant_config, "quantization"),
+        (vllm_config.model_config.quantization, "quantization"),
         (vllm_config.lora_config, "LoRA adapters"),
         (vllm_config.speculative_config, "speculative decoding"),
     ):
