@@ -47,8 +47,8 @@ def check_version() -> None:
         import vllm
 
         raise CalmError(
-            f"vLLM {vllm.__version__} is installed; compositions are served by vLLM {plugin.SUPPORTED_VLLM}. Install such a "
-            f"version, or the calm-lm that goes with this one. {_OTHERWISE}"
+            f"vLLM {vllm.__version__} is installed; compositions are served by vLLM {plugin.SUPPORTED_VLLM}. Install "
+            f"such a version, or the calm-lm that goes with this one. {_OTHERWISE}"
         )
 
 
