@@ -12,12 +12,17 @@ PYTEST_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2
 
+# vLLM pins a torch and a transformers of its own, so its tests have an environment of their own.
+VLLM_PYTHON ?= python3.11
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/.installed
+
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
 CHROMIUM := /usr/bin/chromium
 
-.PHONY: help install demo test test-slow test-real test-browser lint types imports format bench bench-training bench-gpu bench-planning docs clean
+.PHONY: help install demo test test-slow test-real test-browser test-vllm test-vllm-slow lint types imports format bench bench-training bench-gpu bench-planning bench-serving bench-serving-load docs clean
 
 help: ## list these targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +39,13 @@ $(DOCS): $(DEV)
 
 $(BENCH): $(DEV) benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	@touch $@
+
+$(VLLM): tests/vllm_plugin/requirements.txt pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing into $(VLLM_VENV); the first time this takes a few minutes"
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/vllm_plugin/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 install: $(DEV) ## set the environment up and do nothing else
@@ -57,6 +69,12 @@ $(CHROMIUM):
 	@test "$$(id -u)" = 0 || { echo "$@ is missing. Install it: sudo apt-get install chromium"; exit 1; }
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends chromium
+
+test-vllm: $(VLLM) ## the tests of the vLLM plugin, in an environment of their own (Python 3.11, Linux)
+	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin -m "not slow" $(PYTEST_ARGS)
+
+test-vllm-slow: $(VLLM) ## the slow ones of them: a server under load, two processes, a real checkpoint, compilation
+	$(TEST_ENV) $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin -m slow --timeout 1800 $(PYTEST_ARGS)
 
 lint: $(DEV) ## ruff: lint and format, checked
 	$(BIN)/ruff check .
@@ -84,9 +102,16 @@ bench-gpu: $(DEV) ## what training and decoding reach of a GPU; needs one
 bench-planning: $(DEV) ## calm plan's predictions against measurements (on an idle machine); writes benchmarks/results/
 	$(BIN)/python benchmarks/planning.py
 
+bench-serving: $(VLLM) ## vLLM's throughput of a composition, against its anchor and against transformers
+	$(VLLM_VENV)/bin/python benchmarks/serving.py
+
+MODEL ?= runs/demo/composed
+bench-serving-load: $(VLLM) ## a vLLM server of MODEL (the demo's composition) under load; writes benchmarks/results/
+	$(VLLM_VENV)/bin/python benchmarks/serving_load.py $(MODEL)
+
 docs: $(DOCS) ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the environment, caches and builds; runs/ and results/ stay
-	rm -rf $(VENV) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

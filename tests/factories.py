@@ -58,7 +58,9 @@ CONFIGS: dict[str, Maker] = {
     "qwen3": _llama_like("Qwen3Config"),
     "mistral": _llama_like("MistralConfig", sliding_window=WINDOW),
     "phi3": _llama_like("Phi3Config"),
+    "olmo": _llama_like("OlmoConfig"),
     "olmo2": _llama_like("Olmo2Config"),
+    "olmo3": _llama_like("Olmo3Config", **_SLIDING),
     "mixtral": _llama_like("MixtralConfig", **_MOE),
     "gpt_oss": _llama_like("GptOssConfig", **_MOE, **_SLIDING),
     "gpt2": lambda width, layers, heads: transformers.GPT2Config(

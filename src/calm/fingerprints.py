@@ -80,18 +80,37 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        data = weight.detach()
-        if dtype is not None and weight.is_floating_point():  # buffers may be whole numbers
-            data = data.to(dtype)
-        data = data.contiguous()
-        bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
-        bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
-            digest.update(f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},".encode())
-    return digest.hexdigest()[:32]
+    return combine({name: sums_of(name, weight, dtype) for name, weight in weights.items()})
+
+
+def sums_of(name: str, weight: Tensor, dtype: torch.dtype | None) -> str:
+    """One weight's part of a digest, for who sees the weights one after another.
+
+    Args:
+        name: As in the model's state dict.
+        weight: The weight.
+        dtype: What floats are cast to first; `None` takes them as they are.
+    """
+    data = weight.detach()
+    if dtype is not None and weight.is_floating_point():  # buffers may be whole numbers
+        data = data.to(dtype)
+    data = data.contiguous()
+    bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
+    bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
+    part = f"{name}{tuple(weight.shape)}"
+    for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
+        part += f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},"
+    return part
+
+
+def combine(parts: Mapping[str, str]) -> str:
+    """The digest of a model of which `sums_of` each weight are known, by name."""
+    return hashlib.sha256("".join(part for _, part in sorted(parts.items())).encode()).hexdigest()[:32]
+
+
+def weight_names(model: nn.Module) -> set[str]:
+    """What a fingerprint is made of: the names of a model's weights; a model on the meta device will do."""
+    return set(_weights(model))
 
 
 def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> None:

@@ -287,6 +287,23 @@ def load_bases(
     return anchor_model, models
 
 
+def locate(role: str, reference: Mapping[str, Any], expected: PreTrainedConfig) -> tuple[Source, PreTrainedConfig]:
+    """Find a base by its recorded reference and check its configuration there, for who loads weights another way.
+
+    Args:
+        role: What to call the base in an error.
+        reference: From the composition's configuration.
+        expected: The configuration that was composed.
+
+    Raises:
+        CheckpointError: If it has no reference, is not there, or is not the one composed.
+    """
+    source = _find(role, None, dict(reference))
+    found = load_config(source)
+    _check_config(found, expected, role, verify=True)
+    return source, found
+
+
 def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: Any) -> PreTrainedModel:
     """Load one base of a composition alone and whole, with its own head: what the composition is compared with.
 

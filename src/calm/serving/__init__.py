@@ -1,1 +1,1 @@
-"""Serving compositions: an OpenAI-compatible server on transformers, and the way to vLLM's."""
+"""Serving compositions: an OpenAI-compatible server on transformers, and the vLLM plugin."""

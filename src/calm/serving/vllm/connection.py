@@ -1,0 +1,165 @@
+"""A connection in vLLM: one causal attention from the anchor's layer output to an augmenting model's, paged as any."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import CacheConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.v1.attention.selector import get_attn_backend
+
+from calm.attention import NORM_EPS, alibi_slopes
+from calm.errors import CalmError
+from calm.serving.vllm.checks import ALIBI_BACKENDS
+
+
+class Connection(nn.Module):
+    """`calm.attention.Connection` with vLLM's layers (paper, section 3.1).
+
+    `f_proj` is linear and only feeds `W_K` and `W_V`, so it is folded into them when the weights are loaded. Heads are
+    padded with zeros to a size that the attention kernels have, which changes nothing, since the scale stays that of
+    the unpadded ones.
+
+    Args:
+        augmenting_width: `D_A`.
+        anchor_width: `D_B`.
+        num_heads: `N_H`; must be divisible by the number of tensor-parallel ranks.
+        attention: `"normalized"` or `"paper"`.
+        cache_config: vLLM's, without a sliding window.
+        prefix: Name of the layer, for its part of the paged cache.
+
+    Raises:
+        CalmError: If the attention backend cannot compute it.
+    """
+
+    def __init__(
+        self,
+        augmenting_width: int,
+        anchor_width: int,
+        num_heads: int,
+        attention: str,
+        cache_config: CacheConfig,
+        prefix: str,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_size = anchor_width // num_heads
+        self.padded_size = padded_head_size(self.head_size, cache_config)
+        self.normalize = attention == "normalized"
+        inner = num_heads * self.padded_size
+        self.q = ColumnParallelLinear(anchor_width, inner, bias=False, prefix=f"{prefix}.q")
+        self.kv = MergedColumnParallelLinear(augmenting_width, [inner, inner], bias=False, prefix=f"{prefix}.kv")
+        self.o = RowParallelLinear(inner, anchor_width, bias=False, prefix=f"{prefix}.o")
+
+        local = num_heads // get_tensor_model_parallel_world_size()
+        first = get_tensor_model_parallel_rank() * local
+        slopes = alibi_slopes(num_heads, torch.device("cpu"))[first : first + local].tolist()
+        self.attention = Attention(
+            local,
+            self.padded_size,
+            1 / math.sqrt(self.head_size),
+            alibi_slopes=slopes if self.normalize else None,
+            cache_config=cache_config,
+            prefix=f"{prefix}.attention",
+        )
+        backend = self.attention.attn_backend.get_name()
+        if self.normalize and backend not in ALIBI_BACKENDS:
+            raise CalmError(
+                f"vLLM's attention backend {backend} does not apply ALiBi slopes, which this composition's connections "
+                f"need (attention='normalized'). Choose another: --attention-backend {' or '.join(ALIBI_BACKENDS[1:])}"
+            )
+
+    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """What is to be added to the anchor's layer output.
+
+        Args:
+            hidden: `H_B`, `[tokens, D_B]`.
+            context: `H_A` of the same tokens, `[tokens, D_A]`.
+
+        Returns:
+            `[tokens, D_B]`.
+        """
+        if self.normalize:
+            hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
+            context = F.rms_norm(context, context.shape[-1:], eps=NORM_EPS)
+        queries, _ = self.q(hidden)
+        keys_and_values, _ = self.kv(context)
+        keys, values = keys_and_values.chunk(2, dim=-1)
+        injection, _ = self.o(self.attention(queries, keys, values))
+        return injection
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a `calm.attention.Connection`.
+
+        Args:
+            weights: Its matrices by name, `f_proj` and `w_q`, `w_k`, `w_v`, `w_o`, on the CPU.
+        """
+        f_proj, dtype = weights["f_proj"].float(), self.q.weight.dtype
+        self.q.weight.weight_loader(self.q.weight, self._pad_rows(weights["w_q"]).to(dtype))
+        for shard, name in enumerate(("w_k", "w_v")):
+            folded = self._pad_rows(weights[name].float() @ f_proj).to(dtype)
+            self.kv.weight.weight_loader(self.kv.weight, folded, shard)
+        self.o.weight.weight_loader(self.o.weight, self._pad_rows(weights["w_o"].T).T.contiguous().to(dtype))
+
+    def _pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """Each head's rows filled up with zeros: `[heads * head size, n]` to `[heads * padded size, n]`."""
+        heads = weight.unflatten(0, (self.num_heads, self.head_size))
+        return F.pad(heads, (0, 0, 0, self.padded_size - self.head_size)).flatten(0, 1)
+
+
+class PaddedAttention(Attention):
+    """An attention whose heads are padded with zeros, for a base with heads of a size that no kernel has.
+
+    Args:
+        attention: The one to stand for; it has to be forgotten.
+        cache_config: The base's.
+    """
+
+    def __init__(self, attention: Attention, cache_config: CacheConfig):
+        window = attention.sliding_window
+        super().__init__(
+            attention.num_heads,
+            padded_head_size(attention.head_size, cache_config),
+            attention.impl.scale,
+            num_kv_heads=attention.num_kv_heads,
+            cache_config=cache_config,
+            logits_soft_cap=attention.impl.logits_soft_cap or None,
+            per_layer_sliding_window=window,
+            prefix=attention.layer_name,
+        )
+        self.unpadded_size = attention.head_size
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `Attention.forward`, `[tokens, heads * head size]` in and out."""
+        padding = (0, self.head_size - self.unpadded_size)
+        query, key, value = (
+            F.pad(states.unflatten(-1, (-1, self.unpadded_size)), padding).flatten(-2) for states in (query, key, value)
+        )
+        attended = super().forward(query, key, value).unflatten(-1, (-1, self.head_size))
+        return attended[..., : self.unpadded_size].flatten(-2)
+
+
+def padded_head_size(head_size: int, cache_config: CacheConfig) -> int:
+    """The smallest head size, from the given one on, that vLLM's attention backend has kernels for.
+
+    Args:
+        head_size: What is wanted.
+        cache_config: For the cache's dtype.
+
+    Raises:
+        CalmError: If there is none.
+    """
+    for size in range(head_size, 513):
+        try:
+            backend = get_attn_backend(size, torch.get_default_dtype(), cache_config.cache_dtype)
+        except ValueError:
+            continue
+        if backend.supports_head_size(size):
+            return size
+    raise CalmError(
+        f"No attention backend of this vLLM has heads of size {head_size} or more. Choose another with "
+        "--attention-backend, or compose with more heads (num_heads=)."
+    )

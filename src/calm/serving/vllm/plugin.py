@@ -1,0 +1,65 @@
+"""What vLLM calls when it starts (entry point group `vllm.general_plugins`): it makes compositions known, no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+import calm.config  # noqa: F401 - with it, transformers knows the configuration of a composition
+
+ARCHITECTURE = "CalmForCausalLM"
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
+"""The versions that the tests ran with: vLLM's interface for models changes from one minor release to the next."""
+
+
+def is_supported() -> bool:
+    """Whether the installed vLLM is one that compositions are served by."""
+    import vllm
+
+    return SUPPORTED_VLLM.contains(vllm.__version__.split("+")[0], prereleases=True)
+
+
+def register() -> None:
+    """Tell vLLM of compositions; may be called any number of times, in every process.
+
+    What the model is made of is imported when vLLM loads one. Beside an unsupported vLLM other models are not
+    disturbed: the refusal comes with the model.
+    """
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, "calm.serving.vllm.model:CalmForCausalLM")
+    if is_supported():
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        MODELS_CONFIG_MAP[ARCHITECTURE] = Settings
+
+
+class Settings:
+    """vLLM's `VerifyAndUpdateConfig` of compositions; asked before a process that holds weights is started."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Take the anchor's tokenizer where the composition has none.
+
+        Args:
+            model_config: vLLM's `ModelConfig`.
+        """
+        from calm.serving.vllm import checks
+
+        checks.default_tokenizer(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse what cannot be served, see `checks.check`.
+
+        Args:
+            vllm_config: vLLM's `VllmConfig`.
+
+        Raises:
+            CalmError: With the reason and the way out.
+        """
+        from calm.serving.vllm import checks
+
+        checks.check(vllm_config)

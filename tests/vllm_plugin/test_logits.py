@@ -1,0 +1,117 @@
+"""vLLM serves a composition with transformers' logits: every family in both roles, batches, chunks, prefix hits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+import pytest
+import torch
+from engine import Expected
+from factories import WINDOW, Mix, config
+
+import calm.serving.vllm.connection
+
+TOLERANCE = 1e-3  # of log-probabilities in float32 (issue 5); 1e-5 is usual
+
+# Widths, depths and heads of the two differ; heads of size 32 as kernels have them, and of other sizes. Connections in
+# the middle, several at a layer, from one layer; each family once in both roles.
+MIXES = {
+    "gpt2-llama": Mix("gpt2", ("llama",), 3, "paper", anchor_shape=(96, 3, 4), augmenting_shapes=((64, 4, 2),)),
+    "llama-gpt2": Mix("llama", ("gpt2",), 3, anchor_shape=(96, 3, 4), augmenting_shapes=((64, 3, 4),)),
+    "gemma2-gemma3": Mix("gemma2", ("gemma3_text",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 6, 3),)),
+    "gemma3-gemma2": Mix("gemma3_text", ("gemma2",), anchor_shape=(64, 6, 2), augmenting_shapes=((96, 3, 3),)),
+    "qwen2-qwen3": Mix(
+        "qwen2", ("qwen3",), attention="paper", anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)
+    ),
+    "qwen3-qwen2": Mix("qwen3", ("qwen2",), num_heads=8, anchor_shape=(64, 4, 4), augmenting_shapes=((32, 5, 1),)),
+    "mistral-two": Mix(
+        "mistral",
+        ("gemma3_text", "llama"),
+        (((2, 1), (0, 2)), ((0, 1), (0, 3))),
+        anchor_shape=(64, 4, 2),
+        augmenting_shapes=((96, 3, 3), (32, 2, 4)),
+    ),
+    "llama-mistral": Mix("llama", ("mistral",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+    "gemma-olmo": Mix("gemma", ("olmo",), attention="paper", anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+    "olmo-gemma": Mix("olmo", ("gemma",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+    "olmo2-olmo3": Mix("olmo2", ("olmo3",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+    "olmo3-olmo2": Mix("olmo3", ("olmo2",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compositions")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[Expected]]:
+    """Of all compositions before any is served: vLLM changes the classes of models that it takes from transformers."""
+    return {name: _expect(mix, folder / name) for name, mix in MIXES.items()}
+
+
+def _expect(mix: Mix, folder: Path) -> list[Expected]:
+    return engine.expect(engine.eager(engine.save(mix, folder)), engine.prompts())
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_logits_and_greedy_tokens(name: str, folder: Path, expected: dict[str, list[Expected]]) -> None:
+    wanted = expected[name]
+    prompts = [one.prompt for one in wanted]
+    assert max(map(len, prompts)) > engine.CHUNK, "no prompt is computed in chunks"
+    with engine.serving(folder / name / "composed") as llm:
+        together = engine.run(llm, prompts)
+        again = engine.run(llm, prompts, whole=False)
+        alone = engine.run(llm, prompts[-1:], whole=False)
+    assert engine.worst(together, wanted) < TOLERANCE
+    assert engine.worst(again, wanted) < TOLERANCE
+    assert engine.worst(alone, wanted[-1:]) < TOLERANCE
+    if not _has_windows(MIXES[name]):
+        assert sum(output.num_cached_tokens for output in again) >= 2 * engine.BLOCK, "no prefix was found again"
+
+
+def _has_windows(mix: Mix) -> bool:
+    """Whether layers' caches differ in kind, which makes blocks longer than the prompts above."""
+    return any(getattr(config(name), "sliding_window", None) for name in (mix.anchor, *mix.augmenting))
+
+
+def test_prefix_hits_beside_sliding_windows(tmp_path: Path) -> None:
+    mix = MIXES["mistral-two"]
+    lengths, shared = (300, 290), 256
+    model = engine.eager(engine.save(mix, tmp_path, context=512))
+    first, second = engine.prompts(lengths)
+    second[:shared] = first[:shared]
+    expected = engine.expect(model, [first, second])
+    with engine.serving(tmp_path / "composed", max_num_batched_tokens=64) as llm:
+        engine.run(llm, [first], whole=False)
+        outputs = engine.run(llm, [first, second], whole=False)
+    assert all(output.num_cached_tokens > WINDOW for output in outputs), "no prefix was found again"
+    assert engine.worst(outputs, expected) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, expected: dict[str, list[Expected]]) -> Path:
+    """The composition whose parts the negative controls leave out."""
+    return folder / "llama-mistral" / "composed"
+
+
+@pytest.mark.parametrize("broken", ["slopes", "norm", "connection"])
+def test_the_comparison_sees_what_is_left_out(
+    broken: str, plain: Path, expected: dict[str, list[Expected]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = calm.serving.vllm.connection
+    if broken == "slopes":
+        monkeypatch.setattr(connection, "alibi_slopes", lambda heads, device: torch.zeros(heads))
+    elif broken == "norm":
+        monkeypatch.setattr(connection.F, "rms_norm", lambda states, shape, eps: states)
+    else:
+        monkeypatch.setattr(connection.Connection, "forward", lambda self, hidden, context: torch.zeros_like(hidden))
+    wanted = expected["llama-mistral"]
+    with engine.serving(plain) as llm:
+        found = [engine.found_log_probs(output) for output in engine.run(llm, [one.prompt for one in wanted])]
+    differences = [
+        (log_probs[: len(one.prompt) - 1] - one.log_probs[: len(one.prompt) - 1]).abs().max().item()
+        for log_probs, one in zip(found, wanted, strict=True)
+    ]
+    assert max(differences) > 30 * TOLERANCE

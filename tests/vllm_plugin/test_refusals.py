@@ -1,0 +1,172 @@
+"""What does not fit is refused before weights are loaded, with the reason and the way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import engine
+import pytest
+import torch
+from factories import CONTEXT, Mix, word_tokenizer
+from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file, save_file
+from vllm import EngineArgs
+
+import calm.serving.vllm.connection
+import calm.serving.vllm.plugin
+
+PLAIN = Mix("llama", ("gpt2",))
+CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
+    "prompt only": (Mix(attend="prompt"), {}, "attend='prompt'.*calm serve"),
+    "architecture": (Mix("llama", ("falcon",)), {}, "augmenting model 'm0' has the architecture 'falcon'.*llama"),
+    "architecture of the anchor": (Mix("bloom", ("llama",)), {}, "the anchor has the architecture 'bloom'"),
+    "heads of a base": (
+        Mix("llama", ("gpt2",), augmenting_shapes=((24, 4, 3),)),
+        {"tensor_parallel_size": 2},
+        "augmenting model 'm0' has 3 attention heads .* tensor_parallel_size=2",
+    ),
+    "heads of the connections": (
+        Mix("llama", ("gpt2",), num_heads=1),
+        {"tensor_parallel_size": 2},
+        "connections have 1 heads, which tensor_parallel_size=2",
+    ),
+    "stages": (PLAIN, {"pipeline_parallel_size": 2}, "[Pp]ipeline"),
+    "context": (
+        PLAIN,
+        {"max_model_len": CONTEXT, "hf_overrides": {"augmenting_configs": "short"}},
+        f"max_model_len={CONTEXT} is beyond the context of the augmenting model 'm0', 32 tokens.*--max-model-len 32",
+    ),
+    "adapters": (PLAIN, {"enable_lora": True}, "LoRA"),
+    "quantization": (PLAIN, {"quantization": "fp8"}, "quantization"),
+    "load format": (PLAIN, {"load_format": "sharded_state"}, "load_format='sharded_state'.*safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mix], Path]:
+    made: dict[Mix, Path] = {}
+
+    def save(mix: Mix) -> Path:
+        if mix not in made:
+            made[mix] = tmp_path_factory.mktemp("composition")
+            engine.save(mix, made[mix])
+        return made[mix] / "composed"
+
+    return save
+
+
+def configure(folder: Path, **arguments: object) -> None:
+    """What vLLM does before it starts anything: here the refusals have to come."""
+    EngineArgs(**({"model": str(folder), "skip_tokenizer_init": True} | arguments)).create_engine_config()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_before_anything_is_loaded(case: str, saved: Callable[[Mix], Path]) -> None:
+    mix, arguments, message = CASES[case]
+    folder = saved(mix)
+    if "hf_overrides" in arguments:
+        values = json.loads((folder / "config.json").read_text())["augmenting_configs"]
+        values["m0"]["n_positions"] = 32
+        arguments = arguments | {"hf_overrides": lambda config: _with(config, augmenting_configs=values)}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        configure(folder, **arguments)
+
+
+def _with(config: calm.CalmConfig, **values: object) -> calm.CalmConfig:
+    return type(config).from_dict(config.to_dict() | values)
+
+
+def test_what_fits_is_not_refused(saved: Callable[[Mix], Path]) -> None:
+    configure(saved(PLAIN))
+    configure(saved(PLAIN), tensor_parallel_size=2)
+
+
+def test_another_version_of_vllm(saved: Callable[[Mix], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calm.serving.vllm.plugin, "SUPPORTED_VLLM", SpecifierSet(">=0.99"))
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.0 is installed; .* vLLM >=0"):
+        configure(saved(PLAIN))
+
+
+def edited(folder: Path, target: Path) -> Path:
+    """A copy of a composition and its bases, to change something in."""
+    shutil.copytree(folder.parent, target)
+    config = target / "composed" / "config.json"
+    config.write_text(config.read_text().replace(str(folder.parent), str(target)))
+    return target
+
+
+def test_other_tokenizers(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    word_tokenizer().save_pretrained(folder / "anchor")
+    word_tokenizer().save_pretrained(folder / "m0")
+    configure(folder / "composed")
+    word_tokenizer(prefix="x").save_pretrained(folder / "m0")
+    with pytest.raises(ValueError, match="different tokenizers"):
+        configure(folder / "composed")
+
+
+def test_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    (folder / "m0").rename(folder / "moved")
+    with pytest.raises(ValueError, match=r"augmenting model 'm0' is recorded as .* not there"):
+        configure(folder / "composed")
+
+
+def test_a_base_with_another_configuration(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    file = folder / "anchor" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match=r"the anchor has rms_norm_eps=0\.5"):
+        configure(folder / "composed")
+
+
+@pytest.mark.parametrize("base", ["anchor", "m0"])
+def test_a_base_with_one_changed_weight(base: str, saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    with engine.serving(folder / "composed"):
+        pass  # unchanged, it is loaded
+    weights = load_file(folder / base / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith(("mlp.c_fc.weight", "mlp.up_proj.weight")))
+    weights[name][0, 0] += 0.1
+    save_file(weights, folder / base / "model.safetensors", {"format": "pt"})
+    role = "the anchor" if base == "anchor" else "the augmenting model 'm0'"
+    with (
+        pytest.raises(calm.CheckpointError, match=f"weights of {role} .* not those"),
+        engine.serving(folder / "composed"),
+    ):
+        pass
+
+
+def test_a_composition_that_lost_a_weight(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    weights = load_file(folder / "composed" / "model.safetensors")
+    del weights["connections.1.w_k.weight"]
+    save_file(weights, folder / "composed" / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(calm.CheckpointError, match=r"'connections\.1\.w_k\.weight' is missing"),
+        engine.serving(folder / "composed"),
+    ):
+        pass
+
+
+def test_a_backend_without_slopes(saved: Callable[[Mix], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calm.serving.vllm.connection, "ALIBI_BACKENDS", ("NONE", "TRITON_ATTN"))
+    with (
+        pytest.raises(
+            calm.CalmError, match=r"backend CPU_ATTN does not apply ALiBi slopes.*--attention-backend TRITON"
+        ),
+        engine.serving(saved(PLAIN)),
+    ):
+        pass
+    with engine.serving(saved(Mix("llama", ("gpt2",), attention="paper"))):
+        pass  # which has none
+
+
+def test_bfloat16_bases_are_the_ones_composed(tmp_path: Path) -> None:
+    """The fingerprint is compared in bfloat16, whatever a composition was made in."""
+    engine.save(PLAIN, tmp_path, torch.bfloat16)
+    with engine.serving(tmp_path / "composed"):
+        pass
