@@ -19,11 +19,12 @@ from calm.playground.answers import Answer, Company, Question, Sampling
 TWO = Mix("llama", ("gpt2", "qwen2"))
 PROMPT = "w5 w9 w33 w17 w5"
 GREEDY = Sampling(8)
-SAMPLED = Sampling(8, temperature=4.0, top_p=0.9, seed=3)
+SAMPLED = Sampling(24, temperature=4.0, top_p=0.9, seed=3)
 
 
 @cache
 def company(mix: Mix = TWO) -> Company:
+    set_seed(0)  # of the connections' weights
     return Company(mix.build(), mix.augmenting_models(), word_tokenizer())
 
 
@@ -52,7 +53,8 @@ def test_taking_turns_changes_no_answer(mix: Mix, sampling: Sampling):
     assert [answer.token_ids for answer in found] == [alone(model, sampling) for model in models]
     assert [(answer.role, answer.name) for answer in found[:-2]] == [("augmenting", name) for name in parts.augmenting]
     assert [answer.role for answer in found[-2:]] == ["anchor", "composed"]
-    if sampling == SAMPLED:  # greedily, models that tie their embeddings repeat the last token
+    # greedily, models that tie their embeddings repeat the last token; the random mamba does so when sampled, too
+    if sampling == SAMPLED and mix.anchor != "mamba":
         assert found[-1].token_ids != found[-2].token_ids
     assert found[-1].text == word_tokenizer().decode(found[-1].token_ids, skip_special_tokens=True)
 

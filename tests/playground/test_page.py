@@ -1,4 +1,4 @@
-"""The page in a real browser: type, generate, read, switch, point, walk, narrow, export; nothing leaves this machine."""
+"""The page in a real browser: type, generate, read, switch, point, walk, narrow, export; nothing leaves the machine."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def test_three_answers_and_what_the_connections_did(one, visit):
             page.cell(row, column).hover()
             produced_token, after = tokens[inspection.prompt_length + row], tokens[inspection.prompt_length + row - 1]
             assert page.reading == (
-                f"To produce “{produced_token}” after “{after}”, it looked at “{tokens[column]}” with weight {weight:.2f}."
+                f"To produce “{produced_token}” after “{after}”, it looked at “{tokens[column]}” "
+                f"with weight {weight:.2f}."
             )
             bubble = page.cell(row, column).locator("span")
             assert bubble.text_content() == f"{weight:.2f}" and bubble.bounding_box()["width"] > 15
@@ -425,14 +426,16 @@ CONTRAST = """() => {
     context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
     return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
   };
-  const behind = (e) => e === null ? [255, 255, 255] : over(getComputedStyle(e).backgroundColor, behind(e.parentElement));
+  const behind = (e) => e === null ? [255, 255, 255] :
+    over(getComputedStyle(e).backgroundColor, behind(e.parentElement));
   const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
   const found = [];
   const walker = document.createTreeWalker(document.querySelector('.gradio-container'), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const e = walker.currentNode.parentElement, box = e.getBoundingClientRect();
-    if (!walker.currentNode.textContent.trim() || box.width < 2 || !e.checkVisibility() || e.closest('[disabled]')) continue;
+    const text = walker.currentNode.textContent.trim();
+    if (!text || box.width < 2 || !e.checkVisibility() || e.closest('[disabled]')) continue;
     const back = behind(e), [a, b] = [light(over(getComputedStyle(e).color, back)), light(back)];
     found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.textContent.trim().slice(0, 30), e.className]);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +55,11 @@ def served(composed: Path) -> Iterator[Served]:
     """A server with the usual limits."""
     with serving(composed, limits=Limits(max_tokens=100)) as running:
         yield running
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])

@@ -126,7 +126,9 @@ def test_greedy_rows_are_what_generate_gives(
 ):
     """With everything off: the bare anchor's own `generate`, scores and all."""
     rows = [replace(one, sampling=greedy(10), off=off) for one in mixed]
-    together(engine(), rows)
+    running = engine()
+    together(running, rows)
+    running.close()  # the switches are the model's, not a thread's: until the engine has left them, they are its own
     for one in rows:
         arguments = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         ids = torch.tensor([one.prompt])

@@ -34,7 +34,7 @@ def client(served: Served) -> OpenAI:
     return served.client()
 
 
-def metric(served: Served, name: str, key: str = "") -> float:
+def metric(served: Served, name: str, key: str = "none") -> float:
     """The value of a metric without labels."""
     text = httpx2.get(f"{served.url}/metrics", headers={"authorization": f"Bearer {key}"}).text
     return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
