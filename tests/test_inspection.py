@@ -137,7 +137,7 @@ def test_off_is_a_connection_that_adds_zero(mix: Mix) -> None:
         kl, moved = distances(logits)
         np.testing.assert_allclose(without.kl.numpy(), kl, atol=1e-5)
         np.testing.assert_allclose(without.total_variation.numpy(), moved, atol=1e-5)
-        assert moved.max() > 0.01
+        assert moved.max() > 1e-3
         assert_same(without.next_tokens.top_probabilities, logits.softmax(-1).topk(5).values.float())
         assert without.next_tokens.top_tokens[3][0] == f"w{logits[3].argmax()}"
     # another connection off is something else
