@@ -1,6 +1,6 @@
 """A vLLM server of a composition under load: many clients, clients that leave, requests that make no sense.
 
-Starts `vllm serve`, asks every prompt alone, then all of them at once, and counts answers that differ, which would be
+Starts vLLM's server, asks every prompt alone, then all of them at once, and counts answers that differ, which would be
 cross-talk (issue 5: 64 clients, 500 requests of mixed lengths). Greedy, float32. Writes benchmarks/results/.
 
     make bench-serving-load MODEL=runs/demo/composed
@@ -40,7 +40,7 @@ MALFORMED: dict[str, tuple[dict[str, Any] | str, set[int]]] = {
 
 @contextmanager
 def server(folder: str, *arguments: str, log: Path | None = None, timeout: float = 600) -> Iterator[str]:
-    """`vllm serve` of a composition on a free port of this machine; gives its URL.
+    """vLLM's server of a composition on a free port of this machine; gives its URL.
 
     Raises:
         RuntimeError: If it ends, or is not up in time, with the end of its log.
@@ -48,8 +48,8 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    vllm = Path(sys.executable).parent / "vllm"
-    command = [str(vllm), "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]  # as `calm serve` does
+    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
     command += ["--served-model-name", "composed", "--enforce-eager", "--dtype", "float32", *arguments]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -60,7 +60,7 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
             while not _is_up(url):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"vllm serve did not come up:\n{log.read_text()[-4000:]}")
+                    raise RuntimeError(f"vLLM's server did not come up:\n{log.read_text()[-4000:]}")
                 time.sleep(0.5)
             yield url
         finally:

@@ -1,4 +1,4 @@
-"""What vLLM's server is started with; a stand-in for its command writes down what it got."""
+"""What vLLM's server is started with; a stand-in for it writes down what it got."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ from pathlib import Path
 import pytest
 
 KEY = "a-key-that-nobody-should-see"
-STAND_IN = """#!{python}
+STAND_IN = """
 import json, os, sys
-if sys.argv[1] == "serve":
-    seen = {{"arguments": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY"), "pid": os.getpid()}}
-    open({seen!r}, "w").write(json.dumps(seen))
+assert "calm" not in sys.modules, "it has a process of its own"
+seen = {{"arguments": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY")}}
+open({seen!r}, "w").write(json.dumps(seen))
 """
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """One in which vLLM seems to be installed."""
-    package = tmp_path / "site" / "vllm"
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise AssertionError('imported: nothing here may')\n")
-    command = tmp_path / "bin" / "vllm"
-    command.parent.mkdir()
-    command.write_text(STAND_IN.format(python=sys.executable, seen=str(tmp_path / "seen.json")))
-    command.chmod(0o755)
-    paths = os.pathsep.join((str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])))
-    return os.environ | {"PYTHONPATH": paths, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    (package / "api_server.py").write_text(STAND_IN.format(seen=str(tmp_path / "seen.json")))
+    (tmp_path / "site" / "vllm" / "__init__.py").touch()
+    paths = os.pathsep.join((str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])))
+    return os.environ | {"PYTHONPATH": paths}
 
 
 def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,7 +45,7 @@ def test_vllm_becomes_the_process_where_it_is_installed(
     assert result.returncode == 0, result.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["arguments"] == [
-        *("serve", str(composed), "--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "served"),
+        *("--model", str(composed), "--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "served"),
         *("--dtype", "float32", "--max-model-len", "64", "--x=y"),
     ]
     assert seen["key"] == KEY

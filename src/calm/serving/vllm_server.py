@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from calm.errors import CalmError
 
 
 def is_installed() -> bool:
@@ -33,16 +29,11 @@ def command(
 
     Returns:
         The command line, and the variables.
-
-    Raises:
-        CalmError: If vLLM's command is missing.
     """
-    beside = Path(sys.executable).with_name("vllm")
-    executable = str(beside) if beside.exists() else shutil.which("vllm")
-    if executable is None:
-        raise CalmError(f"vLLM is installed, but its command `vllm` is neither beside {sys.executable} nor on PATH.")
-    line = [executable, "serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
-    return [*line, "--dtype", dtype, *options], {} if api_key is None else {"VLLM_API_KEY": api_key}
+    # Not the command `vllm`, which fails in vLLM's builds for CPUs: it asks for the version of a distribution `vllm`.
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    line += ["--host", host, "--port", str(port), "--served-model-name", name, "--dtype", dtype, *options]
+    return line, {} if api_key is None else {"VLLM_API_KEY": api_key}
 
 
 def become(line: Sequence[str], variables: Mapping[str, str]) -> None:
