@@ -40,7 +40,7 @@ MALFORMED: dict[str, tuple[dict[str, Any] | str, set[int]]] = {
 
 @contextmanager
 def server(folder: str, *arguments: str, log: Path | None = None, timeout: float = 600) -> Iterator[str]:
-    """vLLM's server of a composition on a free port of this machine; gives its URL.
+    """Start vLLM's server of a composition on a free port of this machine; gives its URL.
 
     Raises:
         RuntimeError: If it ends, or is not up in time, with the end of its log.
