@@ -1,6 +1,6 @@
 """A vLLM server of a composition under load: many clients, clients that leave, requests that make no sense.
 
-Starts vLLM's server, asks every prompt alone, then all of them at once, and counts answers that differ, which would be
+Starts the server, asks every prompt alone, then all of them at once, and counts answers that differ, which would be
 cross-talk (issue 5: 64 clients, 500 requests of mixed lengths). Greedy, float32. Writes benchmarks/results/.
 
     make bench-serving-load MODEL=runs/demo/composed
@@ -14,7 +14,6 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from typing import Any
 
 import httpx
 from measuring import RESULTS, hardware, versions, write
+
+from calm.serving import vllm_server
 
 KEY = "a-key-for-this-run"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -40,7 +41,7 @@ MALFORMED: dict[str, tuple[dict[str, Any] | str, set[int]]] = {
 
 @contextmanager
 def server(folder: str, *arguments: str, log: Path | None = None, timeout: float = 600) -> Iterator[str]:
-    """Start vLLM's server of a composition on a free port of this machine; gives its URL.
+    """Start vLLM's server of a composition, as `calm serve` starts it, on a free port of this machine; gives its URL.
 
     Raises:
         RuntimeError: If it ends, or is not up in time, with the end of its log.
@@ -48,10 +49,9 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]  # as `calm serve` does
-    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", KEY]
-    command += ["--served-model-name", "composed", "--enforce-eager", "--dtype", "float32", *arguments]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+    options = ["--enforce-eager", *arguments]
+    command, variables = vllm_server.command(folder, "composed", "127.0.0.1", port, "float32", options, KEY)
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ | variables
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     log = log or Path(os.devnull)
     with log.open("w") as out:
@@ -60,7 +60,7 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
             url, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
             while not _is_up(url):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"vLLM's server did not come up:\n{log.read_text()[-4000:]}")
+                    raise RuntimeError(f"The server did not come up:\n{log.read_text()[-4000:]}")
                 time.sleep(0.5)
             yield url
         finally:
