@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pages import free_port
 
 from calm.playground.answers import Company
 
@@ -27,12 +28,6 @@ def chromium() -> Iterator[object]:
         )
         yield browser
         browser.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

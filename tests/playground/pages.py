@@ -1,6 +1,8 @@
-"""Compositions to put on a page: small, with words that a browser must not take for more than text."""
+"""Compositions to put on a page: small, with words that a browser must not take for more than text; and a port."""
 
 from __future__ import annotations
+
+import socket
 
 from factories import EOS, PAD, VOCAB, Mix
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,3 +45,10 @@ def words(*ids: int) -> str:
 
 EVERYTHING = words(10, 11, 2, 13, 4, 5, 16, 7, 8, 19)
 """A prompt of all that is hostile."""
+
+
+def free_port() -> int:
+    """A port of this machine that no one listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -384,6 +384,8 @@ def test_answers_stream_can_be_stopped_and_others_wait(visit, serve):
 
 def test_a_visitor_who_leaves_lets_the_next_one_in(visit, serve):
     parts = slow(company(Mix("llama", ("qwen2",))), 0.1)
+    calls: list[None] = []
+    parts.composed.anchor.register_forward_hook(lambda *_: calls.append(None))
     url = serve(parts)
     leaving, staying = visit(url), visit(url)
     leaving.sampling(Sampling(56))
@@ -391,10 +393,9 @@ def test_a_visitor_who_leaves_lets_the_next_one_in(visit, serve):
     leaving.tab.locator("#prompt textarea").fill(PROMPT)
     leaving.tab.locator("#generate").click()
     leaving.tab.wait_for_function("document.querySelectorAll('[data-answer]').length === 3")
-    started = time.monotonic()
     leaving.tab.goto("about:blank")
     staying.ask()
-    assert time.monotonic() - started < 56 * 2 * 0.1, "it waited for an answer that no one reads"
+    assert len(calls) < 56, "it waited for an answer that no one reads: the anchor's and the composed model's 56 tokens"
     assert staying.answers == [answer.text for answer in expected(parts, Question(PROMPT, Sampling(2)))[0]]
 
 
@@ -477,8 +478,8 @@ def test_screenshots(name, viewport, scheme, visit, serve, tmp_path):
         parts = load_company(model, None, None, "auto", "cpu")
     page = visit(serve(parts or company(Mix("llama", ("qwen2",)))), viewport, scheme)
     page.ask(prompt)
-    rows = page.tab.locator(".calm-looked tbody tr")
-    page.cell(min(3, rows.count() - 1), 7).hover()
+    weights = page.tab.locator(".calm-looked tbody tr").nth(2).locator("td").all_text_contents()
+    page.cell(2, max(range(len(weights)), key=lambda column: float(weights[column]))).hover()
     file = folder / f"playground-{name}.png"
     page.tab.screenshot(path=file, full_page=True)
     assert 20_000 < file.stat().st_size < 400_000

@@ -129,7 +129,7 @@ class Company:
             CalmError: If the prompt is empty or does not fit, or if an augmenting model is unknown.
         """
         ids, composed, sampling = self.encode(question), self.composed, question.sampling
-        with composed.augmenting_disabled(*question.off):
+        with self._lock, composed.augmenting_disabled(*question.off):
             pass  # refuses unknown names before anything runs
         lanes = [
             *(_Lane(Answer("augmenting", name), model, (), ids, self) for name, model in self.augmenting.items()),

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SESSIONS = 32
 """Whose last answers are kept; an inspection holds the weights of all pairs of tokens."""
+KEPT = 3600
+"""Seconds for which they are."""
+GONE = "This answer is no longer kept. Generate it again to export it."
 
 _PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 """HTML as it is: the page has its own style and script."""
@@ -55,7 +58,7 @@ class Page:
         most = min(context or MAX_TOKENS, MAX_TOKENS)
         defaults = Sampling()
         with gr.Blocks(title="calm playground", analytics_enabled=False, fill_width=True) as page:
-            shown = gr.State(None, time_to_live=3600)
+            shown = gr.State(None, time_to_live=KEPT)
             exported = gr.Textbox(visible="hidden", show_label=False)
             gr.HTML(view.intro(self.company), **_PLAIN)
             with gr.Row(equal_height=False, elem_id="ask"):
@@ -215,11 +218,14 @@ class Page:
         all_off = shown is not None and shown.question.off == set(self.company.augmenting)
         return view.looked(shown.inspection if shown is not None else None, pair, all_off)
 
-    def _export_html(self, shown: Shown) -> str:
-        assert shown.inspection is not None  # the button is off otherwise
+    def _export_html(self, shown: Shown | None) -> str:
+        if shown is None or shown.inspection is None:
+            raise gr.Error(GONE, print_exception=False)
         return view.export_html(shown.question, shown.answers, shown.inspection)
 
-    def _export_json(self, shown: Shown) -> str:
+    def _export_json(self, shown: Shown | None) -> str:
+        if shown is None:
+            raise gr.Error(GONE, print_exception=False)
         return view.export_json(shown.question, shown.answers, shown.inspection)
 
     def _answers(self, answers: list[Answer], off: frozenset[str], running: bool) -> str:
