@@ -150,9 +150,18 @@ def _randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same random numbers in every run: torch starts each process with others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 @functools.cache
 def _base(architecture: str, width: int, layers: int, heads: int, seed: int) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config(architecture, width, layers, heads))
+    with _seeded(seed):
+        model = AutoModelForCausalLM.from_config(config(architecture, width, layers, heads))
     return _randomize(model, seed).eval()
 
 
@@ -198,14 +207,15 @@ class Mix:
         connections = self.connections
         if not isinstance(connections, int):
             connections = dict(zip(models, connections, strict=True))
-        return calm.compose(
-            self.anchor_model(),
-            models,
-            connections,
-            num_heads=self.num_heads,
-            attention=self.attention,
-            attend=self.attend,
-        )
+        with _seeded(0):
+            return calm.compose(
+                self.anchor_model(),
+                models,
+                connections,
+                num_heads=self.num_heads,
+                attention=self.attention,
+                attend=self.attend,
+            )
 
     def build(self) -> calm.CalmForCausalLM:
         """A composition of its own whose connections matter, see `perturb`."""
