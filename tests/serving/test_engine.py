@@ -249,6 +249,16 @@ def test_cancelled_rows_are_not_generated(engine: Callable[..., Engine], mixed: 
     assert mixed[0].pieces == []
 
 
+def test_cancelled_rows_take_no_place_in_the_queue(engine: Callable[..., Engine], mixed: list[Asked]):
+    waiting = engine(queue=1)
+    gone = mixed[0].row()
+    waiting.submit([gone])
+    with pytest.raises(QueueFullError):
+        waiting.submit([mixed[1].row()])
+    gone.cancelled = True
+    waiting.submit([mixed[1].row()])
+
+
 def test_a_batch_that_fails_does_not_end_the_engine(engine: Callable[..., Engine], mixed: list[Asked]):
     running = engine()
     bad = replace(mixed[0], prompt=[10**6])  # no such token

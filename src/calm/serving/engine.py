@@ -77,6 +77,7 @@ class Engine:
             QueueFullError: If they would be more than may wait.
         """
         with self._changed:
+            self._waiting = [row for row in self._waiting if not row.cancelled]
             if len(self._waiting) + len(rows) > self.limits.queue:
                 raise QueueFullError
             self._waiting += rows

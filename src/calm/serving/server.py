@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -71,6 +72,22 @@ def url_of(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, whose end no connection escapes.
+
+    uvicorn closes the connections that it knows when it stops. One that was accepted just before is not among them
+    yet: it would be served on, and hold up the end until the time for that is over.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, let what was accepted arrive, and end."""
+        for server in self.servers:
+            server.close()
+        for _ in range(10):  # turns of the event loop: a connection takes three from being accepted to being known
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+
 def run(app: FastAPI, bound: socket.socket, seconds: float) -> None:
     """Serve until SIGINT or SIGTERM; then take no connection more, finish the requests that came, and return.
 
@@ -89,7 +106,7 @@ def run(app: FastAPI, bound: socket.socket, seconds: float) -> None:
         timeout_graceful_shutdown=int(seconds) + 1,
     )
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[bound])
+        Server(config).run(sockets=[bound])
 
 
 def exit_on_sigterm() -> None:
