@@ -23,15 +23,14 @@ def smollm2_composition(folder: Path) -> calm.CalmForCausalLM:
     Args:
         folder: Gets `anchor`, `augmenting` and `composed`.
     """
-    file = SMOLLM2_135M.fetch()
-    whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del whole.config.quantization_config
+    source = SMOLLM2_135M.folder()
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     whole.save_pretrained(folder / "anchor")
     small = copy.deepcopy(whole)
     del small.model.layers[LAYERS:]
     small.config.num_hidden_layers = LAYERS
     small.save_pretrained(folder / "augmenting")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     for base in ("anchor", "augmenting"):
         tokenizer.save_pretrained(folder / base)
     model = calm.compose(str(folder / "anchor"), str(folder / "augmenting"), CONNECTIONS)
