@@ -826,6 +826,3 @@ def _random_augmenting(config: CalmConfig) -> dict[str, PreTrainedModel]:
         backbones.truncate_config(base, config.augmenting_depth(name))
         models[name] = backbones.decoder_of(AutoModel.from_config(base))
     return models
-
-
-AutoModelForCausalLM.register(CalmConfig, CalmForCausalLM, exist_ok=True)

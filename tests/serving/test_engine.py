@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,3 +279,23 @@ def test_a_slow_tokenizer_is_refused(model: calm.CalmForCausalLM, tokenizer: Pre
         pytest.raises(CalmError, match="not a fast tokenizer"),
     ):
         Engine(model, tokenizer, Limits(), Metrics())
+
+
+def test_rows_that_are_given_up_while_a_batch_gathers_do_not_end_the_engine(
+    engine: Callable[..., Engine], mixed: list[Asked]
+):
+    running, given_up, gathered = engine(), mixed[0].row(), threading.Event()
+
+    def give_up(seconds: float) -> None:
+        given_up.cancelled = True
+        running.submit([])  # as any request would, it forgets those
+        gathered.set()
+
+    running.submit([given_up])
+    with patched(calm.serving.engine, time=SimpleNamespace(sleep=give_up)):
+        running.start()
+        assert gathered.wait(60)
+        time.sleep(0.2)  # the batch is chosen
+        running.submit([mixed[1].row()])
+        assert mixed[1].result[2] == "length"
+    assert running.alive

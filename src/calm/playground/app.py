@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from calm.errors import CalmError
+from calm.hosts import is_loopback
 from calm.inspection import Inspection
 from calm.inspection.measure import MAX_TOKENS
 from calm.inspection.page import name_of
@@ -282,11 +282,7 @@ def check_host(host: str, auth: tuple[str, str] | None) -> None:
     Raises:
         CalmError: As said.
     """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and auth is None:
+    if not is_loopback(host) and auth is None:
         raise CalmError(
             f"--host {host} can be reached from other machines: set CALM_PLAYGROUND_AUTH=USER:PASSWORD, which visitors "
             "are then asked for, or leave --host out."

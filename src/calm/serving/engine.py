@@ -108,25 +108,24 @@ class Engine:
             self._metrics.running.set(0)
 
     def _next_batch(self) -> list[Row]:
-        """The longest waiting row and those that can run with it; empty at the end."""
-        with self._changed:
-            while not self._closing:
+        """The longest waiting row and those that can run with it; empty at the end, and only there."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._waiting)
+                if self._closing:
+                    return []
+            time.sleep(GATHERING)
+            with self._changed:
+                batch: list[Row] = []
                 self._waiting = [row for row in self._waiting if not row.cancelled]
-                if self._waiting:
-                    break
-                self._changed.wait()
-            else:
-                return []
-        time.sleep(GATHERING)
-        with self._changed:
-            batch: list[Row] = []
-            for row in self._waiting:
-                if len(batch) < self.limits.batch_size and self._fits([*batch, row]):
-                    batch.append(row)
-            self._waiting = [row for row in self._waiting if row not in batch]
-            self._running = batch
-            self._metrics.waiting.set(len(self._waiting))
-            return batch
+                for row in self._waiting:
+                    if not batch or (len(batch) < self.limits.batch_size and self._fits([*batch, row])):
+                        batch.append(row)
+                self._waiting = [row for row in self._waiting if row not in batch]
+                self._running = batch
+                self._metrics.waiting.set(len(self._waiting))
+            if batch:
+                return batch
 
     def _fits(self, rows: list[Row]) -> bool:
         """Whether rows have the same switches, and fit into the context when padded to the longest."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from calm.errors import CalmError
+from calm.hosts import is_loopback
 
 
 def check_access(host: str, api_key: str | None) -> None:
@@ -26,19 +26,11 @@ def check_access(host: str, api_key: str | None) -> None:
     """
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise CalmError("the API key is empty or has spaces around it or signs that no header can hold: expected ASCII")
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise CalmError(
             f"--host {host} lets other machines in, which takes an API key: set CALM_API_KEY, for example to what "
             "`openssl rand -hex 32` prints, or serve on 127.0.0.1."
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def bind(host: str, port: int) -> socket.socket:
