@@ -1,15 +1,28 @@
-"""Data as a user would put it there by hand: two books of invented English prose, and data sets of a hub as folders."""
+"""Data as a user would put it there by hand: two books, a dictionary, and data sets of a hub as folders."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
 """Invented, and unlike one another."""
+
+
+REGULAR_VERBS = re.findall(
+    r"\w+",
+    """add allow answer ask bake belong call change clean close cook cover cry dance enjoy fail fill finish follow
+    gather guess happen help hope jump kick laugh learn like listen live look move need open paint play pull push rain
+    reach rest roll save serve start stay stop talk thank touch turn use visit wait walk want wash watch work""",
+)
+IRREGULAR_VERBS = re.findall(
+    r"\w+", "begin break bring buy choose come drink drive eat fall find fly give go hold know lose run see sing"
+)
 
 
 def write_books(folder: Path) -> Path:
@@ -25,6 +38,25 @@ def write_books(folder: Path) -> Path:
             texts = [" ".join(rng.choices(WORDS, k=30)) + "." for _ in range(5)]
             path.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in texts))
     return folder
+
+
+def write_dictionary(folder: Path, code: str = "xyz", lines: Sequence[str] = ()) -> None:
+    """An unpacked dictionary, with a note at its head as they have, and with words that are left out if not given."""
+    words = iter(random.Random(1).sample(WORDS, 400))
+    if not lines:
+        lines = ["00-database-info", "xyz-English dictionary", "", "Edition: 1", " * Thanks to all", ""]
+        for verb in REGULAR_VERBS + IRREGULAR_VERBS:
+            lines += [f"{next(words)} /\u02c8ab\u026a/ <v>", verb]
+        lines += [f"{next(words)} /a/ <v>", "walk"]  # a second word for a meaning
+        for number in range(60):
+            lines += [f"{next(words)} /a/ <n, s, m>", f"thing{'abcdefghij'[number % 10]}{'klmnop'[number // 10]}"]
+        lines += ["ambi /a/ <v>", "1. try", "2. taste", "twice /a/ <n>", "cup", "twice /a/ <n>", "bowl"]
+        lines += ["same /a/ <n>", "same", "phrase /a/ <v>", "get up"]
+        lines += ["unknown /a/ <v>", "qwertify", "cutter /a/ <v>", "cut"]
+    place = folder / f"dict-freedict-{code}-eng/usr/share/dictd"
+    place.mkdir(parents=True)
+    with gzip.open(place / f"freedict-{code}-eng.dict.dz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def write_data_set(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], config: str | None) -> None:

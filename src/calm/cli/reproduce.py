@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-Domain = Literal["key_value_arithmetic", "low_resource", "code"]
+Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 
 
 def reproduce(
-    domain: Annotated[Domain, typer.Argument(help="The paper's section 4.1, 4.2 or 4.3.")],
+    domain: Annotated[Domain, typer.Argument(help="The paper's section 4.1, 4.2 or 4.3, or dictionary.")],
     preset: Annotated[str, typer.Option(help="cpu (for two cores), gpu, or paper.")] = "cpu",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Instead of the preset's seeds; repeat for several.")

@@ -15,6 +15,7 @@ from calm.experiments.tables import TRAINING, escape, head, label, markdown, met
 DOMAINS = {
     "key_value_arithmetic": "Key-value arithmetic (the paper's section 4.1)",
     "low_resource": "Low-resource languages (the paper's section 4.2)",
+    "dictionary": "A dictionary and the anchor's English (not in the paper)",
     "code": "Code (the paper's section 4.3)",
 }
 

@@ -15,7 +15,7 @@ from calm.experiments.report import write_report
 from calm.experiments.results import Results
 from calm.experiments.tables import print_results
 
-Domain = Literal["key_value_arithmetic", "low_resource", "code"]
+Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 
 
 class Reproduce(Protocol):
@@ -47,8 +47,9 @@ def reproduce(
     repeat as you like.
 
     Args:
-        domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3).
-        preset: `cpu` (for two cores), `gpu` or `paper`.
+        domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3), or
+            `dictionary`, which the paper has not: what low-resource translation leaves open.
+        preset: `cpu` (for two cores), `gpu` or, where the paper has the domain, `paper`.
         seeds: instead of the preset's.
         output_dir: for data, models and what they wrote.
         results_dir: for the results.

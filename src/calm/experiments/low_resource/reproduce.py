@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -128,7 +127,7 @@ def reproduce_preset(
 ) -> Results:
     """As `reproduce`, with the sizes themselves."""
     chosen = tuple(seeds) if seeds else preset.seeds
-    fields: dict[str, Any] = {}
+    fields = {}
     described = {}
     for language in preset.languages:
         if isinstance(preset.data, HubSettings):
@@ -137,9 +136,7 @@ def reproduce_preset(
             data = load(language, preset.data, SPLIT, folder / "data")
             described[language] = describe(language, preset.data, SPLIT, folder / "data")
         outcomes = run_seeds(data, preset.methods, chosen, folder, console, language)
-        for name, rows in table.fields(data, outcomes).items():
-            of_language = {_key(name, row, language, preset.languages): value for row, value in rows.items()}
-            fields[name] = {**fields.get(name, {}), **of_language}
+        fields[language] = table.fields(data, outcomes)
     return Results(
         domain="low_resource",
         preset=name_of_preset,
@@ -150,12 +147,6 @@ def reproduce_preset(
         parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
         notes=(*NOTES, preset.methods.about_all()),
         seconds=seconds_of(folder, chosen),
-        **fields,
+        **table.together(fields),
         **made_here(),
     )
-
-
-def _key(field: str, row: str, language: str, languages: Sequence[str]) -> str:
-    """Rows of translations are named by their language already; with several languages the others are made to."""
-    named = field != "training" and row.split()[0] == language
-    return row if named or len(languages) == 1 else f"{row} {language}"

@@ -70,6 +70,28 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
     return found
 
 
+def together(by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The `fields` of several data sets as one.
+
+    Args:
+        by_name: the fields by the name of their data set, a language's code say.
+
+    Returns:
+        The same fields. If there are several data sets, a row (in `training`, a method) that does not begin with the
+        name of its data set gets it at its end.
+    """
+    joined: dict[str, Any] = {}
+    for name, found in by_name.items():
+        for field, rows in found.items():
+            plain = len(by_name) == 1
+            named = {
+                row if plain or (field != "training" and row.split()[0] == name) else f"{row} {name}": value
+                for row, value in rows.items()
+            }
+            joined[field] = {**joined.get(field, {}), **named}
+    return joined
+
+
 def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> Statistics:
     """The seeds' statistics of each method's answers."""
     seeds = list(outcomes)

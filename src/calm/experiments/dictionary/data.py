@@ -1,0 +1,177 @@
+"""Verbs of a language in the English past tense: m_A knows what they mean, the anchor how English inflects it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lemminflect
+
+from calm.errors import CalmError
+from calm.experiments import english, preservation
+from calm.experiments.dictionary import entries
+from calm.experiments.dictionary.entries import Entry
+from calm.experiments.methods.examples import Data, Example, TaskSet
+from calm.experiments.methods.metrics import FirstWord
+
+NAMES = {"cym": "Welsh", "isl": "Icelandic"}
+"""English names of the languages that this is made for. Another one goes by its code."""
+
+_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is made of a dictionary.
+
+    Args:
+        others: words that are no verbs, in m_A's data.
+        verbs: in D_C, put into the past.
+        words: in D_C, translated as in m_A's data, none of them with the meaning of a held-out verb.
+        development: verbs for choosing learning rates.
+        regular: verbs that are tested and whose past ends in -ed.
+        irregular: the other verbs that are tested.
+    """
+
+    others: int = 600
+    verbs: int = 400
+    words: int = 1000
+    development: int = 100
+    regular: int = 400
+    irregular: int = 100
+
+
+def load(language: str, settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> Data:
+    """m_A's dictionary, and the past tense of some verbs of it, split by their English meanings.
+
+    m_A is trained on the dictionary alone, D_C asks for the past of a few of its verbs, and the tests for that of
+    others: `LANGUAGE regular`, `LANGUAGE irregular`. `LANGUAGE words` asks for their meanings, as m_A's data do.
+
+    Args:
+        language: as for `entries.read`.
+        settings: sizes.
+        seed: of the split.
+        folder: where Debian packages are kept. They are fetched when first asked for.
+
+    Raises:
+        CalmError: If a package cannot be had, or if the dictionary has too few verbs for the settings.
+    """
+    return _prepare(language, settings, seed, Path(folder))[0]
+
+
+def describe(language: str, settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `load` gives with the same arguments, in figures, as plain JSON.
+
+    Returns:
+        `language`; what `entries.read` counts; `meanings`, of verbs, and how many of them are `irregular`; the sizes
+        `specialist`, `composition`, `development`, and of the `tests` and `preserved_tests`; `english`, where the prose
+        is from.
+    """
+    return _prepare(language, settings, seed, Path(folder))[1]
+
+
+def title(language: str) -> str:
+    """What people call the language."""
+    return NAMES.get(language, language)
+
+
+def past_of(verb: str) -> str | None:
+    """The first past tense that lemminflect's dictionary has of an English verb; none if it does not know the verb."""
+    found = lemminflect.getInflection(verb, "VBD", inflect_oov=False)
+    return str(found[0]) if found else None
+
+
+def translation(entry: Entry, language: str) -> Example:
+    """A word and its meaning. The prompt ends without a space and the completion begins with one (BPE splits there)."""
+    return Example(f"{title(language)}: {entry.word}\nEnglish:", f" {entry.english}")
+
+
+def past_tense(entry: Entry, language: str) -> Example:
+    """The same with an instruction before it, so that m_A sees what it knows at the prompt's end."""
+    return Example(f"Put it in the past tense. {title(language)}: {entry.word}\nEnglish:", f" {past_of(entry.english)}")
+
+
+def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
+    found, summary = entries.read(language, folder)
+    rng = random.Random(seed)
+    by_meaning: dict[str, list[Entry]] = defaultdict(list)
+    for entry in found:
+        past = past_of(entry.english) if entry.is_verb else None
+        if past and past != entry.english:
+            by_meaning[entry.english].append(entry)
+    verbs = [rng.choice(by_meaning[meaning]) for meaning in sorted(by_meaning)]
+    rng.shuffle(verbs)
+    regular = [verb for verb in verbs if str(past_of(verb.english)).endswith("ed")]
+    irregular = [verb for verb in verbs if verb not in regular]
+    test = {"regular": regular[: settings.regular], "irregular": irregular[: settings.irregular]}
+    rest = [verb for verb in verbs if verb not in test["regular"] and verb not in test["irregular"]]
+    development, shown = rest[: settings.development], rest[settings.development :][: settings.verbs]
+    others = [entry for entry in found if not entry.is_verb]
+    rng.shuffle(others)
+    dictionary = [*verbs, *others[: settings.others]]
+    rng.shuffle(dictionary)
+    held_out = {verb.english for part in (*test.values(), development) for verb in part}
+    translated = [entry for entry in dictionary if entry.english not in held_out][: settings.words]
+    sizes = {
+        "regular": (len(test["regular"]), settings.regular),
+        "irregular": (len(test["irregular"]), settings.irregular),
+        "development": (len(development), settings.development),
+        "verbs": (len(shown), settings.verbs),
+        "words": (len(translated), settings.words),
+    }
+    for name, (has, wanted) in sizes.items():
+        if has < wanted:
+            raise CalmError(
+                f"{summary['package']} has {len(regular)} regular and {len(irregular)} irregular verbs that "
+                f"lemminflect knows: {has} are left for {name}={wanted}; ask for fewer, or take another language"
+            )
+
+    composition = [past_tense(verb, language) for verb in shown]
+    few_shot = tuple(composition[:5])
+    composition += [translation(entry, language) for entry in translated]
+    rng.shuffle(composition)
+    tests = {
+        f"{language} {kind}": _asked(
+            f"{title(language)} verbs in the English past tense, {kind} ones",
+            [past_tense(verb, language) for verb in part],
+            few_shot,
+        )
+        for kind, part in test.items()
+    }
+    tests[f"{language} words"] = _asked(
+        f"the meaning of the same {title(language)} verbs",
+        [translation(verb, language) for part in test.values() for verb in part],
+        tuple(translation(entry, language) for entry in translated[:5]),
+    )
+    prose = english.load(seed, folder)
+    data = Data(
+        general=prose.general,
+        specialist=tuple(translation(entry, language) for entry in dictionary),
+        composition=tuple(composition),
+        development=tuple(past_tense(verb, language) for verb in development),
+        tests=tests,
+        preserved={"English": prose.preserved},
+        preserved_tests={
+            preservation.ENGLISH: preservation.english_words(prose.preserved),
+            preservation.PYTHON: preservation.python_words(),
+        },
+    )
+    return data, {
+        "language": title(language),
+        **summary,
+        "meanings": len(verbs),
+        "irregular": len(irregular),
+        **{name: len(getattr(data, name)) for name in ("specialist", "composition", "development")},
+        "tests": {row: len(task.examples) for row, task in tests.items()},
+        "preserved_tests": {row: len(task.examples) for row, task in data.preserved_tests.items()},
+        "english": prose.source,
+    }
+
+
+def _asked(what: str, examples: Sequence[Example], few_shot: tuple[Example, ...]) -> TaskSet:
+    return TaskSet(what, tuple(examples), FirstWord(), _NEW_TOKENS, few_shot)

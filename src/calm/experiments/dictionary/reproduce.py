@@ -1,0 +1,124 @@
+"""The dictionary domain: verbs of a language in the English past tense, every method, several seeds (issue 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from calm.experiments.checkpoints import SMOLLM2_135M
+from calm.experiments.dictionary.data import DataSettings, describe, load
+from calm.experiments.methods import table
+from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
+from calm.experiments.results import Results, command, made_here, variant_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One size of the experiment.
+
+    Attributes:
+        languages: of the dictionaries. Learning rates are searched with the first seed of each.
+        seeds: of the models and the order of examples.
+        data: how a dictionary is split.
+        methods: models and lengths of training.
+    """
+
+    languages: tuple[str, ...]
+    seeds: tuple[int, ...]
+    data: DataSettings
+    methods: Settings
+
+
+SPLIT = 0
+"""Seed of the split, which is the same for all seeds, so that they answer the same questions."""
+
+PRESETS = {
+    "cpu": Preset(
+        languages=("cym",),
+        seeds=(0,),
+        data=DataSettings(),
+        methods=Settings(
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
+            general=Fit(steps=60, rows=16, learning_rate=1e-3),
+            specialist=Fit(steps=420, rows=64, learning_rate=1e-3),
+            connections=4,
+            steps=200,
+            steps_on_all=420,
+            rows=32,
+            search_steps=50,
+            max_length=160,
+            batch=128,
+        ),
+    ),
+    "gpu": Preset(
+        languages=("cym", "isl"),
+        seeds=(0, 1, 2),
+        data=DataSettings(),
+        methods=Settings(
+            anchor=SMOLLM2_135M,
+            augmenting=SMOLLM2_CUT,
+            general=Fit(steps=600, rows=16, learning_rate=1e-3),
+            specialist=Fit(steps=800, rows=64, learning_rate=1e-3),
+            connections=4,
+            steps=400,
+            steps_on_all=800,
+            rows=32,
+            search_steps=100,
+            batch=128,
+        ),
+    ),
+}
+
+NOTES = (
+    "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
+    "m_A is trained on the whole dictionary, the tested verbs among it, and on no past tense; no verb with the meaning "
+    "of a tested one is in D_C.",
+    "m_B answers with five examples of D_C before the question; every other method without.",
+    "The paper has no such task: it is what low-resource translation leaves open, whether a composition adds anything "
+    "to m_A where the anchor knows nothing of the language.",
+)
+
+
+def reproduce(
+    preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
+) -> Results:
+    """Run what is not there yet of a preset.
+
+    Args:
+        preset: one of `PRESETS`.
+        seeds: instead of the preset's.
+        folder: where data, models and outcomes are kept.
+        console: is told what is done.
+        allow_code_execution: no code is executed in this domain.
+    """
+    return reproduce_preset(preset, PRESETS[preset], seeds, folder, console)
+
+
+def reproduce_preset(name: str, preset: Preset, seeds: Sequence[int] | None, folder: Path, console: Console) -> Results:
+    """As `reproduce`, with the sizes themselves."""
+    chosen = tuple(seeds) if seeds else preset.seeds
+    fields = {}
+    described = {}
+    for language in preset.languages:
+        data = load(language, preset.data, SPLIT, folder / "data")
+        described[language] = describe(language, preset.data, SPLIT, folder / "data")
+        outcomes = run_seeds(data, preset.methods, chosen, folder, console, language)
+        fields[language] = table.fields(data, outcomes)
+    return Results(
+        domain="dictionary",
+        preset=name,
+        variant=variant_of(seeds, preset.seeds),
+        command=command("dictionary", name, seeds),
+        settings={**dataclasses.asdict(preset), "data_made": described},
+        seeds=chosen,
+        parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
+        notes=(*NOTES, preset.methods.about_all()),
+        seconds=seconds_of(folder, chosen),
+        **table.together(fields),
+        **made_here(),
+    )
