@@ -85,13 +85,16 @@ def expect(model: calm.CalmForCausalLM, prompts: Sequence[Sequence[int]], genera
 
 
 def expect_each(
-    model: calm.CalmForCausalLM, prompts: Sequence[Sequence[int]], augmenting: Sequence[list[str]]
+    model: calm.CalmForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    augmenting: Sequence[list[str]],
+    generated: int = GENERATED,
 ) -> list[Expected]:
     """What transformers makes of each prompt with these augmenting models on."""
     found = []
     for prompt, on in zip(prompts, augmenting, strict=True):
         with model.augmenting_disabled(*set(model.config.augmenting_configs) - set(on)):
-            found += expect(model, [prompt])
+            found += expect(model, [prompt], generated)
     return found
 
 

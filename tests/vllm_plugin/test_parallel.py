@@ -1,4 +1,4 @@
-"""Two processes that share each layer (tensor parallelism), and torch.compile, give the same logits, switched or not."""
+"""Two processes that share each layer (tensor parallelism), and torch.compile, give the same logits; switches too."""
 
 from __future__ import annotations
 

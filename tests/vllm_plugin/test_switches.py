@@ -64,8 +64,7 @@ def run(llm: LLM, jobs: Sequence[Job], whole: bool = True) -> list[RequestOutput
 def distances(
     outputs: Sequence[RequestOutput], jobs: Sequence[Job], expected: dict[str, list[Expected]]
 ) -> list[float]:
-    """Of each output's log-probabilities from what is expected of its setting, at the positions before the tokens
-    differ."""
+    """Of each output's log-probabilities from what is expected of its setting, up to the first token that differs."""
     found = []
     for output, (setting, prompt) in zip(outputs, jobs, strict=True):
         (wanted,) = (one for one in expected[setting] if one.prompt == prompt)
@@ -101,9 +100,7 @@ def test_the_settings_are_far_apart(expected: dict[str, list[Expected]]) -> None
                 assert one == other or (first - second).abs().max() > APART
 
 
-def test_settings_share_a_batch(
-    llm: LLM, expected: dict[str, list[Expected]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_share_a_batch(llm: LLM, expected: dict[str, list[Expected]], monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks; with more requests than rows, so that rows are left, moved and taken again; and some are put off."""
     put_off, plain = [], Scheduler._preempt_request
 
@@ -135,7 +132,7 @@ def test_prefixes_are_not_shared_across_settings(llm: LLM, expected: dict[str, l
             (output,) = run(llm, [(setting, prompt)], whole=False)
             right([output], [(setting, prompt)], expected)
             cached.setdefault(setting, []).append(output.num_cached_tokens)
-    assert cached == dict.fromkeys(("all", "none", "m0"), [0, engine.BLOCK])
+    assert cached == {setting: [0, engine.BLOCK] for setting in ("all", "none", "m0")}
 
 
 def test_the_comparison_sees_shared_prefixes(
@@ -172,10 +169,10 @@ def test_the_comparison_sees_broken_switches(
 def test_what_is_not_there_is_refused_and_the_engine_goes_on(
     wrong: object, llm: LLM, expected: dict[str, list[Expected]]
 ) -> None:
-    with pytest.raises(VLLMValidationError, match=r'augmenting: .* expected "all", "none" or some of \[\'m0\', \'m1\'\]'):
-        llm.generate(
-            [{"prompt_token_ids": [5, 6]}], SamplingParams(extra_args={"augmenting": wrong}, detokenize=False)
-        )
+    with pytest.raises(
+        VLLMValidationError, match=r'augmenting: .* expected "all", "none" or some of \[\'m0\', \'m1\'\]'
+    ):
+        llm.generate([{"prompt_token_ids": [5, 6]}], SamplingParams(extra_args={"augmenting": wrong}, detokenize=False))
     jobs = [("none", engine.prompts(LENGTHS)[0])]
     right(run(llm, jobs), jobs, expected)
 
@@ -186,13 +183,6 @@ def test_salts_are_apart() -> None:
     everything = [scheduling.salted(salt, off) for salt in (None, "", "a", *made) for off in ((), ("m0",), ("m1",))]
     assert scheduling.salted(None, ()) is None
     assert len(set(everything)) == len(everything)
-
-
-def test_a_scheduler_of_ones_own_is_refused(model: calm.CalmForCausalLM) -> None:
-    with pytest.raises(ValueError, match="a scheduler class of your own"):
-        EngineArgs(
-            model=model.name_or_path, skip_tokenizer_init=True, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"
-        ).create_engine_config()
 
 
 def test_the_second_model_runner(model: calm.CalmForCausalLM) -> None:

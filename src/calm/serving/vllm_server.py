@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-
 MIDDLEWARE = "calm.serving.vllm.middleware.Augmenting"
 
 

@@ -100,6 +100,8 @@ def _translate(body: bytes, path: str, state: Any) -> bytes:
     if asked.get("use_beam_search"):
         raise APIError(400, "use_beam_search: vLLM's beam search switches no augmenting models", param=FIELD)
     arguments = asked.get("vllm_xargs") or {}
-    if not isinstance(arguments, dict) or FIELD in arguments:
+    if not isinstance(arguments, dict):
+        return body
+    if FIELD in arguments:
         raise APIError(400, "vllm_xargs and the request both choose augmenting models: leave one out", param=FIELD)
     return json.dumps(asked | {"model": served[0], "vllm_xargs": arguments | {FIELD: on}}).encode()

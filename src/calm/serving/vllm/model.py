@@ -41,11 +41,12 @@ class CalmForCausalLM(nn.Module):
         self._bases = [BaseWeights.find(config, None, "anchor.")]
         self._bases += [BaseWeights.find(config, name, f"augmenting.{i}.") for i, name in enumerate(names)]
         self.secondary_weights = [base.source for base in self._bases]
-        self.model: Any = Composition(vllm_config=vllm_config, prefix=prefix)
+        self.model = Composition(vllm_config=vllm_config, prefix=prefix)
         self.switches = Switches(names, vllm_config)
         self._spreads = not vllm_config.use_v2_model_runner  # the second model runner has `model_state` do it
-        backend = self.model.connections[0].attention.attn_backend.get_name()
-        if self._spreads and backend == "FLASHINFER":
+        attention = cast(Any, self.model.connections)[0].attention
+        self._any_layer = attention.layer_name
+        if self._spreads and attention.attn_backend.get_name() == "FLASHINFER":
             raise CalmError(
                 "vLLM's first model runner with the attention backend FLASHINFER does not tell which tokens are whose. "
                 "Leave VLLM_USE_V2_MODEL_RUNNER unset, or choose --attention-backend FLASH_ATTN."
@@ -72,8 +73,7 @@ class CalmForCausalLM(nn.Module):
         tokens = len(positions)
         metadata: Any = get_forward_context().attn_metadata
         if self._spreads and metadata:  # there is none where only memory or shapes are tried out
-            here = metadata[self.model.connections[0].attention.layer_name]
-            self.switches.spread(here.query_start_loc, tokens)
+            self.switches.spread(metadata[self._any_layer].query_start_loc, tokens)
         return self.model(input_ids, positions, self.switches.of_tokens(tokens))
 
     @staticmethod
