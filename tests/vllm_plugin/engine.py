@@ -84,6 +84,20 @@ def expect(model: calm.CalmForCausalLM, prompts: Sequence[Sequence[int]], genera
     return expected
 
 
+def expect_each(
+    model: calm.CalmForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    augmenting: Sequence[list[str]],
+    generated: int = GENERATED,
+) -> list[Expected]:
+    """What transformers makes of each prompt with these augmenting models on."""
+    found = []
+    for prompt, on in zip(prompts, augmenting, strict=True):
+        with model.augmenting_disabled(*set(model.config.augmenting_configs) - set(on)):
+            found += expect(model, [prompt], generated)
+    return found
+
+
 @contextmanager
 def serving(folder: Path, **arguments: object) -> Iterator[LLM]:
     """An engine of the composition in a folder, float32 unless told otherwise, without a tokenizer."""
@@ -107,20 +121,29 @@ def serving(folder: Path, **arguments: object) -> Iterator[LLM]:
 
 
 def run(
-    llm: LLM, prompts: Sequence[Sequence[int]], generated: int = GENERATED, whole: bool = True
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    generated: int = GENERATED,
+    whole: bool = True,
+    augmenting: Sequence[object] | None = None,
 ) -> list[RequestOutput]:
     """Greedy generation with the log-probabilities of the whole vocabulary, the prompt's too if `whole`.
 
     vLLM does not look for a prompt's beginning in its cache where the prompt's log-probabilities are asked for.
+    Each prompt has the augmenting models on that `augmenting` says, by default all.
     """
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=generated,
-        ignore_eos=True,
-        logprobs=-1,
-        prompt_logprobs=-1 if whole else None,
-        detokenize=False,
-    )
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=generated,
+            ignore_eos=True,
+            logprobs=-1,
+            prompt_logprobs=-1 if whole else None,
+            detokenize=False,
+            extra_args=None if augmenting is None else {"augmenting": augmenting[index]},
+        )
+        for index in range(len(prompts))
+    ]
     return llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling, use_tqdm=False)
 
 

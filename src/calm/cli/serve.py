@@ -66,15 +66,17 @@ def serve(
         raise CalmError(f"serving needs more packages ({error}): pip install 'calm-lm[serve]'") from error
     from calm import checkpoint
     from calm.serving.limits import Limits
+    from calm.serving.names import Names
 
     server.check_access(host, api_key)
-    checkpoint.read_config(model)
+    config = checkpoint.read_config(model)
     name = name or Path(model).name
     bound = server.bind(host, port)
     if engine == "vllm":
         port = bound.getsockname()[1]
         bound.close()
-        vllm_server.become(*vllm_server.command(model, name, host, port, dtype, vllm_options or [], api_key))
+        names = list(Names(name, list(config.augmenting_configs)).on)
+        vllm_server.become(*vllm_server.command(model, names, host, port, dtype, vllm_options or [], api_key))
     server.exit_on_sigterm()
     composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
     limits = Limits(batch_size, queue, max_tokens, body_size, timeout)

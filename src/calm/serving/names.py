@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calm.errors import CalmError
+from calm.serving.augmenting import switched_on
 from calm.serving.errors import APIError
 
 
@@ -28,8 +29,12 @@ class Names:
                 raise CalmError(f"an augmenting model is called 'anchor', as {name}:anchor, the bare anchor, would be.")
             self.on |= {f"{name}:{one}": [one] for one in augmenting}
 
-    def off(self, model: str, augmenting: str | list[str] | None) -> frozenset[str]:
-        """The augmenting models to switch off.
+    def chosen(self, model: str, augmenting: object) -> list[str]:
+        """The augmenting models that are on.
+
+        Args:
+            model: A name that is listed.
+            augmenting: A request's field, see `switched_on`; `None` where it has none.
 
         Raises:
             APIError: 404 for a model that is not listed, 400 for an augmenting model that is not there, or when both
@@ -39,19 +44,19 @@ class Names:
             raise APIError(
                 404, f"the model {model!r} does not exist: expected one of {list(self.on)}", code="model_not_found"
             )
-        on = self.on[model]
-        if augmenting is not None:
-            if on != self.augmenting:
-                raise APIError(
-                    400,
-                    f"model {model!r} and augmenting both choose augmenting models: leave one out",
-                    param="augmenting",
-                )
-            on = {"all": self.augmenting, "none": []}[augmenting] if isinstance(augmenting, str) else augmenting
-        if unknown := sorted(set(on) - set(self.augmenting)):
+        if augmenting is None:
+            return self.on[model]
+        if self.on[model] != self.augmenting:
             raise APIError(
                 400,
-                f'augmenting: {unknown} are not here: expected "all", "none" or some of {self.augmenting}',
+                f"model {model!r} and augmenting both choose augmenting models: leave one out",
                 param="augmenting",
             )
-        return frozenset(self.augmenting) - set(on)
+        try:
+            return switched_on(augmenting, self.augmenting)
+        except CalmError as error:
+            raise APIError(400, str(error), param="augmenting") from error
+
+    def off(self, model: str, augmenting: str | list[str] | None) -> frozenset[str]:
+        """The augmenting models to switch off; arguments and errors as for `chosen`."""
+        return frozenset(self.augmenting) - set(self.chosen(model, augmenting))

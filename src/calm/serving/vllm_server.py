@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+MIDDLEWARE = "calm.serving.vllm.middleware.Augmenting"
+
 
 def is_installed() -> bool:
     """Whether vLLM is in this environment."""
@@ -14,13 +16,13 @@ def is_installed() -> bool:
 
 
 def command(
-    model: str, name: str, host: str, port: int, dtype: str, options: Sequence[str], api_key: str | None
+    model: str, names: Sequence[str], host: str, port: int, dtype: str, options: Sequence[str], api_key: str | None
 ) -> tuple[list[str], dict[str, str]]:
     """What to run, and the variables to add to its environment.
 
     Args:
         model: Folder or hub name of the composition.
-        name: What clients call it.
+        names: What clients call it, that of the whole first, see `calm.serving.names.Names`.
         host: Address to listen on.
         port: Port to listen on.
         dtype: Of the weights.
@@ -32,7 +34,8 @@ def command(
     """
     # Not the command `vllm`, which fails in vLLM's builds for CPUs: it asks for the version of a distribution `vllm`.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    line += ["--host", host, "--port", str(port), "--served-model-name", name, "--dtype", dtype, *options]
+    line += ["--host", host, "--port", str(port), "--served-model-name", *names]
+    line += ["--middleware", MIDDLEWARE, "--dtype", dtype, *options]
     return line, {} if api_key is None else {"VLLM_API_KEY": api_key}
 
 

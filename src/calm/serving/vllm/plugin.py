@@ -52,7 +52,7 @@ class Settings:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuse what cannot be served, see `checks.check`.
+        """Refuse what cannot be served, see `checks.check`, and have requests' switches heard of.
 
         Args:
             vllm_config: vLLM's `VllmConfig`.
@@ -63,3 +63,9 @@ class Settings:
         from calm.serving.vllm import checks
 
         checks.check(vllm_config)
+        from calm.serving.vllm import scheduling, switches
+
+        model_config = vllm_config.model_config
+        processor = switches.processor(list(model_config.hf_config.augmenting_configs))
+        model_config.logits_processors = [*(model_config.logits_processors or []), processor]
+        vllm_config.scheduler_config.scheduler_cls = scheduling.SCHEDULER
