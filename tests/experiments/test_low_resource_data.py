@@ -63,6 +63,27 @@ def test_messages_are_cleaned_and_what_cannot_be_learned_from_is_left_out_and_co
     assert counts["messages"] == counts["pairs"] + sum(reasons.values()) + counts["repeated"]
 
 
+def test_other_packages_add_their_messages_of_the_language_after_libreoffices(folder):
+    catalogue = polib.POFile()
+    for english_text, translation in (
+        ("_Open the door", "_Vula ucango"),
+        ("E&xit the house", "&Phuma endlwini"),
+        ("Sum the cells", "Enye"),  # LibreOffice has it
+    ):
+        catalogue.append(polib.POEntry(msgid=english_text, msgstr=translation))
+    for language in ("xh", "cy"):
+        place = folder / f"doors-l10n/usr/share/locale/{language}/LC_MESSAGES"
+        place.mkdir(parents=True)
+        catalogue.save_as_mofile(str(place / "doors.mo"))
+        catalogue[0].msgstr = "_Agor y drws"
+    (folder / "doors-l10n/VERSION").write_text("4.5")
+    alone, before = catalogues.read("xh", 15, folder)
+    pairs, counts = catalogues.read("xh", 15, folder, ("doors-l10n",))
+    assert pairs == [*alone, Pair("Exit the house", "Phuma endlwini"), Pair("Open the door", "Vula ucango")]
+    assert counts["packages"] == {"doors-l10n": "4.5"} and counts["repeated"] == before["repeated"] + 1
+    assert before["packages"] == {}
+
+
 def test_no_test_or_development_message_has_a_near_duplicate_in_what_is_trained_on(folder):
     data = load("xh", SETTINGS, 0, folder)
     trained = [pair_of(example) for example in (*data.specialist, *data.composition)]

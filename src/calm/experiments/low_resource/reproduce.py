@@ -10,6 +10,7 @@ from rich.console import Console
 
 from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.experiments.low_resource import hub
+from calm.experiments.low_resource.catalogues import DESKTOP
 from calm.experiments.low_resource.data import DataSettings, describe, load
 from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
@@ -59,9 +60,9 @@ PRESETS = {
         ),
     ),
     "gpu": Preset(
-        languages=("cy", "br", "xh"),
+        languages=("cy", "xh", "om"),  # about 30,000, 12,000 and 6,000 messages
         seeds=(0, 1, 2),
-        data=DataSettings(composition_held_out=True),
+        data=DataSettings(packages=DESKTOP, composition_held_out=True),
         methods=Settings(
             anchor=SMOLLM2_135M,
             augmenting=SMOLLM2_CUT,
