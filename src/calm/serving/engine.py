@@ -188,6 +188,7 @@ class _Deliver(StoppingCriteria):
         self._counts[index] += 1
         self._metrics.generated_tokens.inc()
         reason: FinishReason | None = None
+        offset = text.length
         piece, stopped = ("", True) if token in self._end else text.add(token)
         if stopped:
             reason = "stop"
@@ -197,5 +198,5 @@ class _Deliver(StoppingCriteria):
             rest, found = text.finish()
             piece += rest
             reason = "stop" if found else reason
-        row.deliver(Piece(piece, self._choose.tokens[index], reason))
+        row.deliver(Piece(piece, self._choose.tokens[index], offset, reason))
         return reason is not None
