@@ -211,6 +211,8 @@ class _Lane:
     def __init__(self, answer: Answer, model: PreTrainedModel, off: Collection[str], ids: Tensor, company: Company):
         self.answer, self.model, self.off, self.ids = answer, model, off, ids
         self.pad = company.tokenizer.pad_token_id
+        if off and set(off) == set(company.augmenting):
+            model = company.composed.anchor  # which answers then: by its end and its cache, not by the composition's
         ends = model.generation_config.eos_token_id
         self.ends: Collection[int] = [ends] if isinstance(ends, int) else ends or []
         self.random: list[Tensor] = []
