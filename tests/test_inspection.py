@@ -396,3 +396,64 @@ def test_augmenting_models_are_switched_by_name() -> None:
     assert not torch.equal(found, none) and not torch.equal(found, reread(model, inspection))
     with pytest.raises(CalmError, match=r"\['welsh'\]: expected some of"), model.augmenting_disabled("welsh"):
         pass
+
+
+STYLES = {name: Path(calm.__file__).with_name(name) / "page.css" for name in ("inspection", "playground")}
+TEXT = [
+    *(("ink", behind) for behind in ("paper", "panel", "cell")),
+    *(("soft", behind) for behind in ("paper", "panel")),
+    *(("mark", behind) for behind in ("paper", "panel", "mark-soft")),
+]
+
+
+def variables(css: str, dark: bool) -> dict[str, str]:
+    """The colours of a scheme; the dark one changes some of the light one's."""
+    found = re.findall(r"(?:^|\n)\s*(?::root|:root, \.light|\.dark) \{([^}]*)\}", css)
+    assert len(found) == 2
+    return {name: value for block in found[: 1 + dark] for name, value in re.findall(r"--([\w-]+): ([^;]+);", block)}
+
+
+def rgb(colour: str) -> Tensor:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    return torch.tensor([int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)], dtype=torch.float64)
+
+
+def contrast(one: Tensor, other: Tensor) -> float:
+    """WCAG 2.2: of two colours, from 1 to 21."""
+
+    def luminance(colour: Tensor) -> float:
+        linear = torch.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64))
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("style", "cells"), [("inspection", (".strip td", "v")), ("playground", (".calm-added td", "w"))]
+)
+def test_text_can_be_read_on_every_shade(style: str, cells: tuple[str, str], dark: bool):
+    """A contrast of 4.5 at least: on each of the shades behind numbers, and wherever else there is text."""
+    css = STYLES[style].read_text(encoding="utf-8")
+    colours = variables(css, dark)
+    (rule,) = re.findall(rf"\n{re.escape(cells[0])} \{{([^}}]*)\}}", css)
+    assert f"color-mix(in srgb, var(--accent) calc(var(--{cells[1]}) * var(--most)), var(--cell))" in rule
+    assert not re.search(r"[{;\s]color:", rule), "the text is in ink"
+    assert f"{cells[0]}." not in css.replace("td.mean", ""), "on all of them"
+    most = float(colours["most"].removesuffix("%")) / 100
+
+    def on_shade(share: float) -> float:
+        shade = share * rgb(colours["accent"]) + (1 - share) * rgb(colours["cell"])
+        return contrast(rgb(colours["ink"]), shade)
+
+    least = min(on_shade(most * step / 255) for step in range(256))
+    assert least >= 4.5
+    assert on_shade(1.0) < 4.5, "control: on the full colour the text could not be read"
+    pairs = [*TEXT, *([("on-accent", "accent")] if style == "inspection" else [])]
+    assert min((contrast(rgb(colours[one]), rgb(colours[other])), one, other) for one, other in pairs)[0] >= 4.5
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast(rgb("#000"), rgb("#ffffff")) == pytest.approx(21)
+    assert contrast(rgb("#777777"), rgb("#fff")) == pytest.approx(4.48, abs=0.005)

@@ -12,6 +12,27 @@ from calm.cache import CalmCache
 from calm.config import text_config
 from calm.errors import CalmError
 
+NO_DEFAULTS: dict[str, None] = dict.fromkeys(
+    (
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "guidance_scale",
+        "max_time",
+        "min_length",
+        "min_new_tokens",
+        "no_repeat_ngram_size",
+        "repetition_penalty",
+        "sequence_bias",
+        "stop_strings",
+        "suppress_tokens",
+    )
+)
+"""Arguments of `generate` without which a model's own generation settings would change which tokens are likely, or end
+an answer early: many instruction-tuned models bring a repetition penalty."""
+
 
 class CompositionGeneration(GenerationMixin):
     """What `CalmForCausalLM` changes of transformers' generation: its cache, and what cannot work says so."""

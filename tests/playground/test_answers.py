@@ -59,6 +59,17 @@ def test_taking_turns_changes_no_answer(mix: Mix, sampling: Sampling):
     assert found[-1].text == word_tokenizer().decode(found[-1].token_ids, skip_special_tokens=True)
 
 
+def test_no_defaults_of_a_model_come_in_between():
+    """The likeliest token is the likeliest one, also where a model brings a penalty for repeating."""
+    parts = Company(TWO.build(), TWO.augmenting_models(), word_tokenizer())
+    free = [answer.token_ids for answer in last(parts, Question(PROMPT, GREEDY))]
+    for model in (parts.composed, parts.composed.anchor, *parts.augmenting.values()):
+        model.generation_config.repetition_penalty = 5.0
+    assert [answer.token_ids for answer in last(parts, Question(PROMPT, GREEDY))] == free
+    plain = parts.composed.anchor.generate(**word_tokenizer()(PROMPT, return_tensors="pt"), max_new_tokens=8)
+    assert plain[0, -8:].tolist() not in free, "control: without the arguments it would have come in"
+
+
 def test_answers_that_share_random_numbers_are_others():
     """Control: without a random state of its own, an answer depends on who else is asked."""
     parts = company()
@@ -82,6 +93,9 @@ def test_each_answer_says_why_it_ended():
     assert found[-1].token_ids == free[-1].token_ids[:first] and found[-1].ended == "ended by itself"
     assert [a.token_ids for a in found[:-1]] == [a.token_ids for a in free[:-1]]
     assert {a.ended for a in found[:-1]} == {"stopped at the limit"}
+    parts.composed.generation_config.eos_token_id = [free[-2].token_ids[2]]
+    off = last(parts, Question(PROMPT, GREEDY, frozenset(parts.augmenting)))
+    assert off[-1].token_ids == off[-2].token_ids == free[-2].token_ids, "it ends where the anchor does"
     long = " ".join(["w5"] * (CONTEXT - 2))
     assert [(len(a.token_ids), a.ended) for a in last(parts, Question(long, GREEDY))[:-1]] == [
         (3, "the context is full")
@@ -89,8 +103,9 @@ def test_each_answer_says_why_it_ended():
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_with_everything_off_the_composed_model_is_the_anchor(sampling: Sampling):
-    parts = company()
+@pytest.mark.parametrize("mix", [TWO, Mix("mamba", ("llama",), num_heads=4)], ids=["two", "recurrent-anchor"])
+def test_with_everything_off_the_composed_model_is_the_anchor(mix: Mix, sampling: Sampling):
+    parts = company(mix)
     found = last(parts, Question(PROMPT, sampling, frozenset(parts.augmenting)))
     assert found[-1].token_ids == found[-2].token_ids == alone(parts.composed.anchor, sampling)
 

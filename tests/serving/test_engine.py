@@ -146,6 +146,22 @@ def test_greedy_rows_are_what_generate_gives(
         assert_same(one.logprobs[:, 1:], steps.topk(3).values)
 
 
+def test_no_defaults_of_a_model_come_in_between(engine: Callable[..., Engine], mixed: list[Asked]):
+    """A request says how its tokens are chosen: many models bring a penalty for repeating, which padding changes."""
+    expected = together(engine(), mixed)
+    defaults = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": expected[0][0], "max_time": 0}
+    running = engine()
+    with patched(running.model.generation_config, **defaults):
+        assert together(running, mixed) == expected
+
+
+def test_a_tokenizer_without_padding_will_do(engine: Callable[..., Engine], mixed: list[Asked]):
+    expected = together(engine(), mixed)
+    running = engine()
+    with patched(running.tokenizer, pad_token=None):
+        assert together(running, mixed) == expected
+
+
 def test_rows_with_different_switches_do_not_share_a_batch(engine: Callable[..., Engine], mixed: list[Asked]):
     """Nor an answer: each is the one it gets where nothing else waits."""
     switches = [frozenset(), NONE, frozenset(["one"]), NONE]

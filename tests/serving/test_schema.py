@@ -33,6 +33,8 @@ def answerable(body: dict[str, Any]) -> dict[str, Any]:
     """What of a request has to be other than any schema says, so that not all of them are refused."""
     changes: dict[str, Any] = {"model": NAME, "augmenting": None}
     changes |= {name: 4 for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
+    changes |= {"logprobs": True} if body.get("top_logprobs") else {}
+    changes |= {"stream": True} if body.get("stream_options") is not None else {}
     if isinstance(prompt := body.get("prompt"), list) and isinstance(prompt[0], int):
         changes["prompt"] = [token % 262 for token in prompt]
     return changes

@@ -25,6 +25,7 @@ from servers import NAME, until
 from typer.testing import CliRunner
 
 from calm.cli import app
+from calm.cli.serve import default_name
 from calm.errors import CalmError
 from calm.serving import vllm_server
 from calm.serving.server import Server, bind, check_access, url_of
@@ -57,6 +58,15 @@ def test_a_port_in_use_is_named(composed: Path):
         port = taken.getsockname()[1]
         message = refused(composed, "--engine", "transformers", "--port", port)
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("runs/tiny", "tiny"), ("org/tiny", "tiny"), ("runs/tiny/", "tiny"), ("tiny/x/..", "tiny")]
+)
+def test_a_model_is_called_as_its_folder(model: str, name: str, composed: Path, monkeypatch: pytest.MonkeyPatch):
+    assert default_name(model) == name
+    monkeypatch.chdir(composed)
+    assert default_name(".") == NAME
 
 
 def test_help_does_not_show_the_key():

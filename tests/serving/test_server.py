@@ -62,9 +62,10 @@ def test_chat_is_what_the_library_generates_from_the_chat_template(
     parts = [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
     again = client.chat.completions.create(messages=parts, max_tokens=20, **GREEDY)
     assert again.choices[0].message.content == choice.message.content
-    # what was answered can be sent back, as OpenAI's client writes it
-    more = [*CHAT, choice.message, {"role": "user", "content": "more"}]
-    assert client.chat.completions.create(messages=more, max_tokens=1, **GREEDY).usage.prompt_tokens > len(ids)
+    # what was answered can be sent back, as OpenAI's client writes it, or with all the fields that it knows
+    for answered in (choice.message, choice.message.model_dump()):
+        more = [*CHAT, answered, {"role": "user", "content": "more"}]
+        assert client.chat.completions.create(messages=more, max_tokens=1, **GREEDY).usage.prompt_tokens > len(ids)
 
 
 def test_completions_are_what_the_library_generates(
@@ -259,6 +260,9 @@ def test_stop_strings(client: OpenAI):
         ("completions", {"augmenting": "one"}, "augmenting"),
         ("completions", {"augmenting": "all", "model": f"{NAME}:one"}, "both choose augmenting models: leave one out"),
         ("chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens and max_completion_tokens"),
+        ("chat/completions", {"top_logprobs": 2}, "top_logprobs=2: needs logprobs=true"),
+        ("completions", {"stream_options": {"include_usage": True}}, "stream_options: needs stream=true"),
+        ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "tool_calls"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
         ("chat/completions", {"messages": []}, "messages: List should have at least 1 item"),
         (
@@ -294,6 +298,15 @@ def test_a_form_of_a_web_page_is_refused(served: Served):
     named = httpx2.post(f"{served.url}/v1/completions", content=content, headers={"host": "evil.example"})
     assert named.status_code == 400
     assert "access-control-allow-origin" not in httpx2.options(f"{served.url}/v1/completions").headers
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_every_loopback_address_can_be_served_on_without_a_key(composed: Path, host: str):
+    """By its own name too, and by no other."""
+    with serving(composed, host=host) as other:
+        assert httpx2.get(f"{other.url}/v1/models").status_code == 200
+        for name, status in (("localhost", 200), ("127.0.0.3", 400), ("evil.example", 400)):
+            assert httpx2.get(f"{other.url}/v1/models", headers={"host": name}).status_code == status
 
 
 def test_unknown_models_and_paths(client: OpenAI, served: Served):
@@ -399,6 +412,21 @@ def test_without_a_chat_template_chat_says_what_to_do(composed: Path, client: Op
         other.engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(openai.BadRequestError, match="chat template refuses: roles must alternate"):
             other.client().chat.completions.create(messages=CHAT, **GREEDY)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(composed: Path):
+    """On a GPU the first of them would end all that the server can do; and a prompt without any is no prompt."""
+    with serving(composed) as other:
+        other.engine.tokenizer.add_tokens(["<added>"])
+        for content in ("x<added>", [262]):
+            with pytest.raises(openai.BadRequestError, match="prompt: token 262: expected tokens below 262"):
+                other.client().completions.create(prompt=content, **GREEDY)
+        asked = {"messages": [{"role": "user", "content": "<added>"}], **GREEDY}
+        with pytest.raises(openai.BadRequestError, match="messages: token 262: expected tokens below 262"):
+            other.client().chat.completions.create(**asked)
+        other.engine.tokenizer.chat_template = "{{ '' }}"
+        with pytest.raises(openai.BadRequestError, match="messages: a text without a single token"):
+            other.client().chat.completions.create(**asked)
 
 
 def test_what_fails_is_a_500_and_the_server_goes_on(served: Served, client: OpenAI, caplog: pytest.LogCaptureFixture):

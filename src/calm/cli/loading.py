@@ -110,8 +110,10 @@ def sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> 
     """The arguments of `generate` for these options, all given, so that no base's defaults come in between."""
     from transformers import set_seed
 
+    from calm.generation import NO_DEFAULTS
+
     if seed is not None:
         set_seed(seed)
     if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return NO_DEFAULTS | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return NO_DEFAULTS | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

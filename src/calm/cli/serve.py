@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -70,7 +70,7 @@ def serve(
 
     server.check_access(host, api_key)
     config = checkpoint.read_config(model)
-    name = name or Path(model).name
+    name = name or default_name(model)
     bound = server.bind(host, port)
     if engine == "vllm":
         port = bound.getsockname()[1]
@@ -80,11 +80,16 @@ def serve(
     server.exit_on_sigterm()
     composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
     limits = Limits(batch_size, queue, max_tokens, body_size, timeout)
-    app = build(composed, tokenizer, name, api_key=api_key, limits=limits, log_prompts=log_prompts)
+    app = build(composed, tokenizer, name, host=host, api_key=api_key, limits=limits, log_prompts=log_prompts)
     key = "with an API key" if api_key is not None else "without an API key, for this machine only"
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"{name} on {server.url_of(bound)}/v1, {key}; Ctrl-C finishes what runs and ends", markup=False)
     server.run(app, bound, timeout)
+
+
+def default_name(model: str) -> str:
+    """The last part of a hub name or of a folder's path, which may be `.`."""
+    return os.path.basename(os.path.abspath(model))
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

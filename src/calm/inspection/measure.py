@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.attention import Connection
 from calm.connections import LayerPair
 from calm.errors import CalmError
+from calm.generation import NO_DEFAULTS
 from calm.model import CalmForCausalLM
 
 MAX_TOKENS = 1024
@@ -140,6 +141,7 @@ def inspect_prompt(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
+        **NO_DEFAULTS,
         do_sample=False,
         num_beams=1,
         temperature=None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import CalmError
+from calm.generation import NO_DEFAULTS
 from calm.inspection import Inspection, inspect_tokens
 from calm.model import CalmForCausalLM
 
@@ -54,8 +55,9 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Those of `generate`, all given, so that no base's defaults come in between."""
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            return NO_DEFAULTS | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return NO_DEFAULTS | chosen
 
 
 @dataclass
@@ -209,6 +211,8 @@ class _Lane:
     def __init__(self, answer: Answer, model: PreTrainedModel, off: Collection[str], ids: Tensor, company: Company):
         self.answer, self.model, self.off, self.ids = answer, model, off, ids
         self.pad = company.tokenizer.pad_token_id
+        if off and set(off) == set(company.augmenting):
+            model = company.composed.anchor  # which answers then: by its end and its cache, not by the composition's
         ends = model.generation_config.eos_token_id
         self.ends: Collection[int] = [ends] if isinstance(ends, int) else ends or []
         self.random: list[Tensor] = []

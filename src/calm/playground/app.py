@@ -26,6 +26,7 @@ SESSIONS = 32
 KEPT = 3600
 """Seconds for which they are."""
 GONE = "This answer is no longer kept. Generate it again to export it."
+NOT_SHOWN = "The answers are complete, but what the connections did is not shown."
 
 _PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 """HTML as it is: the page has its own style and script."""
@@ -203,7 +204,10 @@ class Page:
             try:
                 shown.inspection = self.company.inspect(shown.question, shown.answers[-1])
             except CalmError as error:
-                text = f"The answers are complete, but what the connections did is not shown. {error}"
+                text = f"{NOT_SHOWN} {error}"
+            except Exception:
+                logger.exception("a measurement failed")
+                text = f"{NOT_SHOWN} Measuring it failed; why is said where calm playground was started."
         return (
             view.looked(shown.inspection, pair, all_off),
             view.added(shown.inspection),
@@ -252,7 +256,7 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
     page.queue(max_size=32, api_open=False)
     try:
         _, url, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # it makes URLs of it
             server_port=port,
             auth=auth,
             prevent_thread_lock=not block,

@@ -25,7 +25,7 @@ class ApiKey(AuthenticationBackend):
         Raises:
             AuthenticationError: If it is missing or wrong.
         """
-        if conn.url.path in OPEN:
+        if conn.scope["path"] in OPEN:  # what is routed by, and no part of it is taken from a header
             return None
         scheme, _, key = conn.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(key.strip().encode(), self._key):

@@ -34,7 +34,7 @@ from calm.serving.observing import Observe
 from calm.serving.requests import ChatRequest, CompletionRequest
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # FastAPI's words for one
-LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]"]
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class ListedModel(Model):
@@ -61,6 +61,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     *,
+    host: str = "127.0.0.1",
     api_key: str | None = None,
     limits: Limits | None = None,
     log_prompts: bool = False,
@@ -71,8 +72,9 @@ def build(
         model: The composition; the application's alone from here on.
         tokenizer: Its tokenizer, padding on the left.
         name: What clients call it.
-        api_key: Asked of every request but /health; without one only names of this machine are answered, so that no
-            web page can reach the server through a name of its own (DNS rebinding).
+        host: The address that it is served on.
+        api_key: Asked of every request but /health; without one only this address and names of this machine are
+            answered, so that no web page can reach the server through a name of its own (DNS rebinding).
         limits: What it takes on at most.
         log_prompts: Log prompts and answers too.
 
@@ -99,7 +101,7 @@ def build(
             Middleware(Observe, metrics=metrics),
             Middleware(AuthenticationMiddleware, backend=ApiKey(api_key), on_error=refused)
             if api_key is not None
-            else Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES),
+            else Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, f"[{host}]" if ":" in host else host]),
         ],
         responses={"default": {"model": ErrorBody}},
     )

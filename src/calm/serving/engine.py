@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from calm.config import text_config
 from calm.errors import CalmError
+from calm.generation import NO_DEFAULTS
 from calm.model import CalmForCausalLM
 from calm.serving.choosing import ChooseTokens
 from calm.serving.limits import Limits
@@ -39,6 +41,9 @@ class Engine:
         limits: How many rows wait, and run together.
         metrics: Where to count.
 
+    Attributes:
+        vocabulary: How many tokens there are: those of prompts are below.
+
     Raises:
         CalmError: If the tokenizer is not a fast one.
     """
@@ -54,6 +59,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits
+        self.vocabulary = min(len(tokenizer), text_config(model.config.anchor_config).vocab_size)
         self._metrics = metrics
         self._waiting: list[Row] = []
         self._running: list[Row] = []
@@ -135,7 +141,8 @@ class Engine:
 
     def _generate(self, rows: list[Row]) -> None:
         longest = max(len(row.prompt) for row in rows)
-        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id or 0  # without one any other will do: the mask hides it
+        ids = torch.full((len(rows), longest), pad)
         mask = torch.zeros_like(ids)
         for index, row in enumerate(rows):
             ids[index, longest - len(row.prompt) :] = torch.tensor(row.prompt)
@@ -147,8 +154,9 @@ class Engine:
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max(row.sampling.max_tokens for row in rows),
-                pad_token_id=self.tokenizer.pad_token_id,
-                # a token is left for each row when `choose` has run: no base's defaults come in between
+                pad_token_id=pad,
+                # requests say how their tokens are chosen, and a single one is left for each when `choose` has run
+                **NO_DEFAULTS,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
@@ -188,6 +196,7 @@ class _Deliver(StoppingCriteria):
         self._counts[index] += 1
         self._metrics.generated_tokens.inc()
         reason: FinishReason | None = None
+        offset = text.length
         piece, stopped = ("", True) if token in self._end else text.add(token)
         if stopped:
             reason = "stop"
@@ -197,5 +206,5 @@ class _Deliver(StoppingCriteria):
             rest, found = text.finish()
             piece += rest
             reason = "stop" if found else reason
-        row.deliver(Piece(piece, self._choose.tokens[index], reason))
+        row.deliver(Piece(piece, self._choose.tokens[index], offset, reason))
         return reason is not None

@@ -67,6 +67,10 @@ class Generating:
             APIError: 400 if it cannot be answered, 429 if too many wait, 503 if the engine has stopped.
         """
         asked, limits = self._asked, self._engine.limits
+        if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
+            raise APIError(400, f"top_logprobs={asked.top_logprobs}: needs logprobs=true", param="top_logprobs")
+        if asked.stream_options is not None and not asked.stream:
+            raise APIError(400, "stream_options: needs stream=true", param="stream_options")
         prompts = await run_in_threadpool(self._tokenize)
         choices = asked.n or 1
         if len(prompts) * choices > limits.queue:
@@ -178,7 +182,9 @@ class Generating:
 
     def _tokenize(self) -> list[list[int]]:
         tokenizer = self._engine.tokenizer
+        prompts: list[list[int]]
         if isinstance(self._asked, ChatRequest):
+            param = "messages"
             if tokenizer.chat_template is None:
                 raise APIError(400, "this model has no chat template: use /v1/completions", param="messages")
             messages = [{"role": message.role, "content": message.text} for message in self._asked.messages]
@@ -186,16 +192,16 @@ class Generating:
                 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:
                 raise APIError(400, f"the model's chat template refuses: {error}", param="messages") from error
-            return [inputs["input_ids"]]
-        prompts = [
-            tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in self._asked.prompts
-        ]
+            prompts = [inputs["input_ids"]]
+        else:
+            param = "prompt"
+            prompts = [
+                tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in self._asked.prompts
+            ]
         if not all(prompts):
-            raise APIError(400, "prompt: a text without a single token; there is nothing to continue", param="prompt")
-        if max(map(max, prompts)) >= len(tokenizer):
-            raise APIError(
-                400, f"prompt: token {max(map(max, prompts))}: expected tokens below {len(tokenizer)}", param="prompt"
-            )
+            raise APIError(400, f"{param}: a text without a single token; there is nothing to continue", param=param)
+        if (most := max(map(max, prompts))) >= self._engine.vocabulary:
+            raise APIError(400, f"{param}: token {most}: expected tokens below {self._engine.vocabulary}", param=param)
         return prompts
 
     def _max_tokens(self, prompt: int) -> int:

@@ -103,6 +103,12 @@ class Message(_Strict):
 
     role: Literal["system", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+    # what OpenAI's client writes, all null, of an answer that is sent back with all the fields that it knows
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:

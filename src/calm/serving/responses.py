@@ -41,7 +41,7 @@ class Answer(ABC):
         self._model = model
         self._tokenizer = tokenizer
         self._wants_logprobs = logprobs
-        self._tokens: list[list[Token]] = [[] for _ in range(choices)]
+        self._told: list[list[Piece]] = [[] for _ in range(choices)]  # with log-probabilities
 
     def add(self, index: int, piece: Piece) -> None:
         """Take up what a row said next."""
@@ -49,7 +49,7 @@ class Answer(ABC):
         self.finish_reasons[index] = piece.finish_reason
         self.completion_tokens += 1
         if piece.token is not None:
-            self._tokens[index].append(piece.token)
+            self._told[index].append(piece)
 
     @property
     def complete(self) -> bool:
@@ -60,16 +60,13 @@ class Answer(ABC):
         """The response to a request that does not stream."""
         choices = []
         for index, text in enumerate(self.texts):
-            logprobs = self._logprobs(self._tokens[index], 0) if self._wants_logprobs else None
+            logprobs = self._logprobs(self._told[index]) if self._wants_logprobs else None
             choices.append(self._choice(index, text, logprobs, self.finish_reasons[index]))
         return self._head(self.object) | {"choices": choices, "usage": self._usage()}
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The part of a streamed response for a piece that was just added."""
-        logprobs = None
-        if piece.token is not None:
-            before = sum(len(self._text_of(token.id)) for token in self._tokens[index][:-1])
-            logprobs = self._logprobs([piece.token], before)
+        logprobs = self._logprobs([piece]) if piece.token is not None else None
         return self._head(self.chunk_object) | {
             "choices": [self._delta(index, piece.text, logprobs, piece.finish_reason)]
         }
@@ -93,7 +90,8 @@ class Answer(ABC):
         }
 
     def _text_of(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+        # as it is within a text: some tokenizers drop the space of the first word that they decode
+        return self._tokenizer.decode([token, token])[len(self._tokenizer.decode([token])) :]
 
     @abstractmethod
     def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]: ...
@@ -102,7 +100,7 @@ class Answer(ABC):
     def _delta(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]: ...
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any]: ...
 
 
 class ChatAnswer(Answer):
@@ -126,14 +124,15 @@ class ChatAnswer(Answer):
         delta = {"content": text} if text else {}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]:
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             return {"token": self._text_of(token), "logprob": max(logprob, LEAST), "bytes": None}
 
         return {
             "content": [
                 entry(token.id, token.logprob) | {"top_logprobs": [entry(*alternative) for alternative in token.top]}
-                for token in tokens
+                for piece in pieces
+                if (token := piece.token) is not None
             ]
         }
 
@@ -148,14 +147,13 @@ class TextAnswer(Answer):
 
     _delta = _choice
 
-    def _logprobs(self, tokens: list[Token], offset: int) -> dict[str, Any]:
-        texts = [self._text_of(token.id) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any]:
+        tokens = [piece.token for piece in pieces if piece.token is not None]
         return {
-            "tokens": texts,
+            "tokens": [self._text_of(token.id) for token in tokens],
             "token_logprobs": [max(token.logprob, LEAST) for token in tokens],
             "top_logprobs": [self._alternatives(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [piece.offset for piece in pieces],
         }
 
     def _alternatives(self, token: Token) -> dict[str, float]:

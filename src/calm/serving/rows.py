@@ -44,17 +44,26 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to a row's answer; its text may be empty while a character or a stop string is incomplete."""
+    """What one step adds to a row's answer.
+
+    Attributes:
+        text: Empty while a character or a stop string is incomplete.
+        token: What was chosen, for a row that wants log-probabilities.
+        offset: Characters of the answer before that token's; tokens of one character have the same.
+        finish_reason: With the last one.
+    """
 
     text: str
     token: Token | None = None
+    offset: int = 0
     finish_reason: FinishReason | None = None
 
 
 class AnswerText:
     """Turns tokens into text as they come: whole characters, without special tokens, up to a stop string.
 
-    The pieces join to what decoding the prompt and the answer together would add to the prompt.
+    The pieces join to what decoding the prompt and the answer together would add to the prompt. (One exception: a byte
+    that belongs to no character can unmake the one before it, which has been given out by then and stays.)
 
     Args:
         tokenizer: A fast tokenizer.
@@ -68,12 +77,22 @@ class AnswerText:
         self._stream = DecodeStream(prompt if whole else [], skip_special_tokens=True)
         self._pending: list[int] = []  # tokens of a character that is not complete
         self._held = ""  # text that may be the beginning of a stop string
+        self._given = 0  # characters
         self._stop = stop
+
+    @property
+    def length(self) -> int:
+        """Characters so far, with those that are held back."""
+        return self._given + len(self._held)
 
     def add(self, token: int) -> tuple[str, bool]:
         """The text that can be given out after this token, and whether a stop string ends it there."""
         self._pending.append(token)
-        text = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        try:
+            text = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # no class of its own says that a character was unmade; an error here would end a whole batch
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+            self._stream = DecodeStream(self._pending, skip_special_tokens=True)
         if text is None:
             return "", False
         self._pending.clear()
@@ -88,9 +107,11 @@ class AnswerText:
         self._held += text
         if found := [at for stop in self._stop if (at := self._held.find(stop)) >= 0]:
             text, self._held = self._held[: min(found)], ""
+            self._given += len(text)
             return text, True
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._given += len(text)
         return text, False
 
 
