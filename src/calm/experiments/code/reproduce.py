@@ -36,7 +36,7 @@ class Preset:
 SPLIT = 0
 """Seed of the split, which is the same for all seeds, so that they answer the same questions."""
 
-# None was run to its end yet: the sizes are worked out from how fast these models train.
+# `gpu` was not run yet: its sizes are worked out from how fast these models train.
 PRESETS = {
     "cpu": Preset(
         seeds=(0,),
@@ -131,7 +131,7 @@ def reproduce_preset(
         data, made = load(asked, SPLIT, folder / "data"), describe(asked, SPLIT, folder / "data")
         problems, kept_whole = "HumanEval", "files"
     outcomes = run_seeds(data, preset.methods, chosen, folder, console)
-    left_out = () if allow_code_execution else (f"Left out: {problems}, which run what models write, if you allow it.",)
+    left_out = () if allow_code_execution else (f"Left out, since no code that a model wrote was to run: {problems}.",)
     return Results(
         domain="code",
         preset=name,
@@ -144,7 +144,7 @@ def reproduce_preset(
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
-            preset.methods.about_all(),
+            *([preset.methods.about_all()] if "full_on_all" in preset.methods.methods else []),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
             "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted; every "
             "other method without.",
