@@ -47,15 +47,23 @@ class Visit:
         controls = self.tab.locator("#sampling")
         if not controls.get_by_label("Seed").is_visible():
             controls.get_by_role("button", name="Sampling").click()
-        for label, value in (
-            ("Most new tokens", sampling.max_new_tokens),
-            ("Temperature", sampling.temperature),
-            ("Top-p", sampling.top_p),
-            ("Seed", sampling.seed),
-        ):
-            field = controls.locator(".block", has_text=label).locator("input[type=number]").first
-            field.fill(str(value))
-            field.blur()
+        wanted = {
+            "Most new tokens": sampling.max_new_tokens,
+            "Temperature": sampling.temperature,
+            "Top-p": sampling.top_p,
+            "Seed": sampling.seed,
+        }
+        fields = {
+            label: controls.locator(".block", has_text=label).locator("input[type=number]").first for label in wanted
+        }
+        for _ in range(10):  # on a busy machine a control that has just appeared may forget what is typed at once
+            for label, value in wanted.items():
+                fields[label].fill(str(value))
+                fields[label].blur()
+            self.tab.wait_for_timeout(50)
+            if all(float(fields[label].input_value()) == value for label, value in wanted.items()):
+                return
+        raise AssertionError(f"the controls do not keep {wanted}")
 
     def ask(self, prompt: str = PROMPT) -> None:
         self.tab.locator("#prompt textarea").fill(prompt)
