@@ -52,6 +52,7 @@ def write_dictionary(folder: Path, code: str = "xyz", lines: Sequence[str] = ())
             lines += [f"{next(words)} /a/ <n, s, m>", f"thing{'abcdefghij'[number % 10]}{'klmnop'[number // 10]}"]
         lines += ["ambi /a/ <v>", "1. try", "2. taste", "twice /a/ <n>", "cup", "twice /a/ <n>", "bowl"]
         lines += ["same /a/ <n>", "same", "phrase /a/ <v>", "get up"]
+        lines += ["leak /a/ <a>", "walked", "another /a/ <v>", "fell"]  # what is asked for, as a meaning
         lines += ["unknown /a/ <v>", "qwertify", "cutter /a/ <v>", "cut"]
     place = folder / f"dict-freedict-{code}-eng/usr/share/dictd"
     place.mkdir(parents=True)

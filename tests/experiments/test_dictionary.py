@@ -29,7 +29,7 @@ def test_words_of_one_meaning_are_read_and_the_others_are_counted(folder):
     assert by_word["unknown"].is_verb and by_word["cutter"].english == "cut"
     assert (counts["ambiguous"], counts["other"]) == (2, 2)
     assert counts["words"] == counts["entries"] + 4
-    assert sum(entry.is_verb for entry in found) == len(REGULAR_VERBS + IRREGULAR_VERBS) + 3
+    assert sum(entry.is_verb for entry in found) == len(REGULAR_VERBS + IRREGULAR_VERBS) + 4
 
 
 def test_m_a_has_every_verb_and_no_past_tense_and_d_c_no_meaning_that_is_tested(folder):
@@ -66,6 +66,7 @@ def test_the_same_seed_gives_the_same_data_and_another_one_other_data(folder):
     assert (first.specialist, first.composition, first.tests) == (again.specialist, again.composition, again.tests)
     assert set(first.tests["xyz regular"].examples) != set(other.tests["xyz regular"].examples)
     figures = describe("xyz", SETTINGS, 0, folder)
+    assert figures["past_forms"] == 3  # walked, fell, and cut, which is its own
     assert figures["meanings"] == len(REGULAR_VERBS + IRREGULAR_VERBS) and figures["irregular"] == len(IRREGULAR_VERBS)
     assert figures["tests"] == {"xyz regular": 20, "xyz irregular": 10, "xyz words": 30}
 

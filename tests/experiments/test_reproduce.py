@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from calm.experiments.dictionary.data import DataSettings as DictionarySettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
-from calm.experiments.methods.settings import Fit
+from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
 from calm.experiments.results import METHODS, Results
@@ -125,6 +126,26 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
 
 
+def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings:
+    """A preset's settings at the smallest size, on the stand-ins."""
+    return dataclasses.replace(
+        methods,
+        anchor=str(hub / "anchor"),
+        augmenting=(0, 3),
+        general=Fit(1, 2, 1e-3),
+        specialist=Fit(1, 2, 1e-3),
+        connections=2,
+        steps=1,
+        steps_on_all=1,
+        rows=2,
+        search_steps=1,
+        learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
+        max_length=512,
+        dtype="float32",
+        methods=wanted,
+    )
+
+
 def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("debian-handbook", "debian-reference-en"):
@@ -135,22 +156,7 @@ def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
         cpu,
         languages=("xyz",),
         data=DictionarySettings(others=20, verbs=20, words=40, development=8, regular=20, irregular=10),
-        methods=dataclasses.replace(
-            cpu.methods,
-            anchor=str(hub / "anchor"),
-            augmenting=(0, 3),
-            general=Fit(1, 2, 1e-3),
-            specialist=Fit(1, 2, 1e-3),
-            connections=2,
-            steps=1,
-            steps_on_all=1,
-            rows=2,
-            search_steps=1,
-            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
-            max_length=512,
-            dtype="float32",
-            methods=("m_B", "composed"),
-        ),
+        methods=of_a_step(cpu.methods, hub, ("m_B", "composed")),
     )
     results = dictionary.reproduce_preset("cpu", tiny, None, tmp_path, Console(file=io.StringIO(), width=200))
     assert set(results.table) == {"xyz regular", "xyz irregular", "xyz words"}
@@ -194,22 +200,7 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
     tiny = dataclasses.replace(
         cpu,
         data=dataclasses.replace(cpu.data, test=6, development=6, max_new_tokens=3, human_eval_tokens=2),
-        methods=dataclasses.replace(
-            cpu.methods,
-            anchor=str(hub / "anchor"),
-            augmenting=(0, 3),
-            general=Fit(1, 2, 1e-3),
-            specialist=Fit(1, 2, 1e-3),
-            connections=2,
-            steps=1,
-            steps_on_all=1,
-            rows=2,
-            search_steps=1,
-            learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
-            max_length=512,
-            dtype="float32",
-            methods=("m_A", "m_B", "composed"),
-        ),
+        methods=of_a_step(cpu.methods, hub, ("m_A", "m_B", "composed")),
     )
     console = Console(file=io.StringIO(), width=200)
     results = code.reproduce_preset("cpu", tiny, None, tmp_path / "run", console, allow_code_execution=True)

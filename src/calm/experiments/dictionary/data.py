@@ -68,8 +68,8 @@ def describe(language: str, settings: DataSettings, seed: int, folder: str | os.
     """What `load` gives with the same arguments, in figures, as plain JSON.
 
     Returns:
-        `language`; what `entries.read` counts; `meanings`, of verbs, and how many of them are `irregular`; the sizes
-        `specialist`, `composition`, `development`, and of the `tests` and `preserved_tests`; `english`, where the prose
+        `language`; what `entries.read` counts; `past_forms`, words left out as some verb's past; `meanings`, of verbs,
+        and how many of them are `irregular`; the sizes `specialist`, `composition`, `development`, and of the `tests` and `preserved_tests`; `english`, where the prose
         is from.
     """
     return _prepare(language, settings, seed, Path(folder))[1]
@@ -97,12 +97,14 @@ def past_tense(entry: Entry, language: str) -> Example:
 
 
 def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
-    found, summary = entries.read(language, folder)
+    read, summary = entries.read(language, folder)
+    # "covered" may be the meaning of an adjective, and "found" that of a verb: a question's answer, and a leak
+    pasts = {past_of(entry.english) for entry in read if entry.is_verb}
+    found = [entry for entry in read if entry.english not in pasts]
     rng = random.Random(seed)
     by_meaning: dict[str, list[Entry]] = defaultdict(list)
     for entry in found:
-        past = past_of(entry.english) if entry.is_verb else None
-        if past and past != entry.english:
+        if entry.is_verb and past_of(entry.english):
             by_meaning[entry.english].append(entry)
     verbs = [rng.choice(by_meaning[meaning]) for meaning in sorted(by_meaning)]
     rng.shuffle(verbs)
@@ -164,6 +166,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
     return data, {
         "language": title(language),
         **summary,
+        "past_forms": len(read) - len(found),
         "meanings": len(verbs),
         "irregular": len(irregular),
         **{name: len(getattr(data, name)) for name in ("specialist", "composition", "development")},
