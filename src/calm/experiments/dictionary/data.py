@@ -43,7 +43,7 @@ class DataSettings:
     words: int = 1000
     development: int = 100
     regular: int = 400
-    irregular: int = 100
+    irregular: int = 80
 
 
 def load(language: str, settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> Data:
@@ -69,8 +69,8 @@ def describe(language: str, settings: DataSettings, seed: int, folder: str | os.
 
     Returns:
         `language`; what `entries.read` counts; `past_forms`, words left out as some verb's past; `meanings`, of verbs,
-        and how many of them are `irregular`; the sizes `specialist`, `composition`, `development`, and of the `tests` and `preserved_tests`; `english`, where the prose
-        is from.
+        and how many of them are `irregular`; the sizes `specialist`, `composition`, `development`, and of the `tests`
+        and `preserved_tests`; `english`, where the prose is from.
     """
     return _prepare(language, settings, seed, Path(folder))[1]
 
