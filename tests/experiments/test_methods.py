@@ -172,6 +172,20 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert len((trained / "train.jsonl").read_text().splitlines()) == 10
 
 
+def test_a_cut_keeps_the_anchors_vocabulary_while_its_layers_learn(finished, anchor):
+    whole = bases.load(anchor)
+    expected = {"model.embed_tokens.weight": whole.get_input_embeddings(), "lm_head.weight": whole.lm_head}
+    layers = {}
+    for kind in ("shared/vanilla", "cell/m_A"):
+        weights = load_file(finished[0] / "seed-0" / kind / "model.safetensors")
+        for name, module in expected.items():
+            torch.testing.assert_close(weights[name], module.weight.data, rtol=0, atol=0)
+        layers[kind] = weights["model.layers.1.mlp.up_proj.weight"]
+    untrained = whole.model.layers[3].mlp.up_proj.weight.data
+    assert (layers["shared/vanilla"] - untrained).abs().max() > 1e-4
+    assert (layers["cell/m_A"] - layers["shared/vanilla"]).abs().max() > 1e-3
+
+
 def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_other_data(
     finished, data, settings, tmp_path
 ):

@@ -88,7 +88,7 @@ PRESETS = {
             rows=64,
             search_steps=250,
             learning_rates={
-                "composition": (3e-4, 1e-3, 2e-3),
+                "composition": (3e-5, 1e-4, 3e-4),
                 "lora": (1e-4, 3e-4, 1e-3),
                 "full": (5e-6, 1e-5, 3e-5),
             },

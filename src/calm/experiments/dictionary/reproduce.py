@@ -12,8 +12,8 @@ from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.experiments.dictionary.data import DataSettings, describe, load
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
-from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Results, command, made_here, variant_of
+from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
+from calm.experiments.results import METHODS, Results, command, made_here, variant_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,14 @@ PRESETS = {
             general=Fit(steps=60, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=420, rows=64, learning_rate=1e-3),
             connections=4,
-            steps=200,
-            steps_on_all=420,
+            steps=100,
+            steps_on_all=300,
             rows=32,
-            search_steps=50,
+            search_steps=20,
+            learning_rates=FEW_RATES,
             max_length=160,
             batch=128,
+            methods=tuple(method for method in METHODS if method not in ("random_m_A", "encoder_m_A")),  # for the hour
         ),
     ),
     "gpu": Preset(

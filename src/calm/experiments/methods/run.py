@@ -115,6 +115,7 @@ class _Run:
         self.data, self.settings, self.seed, self.folder, self.console = data, settings, seed, folder, console
         self.rates = rates
         self.bf16 = settings.dtype == "bfloat16"
+        self.is_cut = not isinstance(settings.augmenting, str)
         self.anchor = settings.anchor if isinstance(settings.anchor, str) else str(settings.anchor.folder())
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
@@ -135,7 +136,7 @@ class _Run:
     def _make_bases(self) -> None:
         settings = self.settings
         vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
-        vanilla.append(settings.max_length)
+        vanilla += [settings.max_length, *(["vocabulary kept"] if self.is_cut else [])]
         self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
         specialist: list[Any] = [settings.specialist]
         if isinstance(settings.specialist, Fit):
@@ -152,7 +153,7 @@ class _Run:
             model = bases.cut(bases.load(self.anchor), settings.augmenting)
         if settings.general is not None:
             rows = scoring.text_rows(self.data.general, self.tokenizer, settings.max_length)
-            training.fine_tune(model, self.tokenizer, rows, settings.general, self.seed, self.bf16)
+            self._train_base(model, rows, settings.general)
         self._save(model, self.vanilla)
         return {"parameters": model.num_parameters()}
 
@@ -160,9 +161,14 @@ class _Run:
         fit = self.settings.specialist
         model = bases.load(fit if isinstance(fit, str) else self.vanilla)
         if isinstance(fit, Fit):
-            training.fine_tune(model, self.tokenizer, self._rows(self.data.specialist), fit, self.seed, self.bf16)
+            self._train_base(model, self._rows(self.data.specialist), fit)
         self._save(model, self.specialist)
         return {"parameters": model.num_parameters()}
+
+    def _train_base(self, model: PreTrainedModel, rows: Sequence[Row], fit: Fit) -> None:
+        if self.is_cut:
+            bases.keep_vocabulary(model)
+        training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
 
     def _make_random(self) -> Outcome:
         bases.save_random(self.vanilla, self.random, self.seed)

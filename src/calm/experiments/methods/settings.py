@@ -12,12 +12,12 @@ TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora",
 """Methods that are trained, all but `full_on_all`, the upper reference, for the same number of steps of one size."""
 
 RATES: dict[str, tuple[float, ...]] = {
-    "composition": (1e-3, 2e-3, 4e-3),
+    "composition": (1e-4, 3e-4, 1e-3),
     "lora": (3e-4, 6e-4, 1.2e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
 """Learning rates to try for an anchor of some 100M parameters."""
-FEW_RATES: dict[str, tuple[float, ...]] = {"composition": (1e-3, 3e-3), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
+FEW_RATES: dict[str, tuple[float, ...]] = {"composition": (1e-4, 3e-4), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
 """The same where time is short."""
 SMOLLM2_CUT = (0, 1, 2, 3, 28, 29)
 """Layers of SmolLM2-135M that a vanilla `m_A` is made of: 49.6M parameters with its embeddings. A plain cut of the
