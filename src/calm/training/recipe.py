@@ -82,7 +82,7 @@ class TrainingRecipe(_Section):
     max_steps: PositiveInt | None = Field(None, description="a whole number of optimiser steps above 0")
     per_device_batch_size: PositiveInt = Field(8, description="a whole number above 0")
     gradient_accumulation: PositiveInt = Field(1, description="a whole number of batches per optimiser step, above 0")
-    learning_rate: PositiveFloat = Field(2e-3, description="a number above 0, the highest learning rate of the run")
+    learning_rate: PositiveFloat = Field(3e-4, description="a number above 0, the highest learning rate of the run")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="one of cosine, linear, constant"
     )
