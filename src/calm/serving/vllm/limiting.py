@@ -24,6 +24,8 @@ from calm.serving.vllm_server import LIMITS
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """What requests of vLLM's interfaces call the most tokens of an answer."""
 
+GRACE = 1.0  # seconds that an answer may take to end when it is told that it is over; streams that run are not told
+
 
 def handed_over() -> Limits | None:
     """The limits in this process's environment; `None` where there are none."""
@@ -67,6 +69,8 @@ class Limiting:
             return
         limits, rows = self._limits, 0
         together = scope["app"].state.vllm_config.scheduler_config.max_num_seqs
+        over, sending = asyncio.Event(), _Sending(send)
+        receive = _until(over, receive)
         within_size = bodies.within_size(scope, receive, limits)
 
         async def checked() -> Message:
@@ -78,18 +82,18 @@ class Limiting:
                 rows = self._take(_rows(asked), together, limits)
             return message
 
-        sending = _Sending(send)
         answering = asyncio.create_task(bodies.answer(self._app, scope, receive, sending, checked))
         try:
             await asyncio.wait({answering}, timeout=limits.seconds)
-            sending.stopped = not answering.done()
+            if not answering.done():
+                await sending.stop(limits.out_of_time(), scope, receive)
+                over.set()
+                await asyncio.wait({answering}, timeout=0 if sending.begun else GRACE)
         finally:
-            answering.cancel()  # and with it what vLLM generates, if it is not done
+            answering.cancel()
             outcome = (await asyncio.gather(answering, return_exceptions=True))[0]
             self._rows -= rows
-        if sending.stopped:
-            await sending.end(limits.out_of_time(), scope, receive)
-        elif outcome is not None:
+        if outcome is not None and not over.is_set():
             raise outcome
 
     def _take(self, rows: int, together: int, limits: Limits) -> int:
@@ -110,8 +114,26 @@ class Limiting:
         return rows
 
 
+def _until(over: asyncio.Event, receive: Receive) -> Receive:
+    """What receives until it is over, and then that the client has gone: on hearing that, vLLM stops generating.
+
+    (Cancelling alone would not do: the part of vLLM that listens for clients who go runs its answer in another task.)
+    """
+
+    async def receive_until() -> Message:
+        receiving, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(over.wait())
+        try:
+            await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result() if receiving.done() else {"type": "http.disconnect"}
+        finally:
+            receiving.cancel()
+            ending.cancel()
+
+    return receive_until
+
+
 class _Sending:
-    """Sends an answer until it is stopped, and then the error that ends it.
+    """Sends an answer until it is stopped.
 
     Args:
         send: Where to.
@@ -121,19 +143,25 @@ class _Sending:
         self._send = send
         self._started: Message | None = None
         self._ended = False
-        self.stopped = False
+        self._stopped = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of the answer was sent."""
+        return self._started is not None
 
     async def __call__(self, message: Message) -> None:
         """Send a part of the answer."""
-        if self.stopped:
+        if self._stopped:
             return
         if message["type"] == "http.response.start":
             self._started = message
         self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
-    async def end(self, error: APIError, scope: Scope, receive: Receive) -> None:
-        """End with an error: as an answer, or as the last event of a stream."""
+    async def stop(self, error: APIError, scope: Scope, receive: Receive) -> None:
+        """End with an error: as an answer, or as the last event of a stream that has begun."""
+        self._stopped = True
         if self._started is None:
             await error.response()(scope, receive, self._send)
             return
