@@ -2,7 +2,7 @@
 
 `calm serve` adds it by itself. vLLM alone breaks off what runs. Given a `--shutdown-timeout`, it has the process of its
 engine finish what that knows, while the HTTP server accepts what will not be answered; then it waits for the teardown
-of that process, which takes 20 seconds and more on CPUs.
+of that process, which takes some 20 seconds on CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LATECOMERS = 0.1  # seconds; a connection takes three turns of the event loop fr
 class Ending:
     """Has signals stop the HTTP server first, and vLLM's engine when nothing runs on it any more.
 
-    `--shutdown-timeout` is how long that may take; with 0 vLLM ends in its own way.
+    `--shutdown-timeout` is how long that may take; with 0, vLLM's default, what runs is broken off.
 
     Args:
         app: vLLM's server.
@@ -34,7 +34,7 @@ class Ending:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Install the handlers when the server starts, which is after vLLM has installed its own."""
-        if scope["type"] == "lifespan" and scope["app"].state.vllm_config.shutdown_timeout > 0:
+        if scope["type"] == "lifespan":
             _handle_signals(scope["app"].state)
         await self._app(scope, receive, send)
 
