@@ -80,6 +80,8 @@ class Behind:
 
         async def events() -> AsyncIterator[str]:
             yield "data: first\n\n"
+            while kind == "floods":
+                yield "data: " + "x" * (1 << 20) + "\n\n"
             await self.wait(kind)
             yield "data: [DONE]\n\n"
 
@@ -186,13 +188,28 @@ def test_a_request_is_no_longer_counted_when_it_has_ended(case: str, monkeypatch
             assert len(other.left) == len(other.entered)
 
 
+def _send(other: Behind, asked: dict[str, Any]) -> socket.socket:
+    """A connection by which a request was sent, and nothing is read."""
+    body = json.dumps(asked).encode()
+    client = socket.create_connection(("127.0.0.1", int(other.url.rpartition(":")[2])))
+    client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    return client
+
+
+def test_a_client_that_does_not_read_is_counted_until_its_time_is_over(monkeypatch: pytest.MonkeyPatch):
+    with (
+        behind(monkeypatch, Limits(queue=1, seconds=2)) as other,
+        _send(other, {"kind": "floods", "n": 2, "stream": True}),
+    ):
+        until(lambda: other.post().status_code == 429)
+        until(lambda: other.post({"n": 2}).status_code == 200)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_is_no_longer_counted(stream: bool, monkeypatch: pytest.MonkeyPatch):
     """The negative control is the moment before."""
-    body = json.dumps(HELD | {"stream": stream}).encode()
     with behind(monkeypatch, Limits(queue=1)) as other:
-        with socket.create_connection(("127.0.0.1", int(other.url.rpartition(":")[2]))) as client:
-            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        with _send(other, HELD | {"stream": stream}):
             until(lambda: other.entered)
             assert other.post().status_code == 429
         until(lambda: other.left)

@@ -86,14 +86,16 @@ class Limiting:
         try:
             await asyncio.wait({answering}, timeout=limits.seconds)
             if not answering.done():
-                await sending.stop(limits.out_of_time(), scope, receive)
+                sending.stopped = True
                 over.set()
                 await asyncio.wait({answering}, timeout=0 if sending.begun else GRACE)
         finally:
             answering.cancel()
             outcome = (await asyncio.gather(answering, return_exceptions=True))[0]
             self._rows -= rows
-        if outcome is not None and not over.is_set():
+        if over.is_set():  # at last, since who does not read what is sent holds this up
+            await sending.end(limits.out_of_time(), scope, receive)
+        elif outcome is not None:
             raise outcome
 
     def _take(self, rows: int, together: int, limits: Limits) -> int:
@@ -133,17 +135,20 @@ def _until(over: asyncio.Event, receive: Receive) -> Receive:
 
 
 class _Sending:
-    """Sends an answer until it is stopped.
+    """Sends an answer until it is stopped, and then the error that ends it.
 
     Args:
         send: Where to.
+
+    Attributes:
+        stopped: Whether nothing more of the answer is sent.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._started: Message | None = None
         self._ended = False
-        self._stopped = False
+        self.stopped = False
 
     @property
     def begun(self) -> bool:
@@ -152,16 +157,15 @@ class _Sending:
 
     async def __call__(self, message: Message) -> None:
         """Send a part of the answer."""
-        if self._stopped:
+        if self.stopped:
             return
         if message["type"] == "http.response.start":
             self._started = message
         self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
-    async def stop(self, error: APIError, scope: Scope, receive: Receive) -> None:
+    async def end(self, error: APIError, scope: Scope, receive: Receive) -> None:
         """End with an error: as an answer, or as the last event of a stream that has begun."""
-        self._stopped = True
         if self._started is None:
             await error.response()(scope, receive, self._send)
             return
