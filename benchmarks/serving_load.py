@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig
 from calm import checkpoint
 from calm.config import CalmConfig, width_of
 from calm.serving import vllm_server
+from calm.serving.limits import Limits
 from calm.serving.names import Names
 
 KEY = "a-key-for-this-run"
@@ -55,7 +56,7 @@ def server(folder: str, *arguments: str, log: Path | None = None, timeout: float
         port = probe.getsockname()[1]
     options = ["--enforce-eager", *arguments]
     names = list(Names("composed", list(checkpoint.read_config(folder).augmenting_configs)).on)
-    command, variables = vllm_server.command(folder, names, "127.0.0.1", port, "float32", options, KEY)
+    command, variables = vllm_server.command(folder, names, "127.0.0.1", port, "float32", options, KEY, Limits())
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ | variables
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     log = log or Path(os.devnull)

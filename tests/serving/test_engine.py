@@ -60,17 +60,22 @@ def greedy(tokens: int, **options: object) -> Sampling:
 
 @pytest.fixture
 def engine(model: calm.CalmForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., Engine]]:
-    """Makes an engine that was not started."""
-    made = []
+    """Makes an engine that was not started, when the one before has let go of the model that they share."""
+    made: list[Engine] = []
+
+    def end() -> None:
+        for one in made:
+            if one._thread.ident is not None:
+                one.close()
+        made.clear()
 
     def make(**limits: int) -> Engine:
+        end()
         made.append(Engine(model, tokenizer, Limits(**limits), Metrics()))
         return made[-1]
 
     yield make
-    for one in made:
-        if one._thread.ident is not None:
-            one.close()
+    end()
 
 
 def together(engine: Engine, asked: list[Asked]) -> list[tuple]:

@@ -49,8 +49,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(composed: Pa
         assert "takes an API key" in refused(composed, "--host", "0.0.0.0")
         assert "cannot listen on nowhere.invalid" in refused(composed, "--host", "nowhere.invalid", "--api-key", "x")
     with patched(vllm_server, is_installed=lambda: True):
-        message = refused(composed, "--queue", "3", "--log-prompts", code=2)
-        assert "--queue, --log-prompts: for --engine transformers" in message
+        message = refused(composed, "--device", "cpu", "--log-prompts", code=2)
+        assert "--log-prompts, --device: for --engine transformers" in message
 
 
 def test_a_port_in_use_is_named(composed: Path):

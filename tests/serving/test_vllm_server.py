@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from calm.serving.limits import Limits
+
 KEY = "a-key-that-nobody-should-see"
 STAND_IN = """
 import json, os, sys
 assert "calm" not in sys.modules, "it has a process of its own"
-seen = {{"arguments": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY")}}
+limits = json.loads(os.environ["CALM_LIMITS"])
+seen = {{"arguments": sys.argv[1:], "key": os.environ.get("VLLM_API_KEY"), "limits": limits}}
 open({seen!r}, "w").write(json.dumps(seen))
 """
 
@@ -36,6 +39,13 @@ def run(environment: dict[str, str], *arguments: object) -> subprocess.Completed
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
+MIDDLEWARE = [
+    *("--middleware", "calm.serving.vllm.middleware.Augmenting"),
+    *("--middleware", "calm.serving.vllm.limiting.Limiting"),
+    *("--middleware", "calm.serving.vllm.ending.Ending"),
+]
+
+
 def test_vllm_becomes_the_process_where_it_is_installed(
     composed: Path, environment: dict[str, str], tmp_path: Path, free_port: int
 ):
@@ -47,8 +57,20 @@ def test_vllm_becomes_the_process_where_it_is_installed(
     assert seen["arguments"] == [
         *("--model", str(composed), "--host", "127.0.0.1", "--port", str(free_port)),
         *("--served-model-name", "served", "served:anchor", "served:one", "served:two"),
-        *("--middleware", "calm.serving.vllm.middleware.Augmenting"),
-        *("--dtype", "float32", "--max-model-len", "64", "--x=y"),
+        *MIDDLEWARE,
+        *("--dtype", "float32", "--shutdown-timeout", "600", "--max-model-len", "64", "--x=y"),
     ]
     assert seen["key"] == KEY
+    assert Limits(**seen["limits"]) == Limits()
     assert KEY not in result.stdout + result.stderr
+
+
+def test_the_limits_are_handed_over(composed: Path, environment: dict[str, str], tmp_path: Path, free_port: int):
+    """What vLLM has options for, by these; its own, after `--`, come last and so have the last word."""
+    given = ["--batch-size", 3, "--queue", 4, "--max-tokens", 50, "--body-size", 1000, "--timeout", 2.5]
+    own = ["--shutdown-timeout", "9", "--max-num-seqs", "5"]
+    result = run(environment, composed, "--port", free_port, *given, "--", *own)
+    assert result.returncode == 0, result.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert Limits(**seen["limits"]) == Limits(3, 4, 50, 1000, 2.5)
+    assert seen["arguments"][-8:] == ["--shutdown-timeout", "3", "--max-num-seqs", "3", *own]

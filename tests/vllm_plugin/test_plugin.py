@@ -30,5 +30,7 @@ def test_nothing_heavy_is_imported_until_vllm_asks() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1].split() == [
         "calm.serving.vllm",
+        "calm.serving.vllm.ending",
         "calm.serving.vllm.plugin",
+        "calm.serving.vllm_server",
     ]

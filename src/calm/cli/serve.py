@@ -12,9 +12,7 @@ from calm.cli import loading
 from calm.cli.arguments import Dtype
 from calm.errors import CalmError
 
-TRANSFORMERS_ONLY = (
-    "batch_size", "queue", "max_tokens", "body_size", "timeout", "log_prompts", "anchor", "augmenting", "device"
-)  # fmt: skip
+TRANSFORMERS_ONLY = ("log_prompts", "anchor", "augmenting", "device")
 
 
 def serve(
@@ -33,7 +31,9 @@ def serve(
         typer.Option(envvar="CALM_API_KEY", help="Asked of every client; safer in the environment."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; by default the folder's name.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Answers generated together; by default 8, or as many as vLLM takes.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; more are refused with 429.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 1024,
     body_size: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 1 << 20,
@@ -71,15 +71,18 @@ def serve(
     server.check_access(host, api_key)
     config = checkpoint.read_config(model)
     name = name or default_name(model)
+    limits = Limits(batch_size or Limits.batch_size, queue, max_tokens, body_size, timeout)
     bound = server.bind(host, port)
     if engine == "vllm":
         port = bound.getsockname()[1]
         bound.close()
         names = list(Names(name, list(config.augmenting_configs)).on)
-        vllm_server.become(*vllm_server.command(model, names, host, port, dtype, vllm_options or [], api_key))
+        line, variables = vllm_server.command(
+            model, names, host, port, dtype, vllm_options or [], api_key, limits, batch_size
+        )
+        vllm_server.become(line, variables)
     server.exit_on_sigterm()
     composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
-    limits = Limits(batch_size, queue, max_tokens, body_size, timeout)
     app = build(composed, tokenizer, name, host=host, api_key=api_key, limits=limits, log_prompts=log_prompts)
     key = "with an API key" if api_key is not None else "without an API key, for this machine only"
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.model import CalmForCausalLM
 from calm.serving import errors
 from calm.serving.access import ApiKey, refused
+from calm.serving.bodies import LimitSize
 from calm.serving.engine import Engine
 from calm.serving.errors import APIError, ErrorBody
 from calm.serving.generating import Generating
@@ -96,12 +97,12 @@ def build(
     app = FastAPI(
         title=f"{name} (calm)",
         lifespan=lifespan,
-        max_body_size=limits.body_size,
         middleware=[
             Middleware(Observe, metrics=metrics),
             Middleware(AuthenticationMiddleware, backend=ApiKey(api_key), on_error=refused)
             if api_key is not None
             else Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, f"[{host}]" if ":" in host else host]),
+            Middleware(LimitSize, limits=limits),
         ],
         responses={"default": {"model": ErrorBody}},
     )

@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from calm.serving.engine import Engine, QueueFullError
 from calm.serving.errors import APIError
+from calm.serving.limits import RETRY_AFTER
 from calm.serving.metrics import Metrics
 from calm.serving.names import Names
 from calm.serving.requests import ChatRequest, CompletionRequest
@@ -23,8 +24,6 @@ from calm.serving.responses import Answer, ChatAnswer, TextAnswer
 from calm.serving.rows import Piece, Row, Sampling
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER = 5  # seconds; the queue has moved by then, or has not
 
 
 class _ClientGone(Exception):
@@ -107,12 +106,7 @@ class Generating:
         try:
             self._engine.submit(self._rows)
         except QueueFullError:
-            raise APIError(
-                429,
-                f"{limits.queue} answers may wait here, and with this request more would: ask again later",
-                code="queue_full",
-                retry_after=RETRY_AFTER,
-            ) from None
+            raise limits.queue_full() from None
 
     async def whole(self) -> dict[str, Any]:
         """The whole answer.
@@ -152,15 +146,14 @@ class Generating:
 
     async def _arriving(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces until every row has ended."""
-        limit = self._engine.limits.seconds
+        limits = self._engine.limits
         first = True
         while not self.answer.complete:
-            left = self._started + limit - time.monotonic()
+            left = self._started + limits.seconds - time.monotonic()
             try:
                 index, piece = await asyncio.wait_for(self._pieces.get(), left)
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                message = f"no answer within {limit:g} s, the most that this server gives a request"
-                raise APIError(504, message, code="timeout") from None
+                raise limits.out_of_time() from None
             if isinstance(piece, _ClientGone):
                 raise APIError(499, "the client has gone")
             if isinstance(piece, Exception):
@@ -217,7 +210,7 @@ class Generating:
         elif isinstance(self._asked, CompletionRequest) and asked is None:
             asked = min(16, allowed)
         if asked is not None and asked > allowed:
-            raise APIError(400, f"{param}={asked}: this server generates {allowed} at most", param=param)
+            raise self._engine.limits.too_many_tokens(param, asked)
         if room < (asked or 1):
             raise APIError(
                 400,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from calm.serving.errors import APIError
+
+RETRY_AFTER = 5  # seconds; the queue has moved by then, or has not
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Beyond these a request is refused with the reason; none is cut short in silence.
+    """Beyond these a request is refused with the reason, the same on every engine; none is cut short in silence.
 
     Attributes:
         batch_size: Rows that are generated together. A request is a row for each prompt and choice.
@@ -22,3 +26,21 @@ class Limits:
     max_tokens: int = 1024
     body_size: int = 1 << 20
     seconds: float = 600.0
+
+    def queue_full(self) -> APIError:
+        """For a request whose rows would be more than may wait."""
+        message = f"{self.queue} answers may wait here, and with this request more would: ask again later"
+        return APIError(429, message, code="queue_full", retry_after=RETRY_AFTER)
+
+    def too_many_tokens(self, param: str, asked: int) -> APIError:
+        """For a request that asks for longer answers, by this parameter."""
+        return APIError(400, f"{param}={asked}: this server generates {self.max_tokens} at most", param=param)
+
+    def body_too_large(self) -> APIError:
+        """For a body of more bytes, which are not read."""
+        return APIError(413, f"the body is too large: this server reads {self.body_size} bytes at most")
+
+    def out_of_time(self) -> APIError:
+        """For a request whose time is over; what was generated of its answer may have been sent."""
+        message = f"no answer within {self.seconds:g} s, the most that this server gives a request"
+        return APIError(504, message, code="timeout")

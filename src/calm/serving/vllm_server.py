@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-MIDDLEWARE = "calm.serving.vllm.middleware.Augmenting"
+if TYPE_CHECKING:
+    from calm.serving.limits import Limits
+
+MIDDLEWARE = (
+    "calm.serving.vllm.middleware.Augmenting",
+    "calm.serving.vllm.limiting.Limiting",
+    "calm.serving.vllm.ending.Ending",
+)
+"""From the innermost to the outermost."""
+
+LIMITS = "CALM_LIMITS"
+"""The variable that holds the limits, as JSON, for what runs in vLLM's processes."""
 
 
 def is_installed() -> bool:
@@ -16,7 +31,15 @@ def is_installed() -> bool:
 
 
 def command(
-    model: str, names: Sequence[str], host: str, port: int, dtype: str, options: Sequence[str], api_key: str | None
+    model: str,
+    names: Sequence[str],
+    host: str,
+    port: int,
+    dtype: str,
+    options: Sequence[str],
+    api_key: str | None,
+    limits: Limits,
+    batch_size: int | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """What to run, and the variables to add to its environment.
 
@@ -26,8 +49,10 @@ def command(
         host: Address to listen on.
         port: Port to listen on.
         dtype: Of the weights.
-        options: vLLM's own.
+        options: vLLM's own; the last word where they say something of what is set here.
         api_key: Goes into the environment: everyone on the machine can read a command line.
+        limits: Of requests.
+        batch_size: Rows generated together; by default as many as vLLM takes.
 
     Returns:
         The command line, and the variables.
@@ -35,8 +60,13 @@ def command(
     # Not the command `vllm`, which fails in vLLM's builds for CPUs: it asks for the version of a distribution `vllm`.
     line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     line += ["--host", host, "--port", str(port), "--served-model-name", *names]
-    line += ["--middleware", MIDDLEWARE, "--dtype", dtype, *options]
-    return line, {} if api_key is None else {"VLLM_API_KEY": api_key}
+    for middleware in MIDDLEWARE:
+        line += ["--middleware", middleware]
+    line += ["--dtype", dtype, "--shutdown-timeout", str(math.ceil(limits.seconds))]
+    if batch_size is not None:
+        line += ["--max-num-seqs", str(batch_size)]
+    variables = {LIMITS: json.dumps(asdict(limits))}
+    return [*line, *options], variables if api_key is None else variables | {"VLLM_API_KEY": api_key}
 
 
 def become(line: Sequence[str], variables: Mapping[str, str]) -> None:

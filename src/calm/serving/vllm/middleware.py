@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from calm.serving import bodies
 from calm.serving.errors import APIError
 from calm.serving.names import Names
 
@@ -33,42 +33,19 @@ class Augmenting:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request.
-
-        Its body is read when vLLM asks for it, so not before the API key was compared.
-        """
+        """Answer a request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        state = scope["app"].state
-        read = False
-        refused: APIError | None = None
 
         async def translated() -> Message:
-            nonlocal read, refused
-            if read:
-                return await receive()
-            read, body, more = True, b"", True
-            while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    return message
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-            try:
-                return {"type": "http.request", "body": _translate(body, path, state), "more_body": False}
-            except APIError as error:
-                refused = error
-                raise HTTPException(error.status, str(error)) from error  # ends what vLLM has begun
+            message = await bodies.whole(receive)
+            if message["type"] == "http.request":
+                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                message["body"] = _translate(message["body"], path, scope["app"].state)
+            return message
 
-        async def unless_refused(message: Message) -> None:
-            if refused is None:
-                await send(message)
-
-        await self._app(scope, translated, unless_refused)
-        if refused is not None:
-            await refused.response()(scope, receive, send)
+        await bodies.answer(self._app, scope, receive, send, translated)
 
 
 def _translate(body: bytes, path: str, state: Any) -> bytes:

@@ -29,6 +29,9 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
+    from calm.serving.vllm import ending
+
+    ending.leave_interrupts()
     ModelRegistry.register_model(ARCHITECTURE, "calm.serving.vllm.model:CalmForCausalLM")
     if is_supported():
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -41,14 +44,15 @@ class Settings:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Take the anchor's tokenizer where the composition has none.
+        """Take the anchor's tokenizer where the composition has none, and the limit of `calm serve` on answers.
 
         Args:
             model_config: vLLM's `ModelConfig`.
         """
-        from calm.serving.vllm import checks
+        from calm.serving.vllm import checks, limiting
 
         checks.default_tokenizer(model_config)
+        limiting.limit_answers(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
