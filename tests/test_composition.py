@@ -38,7 +38,7 @@ def test_one_line() -> None:
         {"augmenting": "augmenting", "augmenting_layer": 1, "anchor_layer": 1},
         {"augmenting": "augmenting", "augmenting_layer": 3, "anchor_layer": 3},
     ]
-    assert (model.config.num_heads, model.config.attention, model.config.attend) == (4, "normalized", "causal")
+    assert (model.config.num_heads, model.config.attention, model.config.attend) == (4, "gated", "causal")
     assert len(model.connections) == 2 and all(isinstance(c, Connection) for c in model.connections)
 
 

@@ -36,7 +36,7 @@ MIXES = [
     Mix("gemma2", ("mamba",), 2),
     Mix("gemma3_text", ("gemma3_text",), (((0, 2),),)),
     Mix("gpt2", ("qwen3",), 2, attention="paper", num_heads=2),
-    Mix("falcon", ("bloom",), 4),
+    Mix("falcon", ("bloom",), 4, attention="normalized"),
     Mix("gpt_neox", ("opt", "llama"), 2),
     Mix("mixtral", ("gpt_oss",), 2),
 ]
@@ -75,6 +75,11 @@ def test_parameters_and_checkpoint_are_those_of_the_real_composition(mix: Mix, t
     assert planned.layer_pairs == model.config.layer_pairs
     assert planned.num_heads == model.config.num_heads
     assert planned.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+    width, widths = mix.anchor_shape[0], dict(zip(planned.augmenting, mix.augmenting_shapes, strict=False))
+    gate = mix.attention == "gated"
+    assert planned.connections.parameters == sum(
+        4 * width**2 + width * widths[pair.augmenting][0] + gate for pair in planned.layer_pairs
+    )
     model.save_pretrained(tmp_path)
     assert planned.checkpoint_bytes == (tmp_path / "model.safetensors").stat().st_size
 

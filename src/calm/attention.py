@@ -16,8 +16,8 @@ from calm.errors import CalmError
 NORM_EPS = 1e-6
 
 GATE_SCALE = 1 / 8
-"""A gate is this, times its parameter, times the anchor's width. The learning rates that matrices bear fall with their
-width (arXiv 2203.03466), and one number has to get from 0 to about 1 in tens of steps of them."""
+"""A gate is its parameter, times this, times the anchor's width. The learning rates that matrices bear fall with their
+width (arXiv 2203.03466), and at these rates one number has to get from 0 to about 1 in tens of steps."""
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
 
 
 def gate_of(parameter: Tensor, width: int) -> Tensor:
-    """How far a gate is open: 1 adds what is looked up at the size of the anchor's own state.
+    """How far a gate is open: at 0 nothing is added, at 1 a normalised state at the size of the anchor's own.
 
     Args:
         parameter: The connection's `gate`, `[1]`.
@@ -56,8 +56,9 @@ def root_mean_square(states: Tensor) -> Tensor:
         states: `[..., width]`.
 
     Returns:
-        Float32 `[..., 1]`.
+        Float32 `[..., 1]`; its gradient at states that are all zero is zero.
     """
+    # summed in float32, without a copy of the states in it
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
     return norm / math.sqrt(states.shape[-1])
 
@@ -66,12 +67,12 @@ class Connection(GradientCheckpointingLayer):
     """One connection: `H_B + f_cross(f_proj(H_A), H_B)` (paper, section 3.1).
 
     A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, one number that starts
-    at zero (as in Flamingo, arXiv 2204.14198, but without tanh). What it opens is worth having: `W_V` and `W_O`, and
-    `f_proj` where both models have one width, start as identities, so that the augmenting model's state is handed on
-    as it is, in units of the anchor's own root mean square (docs/dev/LOG.md, "identity behind a gate"). Queries and
-    context are RMS-normalised (without weights of their own: the projections that follow absorb them), and the scores
-    carry ALiBi slopes. `"normalized"` has no gate; there `W_O` starts at zero, the other matrices at random. `"paper"`
-    is that without norms and slopes. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
+    at zero (as in Flamingo, arXiv 2204.14198, but without tanh). Behind it `W_V` and `W_O`, and `f_proj` where both
+    models have one width, start as identities: what the gate lets through first is the augmenting model's own state,
+    in units of the root mean square of the anchor's (docs/dev/LOG.md, "identity behind a gate"). Queries and context
+    are RMS-normalised (without weights of their own: the projections that follow absorb them), and the scores carry
+    ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O` starts at zero, the other matrices at random.
+    `"paper"` is that without norms and slopes. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
 
     Args:
         augmenting_width: `D_A`, width of the augmenting layer's output.
@@ -98,7 +99,10 @@ class Connection(GradientCheckpointingLayer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with nothing to add; every matrix but a `W_O` that is zero keeps the variance of its input."""
+        """Start with nothing to add: a gate at zero, identities behind it; or without a gate `W_O` at zero.
+
+        Matrices that start at random keep the variance of their input.
+        """
         for linear in (self.f_proj, self.w_q, self.w_k, self.w_v):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
         if self.gate is None:
