@@ -74,7 +74,7 @@ def test_number_of_heads(heads: int) -> None:
     handle = model.anchor.model.norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(IDS)
     handle.remove()
-    expected = formula(model.connections[0], hidden[0], context[0], heads, True)
+    expected = formula(model.connections[0], hidden[0], context[0], heads, "gated")
     np.testing.assert_allclose((inputs[0] - hidden)[0].detach().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 

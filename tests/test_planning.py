@@ -166,9 +166,10 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
 
     ids = tokens(BATCH, LENGTH)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapped: wrapped.tensor):
-        assert model(ids, labels=ids, skip_logits=True).loss.requires_grad
+        loss = model(ids, labels=ids, skip_logits=True).loss
     storages = {s.data_ptr(): s.nbytes() for wrapped in kept if (s := wrapped.tensor.untyped_storage())}
     found = sum(size for at, size in storages.items() if at not in weights)
+    assert loss.requires_grad  # and is held up to here, and with it what is kept
     hidden_gradient = ids.numel() * 32 * getattr(torch, dtype).itemsize  # the loss has it already
     assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.03)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,8 @@ class ConnectionStatistics(TrainerCallback):
         """Called by the Trainer before each optimiser step."""
         step = state.global_step + 1
         if any(step % interval == 0 for interval in (state.logging_steps, state.eval_steps, state.save_steps)):
-            for index, connection in enumerate(self.connections):
-                hook = _Watch(self.values, index)
-                self._hooks.append(connection.register_forward_hook(hook))
+            for index, connection in enumerate(cast(Iterable[Connection], self.connections)):
+                self._hooks.append(connection.register_forward_hook(_Watch(self.values, index)))
                 if connection.gate is not None:
                     with gathered(connection):
                         gate = gate_of(whole(connection.gate.detach()), connection.w_q.in_features)
