@@ -134,13 +134,14 @@ class Connection(GradientCheckpointingLayer):
         Returns:
             What is to be added to `hidden`: `[batch, query length, D_B]`, its dtype and device.
         """
-        queries, keys, values = self.project(hidden, context)
+        states = hidden.to(self.w_q.weight.dtype)  # once: the norm and the gate keep one copy for the backward pass
+        queries, keys, values = self.project(states, context)
         if cache_layer is not None:
             keys, values = cache_layer.update(keys, values)
         attended = _attend(queries, keys, values, alignment)
         injection = self.w_o(attended.transpose(1, 2).flatten(2))
         if self.gate is not None:
-            injection = injection * (gate_of(self.gate, hidden.shape[-1]) * root_mean_square(hidden))
+            injection = injection * (gate_of(self.gate, hidden.shape[-1]) * root_mean_square(states))
         injection = injection.to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> calm.CalmForCausalLM:
     for connection in model.connections:
         weight = connection.w_o.weight
         weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-    open_gates(model).save_pretrained(folder / "composed")
+    open_gates(model, 1).save_pretrained(folder / "composed")
     model.name_or_path = str(folder / "composed")
     return model
 
