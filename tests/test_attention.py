@@ -236,6 +236,26 @@ def test_the_root_mean_square_of_half_precision_is_float32s(dtype: torch.dtype) 
     assert sum(tensor.nbytes for tensor in kept if tensor.data_ptr() != states.data_ptr()) < 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_keeps_one_tensor_more_for_the_backward_pass(dtype: torch.dtype) -> None:
+    """What `W_O` gives, which the gate's gradient needs; its size of the hidden state is that of the norm's copy."""
+    held = {}
+    for attention in ("gated", "normalized"):
+        connection, kept = random_connection(64, 64, 2, attention, 0), {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        hidden = torch.randn(2, 16, 64, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = connection(hidden, torch.randn(2, 16, 64, dtype=dtype), causal(16, 2, attention))
+        held[attention] = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        assert found.requires_grad
+    injection = 2 * 16 * 64 * 4
+    assert injection <= held["gated"] - held["normalized"] < 1.2 * injection
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_starts_with_the_variance_of_its_input(attention: str) -> None:
     torch.manual_seed(0)
