@@ -178,7 +178,7 @@ class Mix:
         anchor: Architecture of the anchor.
         augmenting: Architectures of the augmenting models.
         connections: A number, or `(augmenting layer, anchor layer)` pairs for each augmenting model.
-        attention: "normalized" or "paper".
+        attention: "gated", "normalized" or "paper".
         attend: "causal" or "prompt".
         num_heads: Heads of the connections, the anchor's when `None`.
         anchor_shape: Width, layers and heads of the anchor.
@@ -188,7 +188,7 @@ class Mix:
     anchor: str = "llama"
     augmenting: tuple[str, ...] = ("gpt2",)
     connections: int | tuple[tuple[tuple[int, int], ...], ...] = 2
-    attention: str = "normalized"
+    attention: str = "gated"
     attend: str = "causal"
     num_heads: int | None = None
     anchor_shape: tuple[int, int, int] = (32, 4, 4)
@@ -202,7 +202,7 @@ class Mix:
         return {f"m{i}": base(name, *shape, seed=i + 1) for i, (name, shape) in enumerate(shapes)}
 
     def fresh(self) -> calm.CalmForCausalLM:
-        """The composition as `compose` makes it: its output matrices are zero."""
+        """The composition as `compose` makes it: its gates are closed, or its output matrices zero."""
         models = self.augmenting_models()
         connections = self.connections
         if not isinstance(connections, int):
@@ -235,18 +235,37 @@ def _shared(mix: Mix) -> calm.CalmForCausalLM:
 
 
 def perturb(model: calm.CalmForCausalLM, share: float = 0.2, seed: int = 7) -> calm.CalmForCausalLM:
-    """Random output matrices, scaled so that each injection has `share` of the norm of what it is added to."""
+    """Random matrices, scaled so that each injection has `share` of the norm of what it is added to.
+
+    Those that are random already stay; identities would hide a matrix that is left out or transposed.
+    """
     generator = torch.Generator().manual_seed(seed)
     for connection in model.connections:
-        weight = connection.w_o.weight
-        weight.data = torch.randn(weight.shape, generator=generator).to(weight)
+        linears = [connection.w_o]
+        if connection.gate is not None:
+            linears += [connection.w_v, connection.f_proj]
+            connection.gate.data.fill_(1)
+        for linear in linears:
+            weight = linear.weight
+            weight.data = torch.randn(weight.shape, generator=generator).to(weight) / linear.in_features**0.5
 
     def scale(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         factor = share * args[0].norm() / output.norm()
-        module.w_o.weight.data *= factor
+        strength = module.w_o.weight if module.gate is None else module.gate
+        strength.data *= factor
         return output * factor  # so that later connections are scaled on what they will get
 
     _watch_connections(model, scale)
+    return model
+
+
+def open_gates(model: calm.CalmForCausalLM, far: float = 0.2) -> calm.CalmForCausalLM:
+    """Open the gates: a closed one hides whatever is done to the matrices.
+
+    At 0.2, output matrices of unit variance add about as much as there is (at the widths of the tests).
+    """
+    for connection in model.connections:
+        connection.gate.data.fill_(8 * far / connection.w_o.out_features)
     return model
 
 

@@ -43,7 +43,7 @@ def test_through_a_file(anchor: str, tmp_path: Path) -> None:
 
 def test_defaults() -> None:
     config = make(anchor_config=factories.config("llama", 32, 4, 2))
-    assert (config.num_heads, config.attention, config.attend) == (2, "normalized", "causal")
+    assert (config.num_heads, config.attention, config.attend) == (2, "gated", "causal")
     assert config.augmenting_depth("a") == 3
     assert [pair.to_dict() for pair in config.layer_pairs] == PAIRS
 
@@ -72,7 +72,7 @@ def test_sizes_of_a_base(architecture: str) -> None:
         ({"num_heads": "x"}, ["num_heads='x'", "whole number", "32"]),
         ({"num_heads": 2.0}, ["num_heads=2.0", "whole number", "32"]),
         ({"num_heads": True}, ["num_heads=True", "whole number", "32"]),
-        ({"attention": "linear"}, ["attention='linear'", "'normalized'", "'paper'"]),
+        ({"attention": "linear"}, ["attention='linear'", "'gated'", "'normalized'", "'paper'"]),
         ({"attend": "both"}, ["attend='both'", "'causal'", "'prompt'"]),
         ({"connections": [PAIRS[0] | {"augmenting": "b"}]}, ["['b']", "['a']"]),
         ({"connections": [PAIRS[0], PAIRS[0]]}, ["twice"]),

@@ -31,7 +31,8 @@ LENGTH, NEW = 7, 5
 TOKENIZER = word_tokenizer()
 
 MIXES = {
-    "normalized": Mix(),
+    "gated": Mix(),
+    "normalized": Mix(attention="normalized"),
     "paper": Mix(attention="paper"),
     "prompt only": Mix(attend="prompt"),
     "several": Mix("gemma2", ("gpt2", "mamba"), connections=(((1, 1), (3, 2)), ((0, 1),))),
@@ -68,7 +69,10 @@ def calls(model: calm.CalmForCausalLM, inspection: Inspection) -> list[tuple[Ten
 def added(connection: torch.nn.Module, hidden: Tensor, context: Tensor, weights: Tensor) -> Tensor:
     """What a connection adds when it looks where `weights`, `[heads, positions, positions]`, say."""
     values = connection.project(hidden, context)[2][0]
-    return connection.w_o((weights @ values).transpose(0, 1).flatten(1))
+    found = connection.w_o((weights @ values).transpose(0, 1).flatten(1))
+    if connection.gate is not None:
+        found = found * connection.gate * hidden.shape[-1] / 8 * hidden[0].square().mean(-1, keepdim=True).sqrt()
+    return found
 
 
 @mixes
@@ -105,7 +109,7 @@ def test_rows_sum_to_one_over_what_is_seen(mix: Mix) -> None:
         np.testing.assert_allclose(use.entropy.numpy(), entropy, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["normalized", "paper"])
+@pytest.mark.parametrize("attention", ["gated", "normalized", "paper"])
 def test_long_rows_in_blocks(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Mix(attention=attention).shared()
     whole = inspected(model)

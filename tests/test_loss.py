@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from factories import ANCHORS, OTHER_ANCHORS, VOCAB, Mix, assert_same, base, config, patched, tokens
+from factories import ANCHORS, OTHER_ANCHORS, VOCAB, Mix, assert_same, base, config, open_gates, patched, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +82,7 @@ def test_scales_and_biases_of_heads(config: transformers.PreTrainedConfig) -> No
     model = calm.compose(anchor, base("gpt2"), 2).train()
     for connection in model.connections:
         torch.nn.init.normal_(connection.w_o.weight, std=0.1)
+    open_gates(model)
     with patched(loss, CHUNK=SMALL):
         expected, found = losses_and_gradients(model)
     for a, b in zip(found, expected, strict=True):

@@ -37,7 +37,7 @@ def capture(model: torch.nn.Module, layer: int, ids: Tensor, **kwargs: Any) -> T
 # -- one forward pass -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["paper", "normalized"])
+@pytest.mark.parametrize("attention", ["paper", "normalized", "gated"])
 @pytest.mark.parametrize("augmenting", ["gpt2", "gemma3_text", "falcon", "mamba"])
 def test_recomputed_from_bare_models(attention: str, augmenting: str) -> None:
     """The paper's equation end to end: untouched bases, the formula in numpy, the anchor's own norm and head.
@@ -52,7 +52,7 @@ def test_recomputed_from_bare_models(attention: str, augmenting: str) -> None:
 
         def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
             connection = model.connections[index]
-            added = [formula(connection, output[row], context[row], 4, attention == "normalized") for row in range(2)]
+            added = [formula(connection, output[row], context[row], 4, attention) for row in range(2)]
             return output + torch.from_numpy(np.stack(added)).float()
 
         return hook
@@ -74,7 +74,7 @@ def test_number_of_heads(heads: int) -> None:
     handle = model.anchor.model.norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model(IDS)
     handle.remove()
-    expected = formula(model.connections[0], hidden[0], context[0], heads, True)
+    expected = formula(model.connections[0], hidden[0], context[0], heads, "gated")
     np.testing.assert_allclose((inputs[0] - hidden)[0].detach().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_outputs_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("anchor", ["llama", "gemma3_text", "qwen3", "mistral", "gpt2", "mixtral"])
-@pytest.mark.parametrize("attention", ["paper", "normalized"])
+@pytest.mark.parametrize("attention", ["paper", "normalized", "gated"])
 def test_packed_rows(anchor: str, attention: str) -> None:
     """Documents one after another in a row, positions that restart, no mask: each has the logits it has alone."""
     model = Mix(anchor=anchor, augmenting=("llama", "gemma2"), attention=attention).shared()
@@ -454,13 +454,13 @@ def test_lora_on_the_anchor_after_composing(tmp_path: Path) -> None:
     model = Mix().build()
     plain = model(IDS).logits
     bases = factories.digests(model.anchor)
-    matrices = ["f_proj", "w_q", "w_k", "w_v", "w_o"]
-    config = peft.LoraConfig(r=4, target_modules=r"anchor\..*q_proj", modules_to_save=matrices)
+    connections = [f"connections.{index}" for index in range(len(model.connections))]
+    config = peft.LoraConfig(r=4, target_modules=r"anchor\..*q_proj", modules_to_save=connections)
     adapted = peft.get_peft_model(model, config)
     assert_identical(adapted(IDS).logits, plain)  # LoRA starts as the identity
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert sum("lora_" in name for name in trainable) == 8
-    assert sum("connections" in name for name in trainable) == 5 * len(model.connections)
+    assert sum("connections" in name for name in trainable) == 6 * len(model.connections)
     adapted.train()
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
     losses = []

@@ -36,7 +36,7 @@ MIXES = [
     Mix("gemma2", ("mamba",), 2),
     Mix("gemma3_text", ("gemma3_text",), (((0, 2),),)),
     Mix("gpt2", ("qwen3",), 2, attention="paper", num_heads=2),
-    Mix("falcon", ("bloom",), 4),
+    Mix("falcon", ("bloom",), 4, attention="normalized"),
     Mix("gpt_neox", ("opt", "llama"), 2),
     Mix("mixtral", ("gpt_oss",), 2),
 ]
@@ -75,6 +75,11 @@ def test_parameters_and_checkpoint_are_those_of_the_real_composition(mix: Mix, t
     assert planned.layer_pairs == model.config.layer_pairs
     assert planned.num_heads == model.config.num_heads
     assert planned.weight_bytes == sum(weight.nbytes for weight in model.parameters())
+    width, widths = mix.anchor_shape[0], dict(zip(planned.augmenting, mix.augmenting_shapes, strict=False))
+    gate = mix.attention == "gated"
+    assert planned.connections.parameters == sum(
+        4 * width**2 + width * widths[pair.augmenting][0] + gate for pair in planned.layer_pairs
+    )
     model.save_pretrained(tmp_path)
     assert planned.checkpoint_bytes == (tmp_path / "model.safetensors").stat().st_size
 
@@ -161,9 +166,10 @@ def test_activations_are_what_a_real_step_keeps(mix: Mix, dtype: str) -> None:
 
     ids = tokens(BATCH, LENGTH)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda wrapped: wrapped.tensor):
-        assert model(ids, labels=ids, skip_logits=True).loss.requires_grad
+        loss = model(ids, labels=ids, skip_logits=True).loss
     storages = {s.data_ptr(): s.nbytes() for wrapped in kept if (s := wrapped.tensor.untyped_storage())}
     found = sum(size for at, size in storages.items() if at not in weights)
+    assert loss.requires_grad  # and is held up to here, and with it what is kept
     hidden_gradient = ids.numel() * 32 * getattr(torch, dtype).itemsize  # the loss has it already
     assert plan_of(mix, dtype=dtype).activation_bytes == pytest.approx(found + hidden_gradient, rel=0.03)
 

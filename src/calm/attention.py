@@ -15,6 +15,10 @@ from calm.errors import CalmError
 
 NORM_EPS = 1e-6
 
+GATE_SCALE = 1 / 8
+"""A gate is its parameter, times this, times the anchor's width. The learning rates that matrices bear fall with their
+width (arXiv 2203.03466), and at these rates one number has to get from 0 to about 1 in tens of steps."""
+
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     """Fixed ALiBi slopes, one a head: a geometric sequence that falls from 2 over about eight octaves.
@@ -32,41 +36,83 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(1 - 8 * torch.arange(num_heads, device=device) / max(num_heads, 8))
 
 
+def gate_of(parameter: Tensor, width: int) -> Tensor:
+    """How far a gate is open: at 0 nothing is added, at 1 a normalised state at the size of the anchor's own.
+
+    Args:
+        parameter: The connection's `gate`, `[1]`.
+        width: `D_B`.
+
+    Returns:
+        Float32 `[1]`.
+    """
+    return parameter.float() * (width * GATE_SCALE)
+
+
+def root_mean_square(states: Tensor) -> Tensor:
+    """How large a model's states are, for a connection to speak as loudly.
+
+    Args:
+        states: `[..., width]`.
+
+    Returns:
+        Float32 `[..., 1]`; its gradient at states that are all zero is zero.
+    """
+    # summed in float32, without a copy of the states in it
+    norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm / math.sqrt(states.shape[-1])
+
+
 class Connection(GradientCheckpointingLayer):
     """One connection: `H_B + f_cross(f_proj(H_A), H_B)` (paper, section 3.1).
 
-    `W_O` starts at zero, so that a new composition is the anchor, bit for bit. With `attention="normalized"` queries
-    and context are RMS-normalised (without weights of their own: the projections that follow absorb them) and the
-    scores carry ALiBi slopes; `"paper"` has neither. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
+    A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, one number that starts
+    at zero (as in Flamingo, arXiv 2204.14198, but without tanh). Behind it `W_V` and `W_O`, and `f_proj` where both
+    models have one width, start as identities: what the gate lets through first is the augmenting model's own state,
+    in units of the root mean square of the anchor's (docs/dev/LOG.md, "identity behind a gate"). Queries and context
+    are RMS-normalised (without weights of their own: the projections that follow absorb them), and the scores carry
+    ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O` starts at zero, the other matrices at random.
+    `"paper"` is that without norms and slopes. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
 
     Args:
         augmenting_width: `D_A`, width of the augmenting layer's output.
         anchor_width: `D_B`, width of the anchor layer's output.
         num_heads: `N_H`; must divide `anchor_width`.
-        attention: `"normalized"` or `"paper"`.
+        attention: `"gated"`, `"normalized"` or `"paper"`.
 
     Raises:
         CalmError: If `num_heads` does not divide `anchor_width`.
     """
 
-    def __init__(self, augmenting_width: int, anchor_width: int, num_heads: int, attention: str = "normalized"):
+    def __init__(self, augmenting_width: int, anchor_width: int, num_heads: int, attention: str = "gated"):
         super().__init__()
         if anchor_width % num_heads:
             raise CalmError(f"num_heads={num_heads} does not divide the anchor's width {anchor_width}.")
         self.num_heads = num_heads
-        self.normalize = attention == "normalized"
+        self.normalize = attention != "paper"
         self.f_proj = nn.Linear(augmenting_width, anchor_width, bias=False)
         self.w_q = nn.Linear(anchor_width, anchor_width, bias=False)
         self.w_k = nn.Linear(anchor_width, anchor_width, bias=False)
         self.w_v = nn.Linear(anchor_width, anchor_width, bias=False)
         self.w_o = nn.Linear(anchor_width, anchor_width, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1)) if attention == "gated" else None  # FSDP2 takes no scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as the identity: every matrix but `W_O` keeps the variance of its input, `W_O` is zero."""
+        """Start with nothing to add: a gate at zero, identities behind it; or without a gate `W_O` at zero.
+
+        Matrices that start at random keep the variance of their input.
+        """
         for linear in (self.f_proj, self.w_q, self.w_k, self.w_v):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
-        nn.init.zeros_(self.w_o.weight)
+        if self.gate is None:
+            nn.init.zeros_(self.w_o.weight)
+            return
+        nn.init.zeros_(self.gate)
+        for linear in (self.w_v, self.w_o):
+            nn.init.eye_(linear.weight)
+        if self.f_proj.in_features == self.f_proj.out_features:
+            nn.init.eye_(self.f_proj.weight)
 
     def forward(
         self,
@@ -88,11 +134,15 @@ class Connection(GradientCheckpointingLayer):
         Returns:
             What is to be added to `hidden`: `[batch, query length, D_B]`, its dtype and device.
         """
-        queries, keys, values = self.project(hidden, context)
+        states = hidden.to(self.w_q.weight.dtype)  # once: the norm and the gate keep one copy for the backward pass
+        queries, keys, values = self.project(states, context)
         if cache_layer is not None:
             keys, values = cache_layer.update(keys, values)
         attended = _attend(queries, keys, values, alignment)
-        injection = self.w_o(attended.transpose(1, 2).flatten(2)).to(hidden.dtype)
+        injection = self.w_o(attended.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            injection = injection * (gate_of(self.gate, hidden.shape[-1]) * root_mean_square(states))
+        injection = injection.to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees
         return injection

@@ -29,7 +29,7 @@ def compose(
     connections: int | Iterable[tuple[int, int]] | Mapping[str, int | Iterable[tuple[int, int]]] = 4,
     *,
     num_heads: int | None = None,
-    attention: str = "normalized",
+    attention: str = "gated",
     attend: str = "causal",
     load_augmenting: bool = True,
     anchor_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -47,7 +47,7 @@ def compose(
         connections: How many connections at a uniform gap (per augmenting model), or `(augmenting layer, anchor
             layer)` pairs, 0-based, or either by the augmenting model's name.
         num_heads: Heads of a connection; the anchor's number by default.
-        attention: `"normalized"`, or `"paper"` for the paper's formula to the letter.
+        attention: `"gated"`, `"normalized"` (without the gate), or `"paper"` for the paper's formula to the letter.
         attend: `"causal"`, or `"prompt"` for the paper's ablation of the augmenting model as an encoder.
         load_augmenting: False leaves the augmenting models where they are, for training on outputs that were kept:
             `forward` has to be given `augmenting_outputs`.

@@ -12,7 +12,7 @@ from calm.connections import LayerPair, check_pairs
 from calm.errors import CalmError, CheckpointError
 
 FORMAT_VERSION = 1
-ATTENTIONS = ("normalized", "paper")
+ATTENTIONS = ("gated", "normalized", "paper")
 ATTEND_MODES = ("causal", "prompt")
 
 
@@ -24,8 +24,9 @@ class CalmConfig(PreTrainedConfig):
         augmenting_configs: Configurations of the augmenting models `m_A` by name, untruncated.
         connections: The connections as dictionaries with `augmenting` (name), `augmenting_layer` and `anchor_layer`.
         num_heads: Heads of every connection; the anchor's number of attention heads when `None` (paper, section 3.1).
-        attention: `"normalized"` (default: the paper's cross-attention with RMS-normalised inputs and ALiBi slopes)
-            or `"paper"` (the paper's formula to the letter).
+        attention: `"gated"` (default: the paper's cross-attention with RMS-normalised inputs and ALiBi slopes, behind
+            a gate and in units of the anchor's hidden state), `"normalized"` (the same without gate and units) or
+            `"paper"` (the paper's formula to the letter).
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
         anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`, `fingerprint`.
@@ -45,7 +46,7 @@ class CalmConfig(PreTrainedConfig):
     augmenting_configs: Any = None
     connections: Any = None
     num_heads: int | None = None
-    attention: str = "normalized"
+    attention: str = "gated"
     attend: str = "causal"
     anchor_reference: Any = None
     augmenting_references: Any = None

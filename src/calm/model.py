@@ -435,9 +435,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         if cache is None and padding_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
         key_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        slopes = (
-            alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention == "normalized" else None
-        )
+        slopes = alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention != "paper" else None
         starts_here = isinstance(past_length, int) and past_length == 0 and key_length == length
         if starts_here and prompt_length is None and _is_right_padded(padding_mask):
             if documents is None:

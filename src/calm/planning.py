@@ -83,7 +83,7 @@ class Plan:
         connections: The connections, all that is trained and saved.
         layer_pairs: The connections one by one.
         num_heads: Heads of every connection.
-        attention: `"normalized"` or `"paper"`.
+        attention: `"gated"`, `"normalized"` or `"paper"`.
         sequence_length: Tokens in a sequence.
         batch_size: Sequences in a batch.
         dtype: Of weights and caches. In training the connections, and with them their gradients and optimizer states,
@@ -159,7 +159,7 @@ def plan(
     connections: int | Iterable[tuple[int, int]] | Mapping[str, int | Iterable[tuple[int, int]]] = 4,
     *,
     num_heads: int | None = None,
-    attention: str = "normalized",
+    attention: str = "gated",
     sequence_length: int = 512,
     batch_size: int = 1,
     dtype: str = "bfloat16",
@@ -177,7 +177,7 @@ def plan(
         augmenting: The augmenting model likewise, or several by name.
         connections: As in `compose`.
         num_heads: Heads of a connection; the anchor's number by default.
-        attention: `"normalized"` or `"paper"`.
+        attention: `"gated"`, `"normalized"` or `"paper"`.
         sequence_length: Tokens in a sequence, at least 2: a training step is planned, which predicts each from those
             before it.
         batch_size: Sequences in a batch.

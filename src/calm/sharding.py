@@ -22,7 +22,11 @@ def whole(value: Any) -> Any:
         return {key: whole(part) for key, part in value.items()}
     if isinstance(value, list):
         return [whole(part) for part in value]
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor().cpu()
+    # parts are gathered padded to one size: fewer rows than processes come as a view, which safetensors refuses
+    return full if full.nbytes == full.untyped_storage().nbytes() else full.clone()
 
 
 def spread(value: Tensor, weight: Tensor) -> Tensor:

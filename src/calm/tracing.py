@@ -188,9 +188,9 @@ def connections_in_float32(model: CalmForCausalLM) -> torch.optim.AdamW:
     Returns:
         AdamW with its states made, as they are from the second step on.
     """
-    for linear in model.train().connections.modules():  # Module.float() refuses tensors without contents
-        for name, weight in list(linear.named_parameters(recurse=False)):
-            setattr(linear, name, nn.Parameter(weight.float()))
+    for module in model.train().connections.modules():  # Module.float() refuses tensors without contents
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(weight.float()))
     weights = list(model.connections.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.0, fused=True)
     for weight in weights:

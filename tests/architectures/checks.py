@@ -28,10 +28,13 @@ class CheckFailed(AssertionError):
 
 
 def compose(anchor: PreTrainedModel | str, augmenting: PreTrainedModel | str, seed: int = 7) -> calm.CalmForCausalLM:
-    """A composition whose connections change the logits: all their weights are random, and the same each time."""
+    """A composition whose connections change the logits: all their matrices are random, and the same each time."""
     model = calm.compose(anchor, augmenting, PAIRS, num_heads=4)
     generator = torch.Generator().manual_seed(seed)
     for weight in model.connections.parameters():
+        if weight.dim() == 1:  # a gate: open as far as 1
+            weight.data.fill_(8 / model.connections[0].w_o.out_features)
+            continue
         weight.data = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
     return model
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from bases import byte_tokenizer, sums, write_jsonl
+from factories import open_gates
 from typer.testing import CliRunner, Result
 
 import calm
@@ -52,7 +53,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[str, str
     torch.manual_seed(0)
     for connection in model.connections:
         torch.nn.init.normal_(connection.w_o.weight)
-    model.save_pretrained(folder)
+    open_gates(model).save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import byte_tokenizer
+from factories import open_gates
 
 import calm
 
@@ -20,6 +21,6 @@ def composed_folder(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[s
     model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], connections=[(0, 0), (1, 1)])
     for connection in model.connections:
         torch.nn.init.normal_(connection.w_o.weight)
-    model.save_pretrained(folder)
+    open_gates(model).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bases import byte_tokenizer
+from factories import open_gates
 from lm_eval.api.instance import Instance
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -80,6 +81,7 @@ def test_prompt_only_attention_sees_the_context_and_not_the_continuation(tiny_ba
     model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], connections=[(0, 0), (1, 1)], attend="prompt")
     for connection in model.connections:
         torch.nn.init.normal_(connection.w_o.weight)
+    open_gates(model)
     pairs = [*PAIRS[:3], PAIRS[4], ("1+2", "=3")]
     lm = CalmLM(model, TOKENIZER, 4)
     scores = lm.loglikelihood(instances("loglikelihood", pairs))

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import calm
+from calm.attention import Connection
 from calm.experiments.key_value_arithmetic import baselines, bases, evaluate, recipe, reproduce, run, stages, workers
 from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection
 from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Expression, Task, build_tokenizer
@@ -439,6 +440,7 @@ def test_default_variant_is_the_librarys_connection(finished):
     variant = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2, attention="paper")
     for index, connection in enumerate(reference.connections):
         torch.nn.init.normal_(connection.w_o.weight, std=0.2)
+        torch.nn.init.constant_(connection.gate, 0.2)
         variant.connections[index] = VariantConnection(16, 24, 4, Variant())
         variant.connections[index].load_state_dict(connection.state_dict())
     ids = torch.randint(3, 20, (3, 9))
@@ -448,10 +450,39 @@ def test_default_variant_is_the_librarys_connection(finished):
         torch.testing.assert_close(
             variant(ids, **arguments).logits[mask.bool()], reference(ids, **arguments).logits[mask.bool()]
         )
-    for index, changed in enumerate((Variant(position="none"), Variant(position="rotary"), Variant(normalize=False))):
+    for changed in (
+        Variant("none"),
+        Variant(position="none"),
+        Variant(position="rotary"),
+        Variant(normalize=False),
+    ):
         variant.connections[0] = VariantConnection(16, 24, 4, changed)
-        variant.connections[0].load_state_dict(reference.connections[0].state_dict())
-        assert not torch.allclose(variant(ids).logits, reference(ids).logits), index
+        variant.connections[0].load_state_dict(reference.connections[0].state_dict(), strict=changed.gate != "none")
+        assert not torch.allclose(variant(ids).logits, reference(ids).logits), changed
+
+
+def test_where_variants_start():
+    """The default as the library's connection; the others differ in what they name."""
+
+    def start(make, *args):
+        torch.manual_seed(0)
+        return make(24, 24, 4, *args)
+
+    def same(one, other):
+        return all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+    assert same(start(VariantConnection, Variant()), start(Connection))
+    assert same(start(VariantConnection, Variant("none")), start(Connection, "normalized"))
+    unopened, opened = start(Connection), start(VariantConnection, Variant("open"))
+    assert opened.gate.item() == pytest.approx(8 / 24)
+    torch.nn.init.zeros_(opened.gate)
+    assert same(opened, unopened)
+    random_ones = start(VariantConnection, Variant(identities=False))
+    assert random_ones.gate.item() == 0
+    for name in ("f_proj", "w_v", "w_o"):
+        weight, identity = (getattr(connection, name).weight for connection in (random_ones, unopened))
+        assert torch.equal(identity, torch.eye(24))
+        assert weight.std().item() == pytest.approx(24**-0.5, rel=0.1) and weight.mean().abs() < 0.05
 
 
 @pytest.mark.parametrize("position", ["steep", "alibi", "rotary", "none"])
@@ -460,7 +491,7 @@ def test_variants_decode_with_a_cache_as_without(finished, position):
     torch.manual_seed(0)
     model = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2, attention="paper")
     for index in range(2):
-        model.connections[index] = VariantConnection(16, 24, 4, Variant(position=position, zero_output=False))
+        model.connections[index] = VariantConnection(16, 24, 4, Variant("open", position=position))
     ids = torch.randint(3, 20, (2, 8))
     whole = model(ids, use_cache=False).logits
     first = model(ids[:, :5], use_cache=True)

@@ -40,7 +40,8 @@ def check_bases_stay(model: calm.CalmForCausalLM, steps: int = 3, **optimizer_kw
         given = [name for name, weight in model.named_parameters() if weight.grad is not None]
         outside = [name for name in given if not name.startswith("connections.")]
         assert not outside, f"{outside[0]} was given a gradient"
-        assert len(given) == 5 * len(model.connections), "a connection was given no gradient"
+        weights = 6 if model.config.attention == "gated" else 5
+        assert len(given) == weights * len(model.connections), "a connection was given no gradient"
         optimizer.zero_grad()
     after, trained = base_digests(model), factories.digests(model.connections)
     changed = [name for name in before if after[name] != before[name]]
@@ -77,7 +78,7 @@ def test_training_leaves_any_augmenting_model_alone(augmenting: str) -> None:
 
 
 def test_a_fresh_composition_learns() -> None:
-    """Output matrices that start at zero: all else follows from the second step on."""
+    """Gates that start at zero: all else follows from the second step on."""
     model = Mix().fresh().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = factories.tokens(4, 10)

@@ -91,11 +91,12 @@ def test_disabled_composition_is_the_anchor(anchor: str, data: st.DataObject) ->
         assert_identical(model(ids, attention_mask=mask).logits, bare_anchor(mix)(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.parametrize("attention", ["gated", "normalized"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fresh_composition_is_the_anchor_in_half_precision(dtype: torch.dtype) -> None:
+def test_fresh_composition_is_the_anchor_in_half_precision(dtype: torch.dtype, attention: str) -> None:
     mix = Mix(anchor="gemma2", augmenting=("llama",))
     anchor = mix.anchor_model().to(dtype)
-    model = calm.compose(mix.anchor_model().to(dtype), mix.augmenting_models(), 2)
+    model = calm.compose(mix.anchor_model().to(dtype), mix.augmenting_models(), 2, attention=attention)
     ids = factories.tokens(2, 9)
     assert model(ids).logits.dtype == anchor(ids).logits.dtype == dtype
     assert_identical(model(ids).logits, anchor(ids).logits)
@@ -122,11 +123,14 @@ def test_disabled_composition_refuses_a_cache_of_the_composition() -> None:
 # -- negative controls ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", ["gated", "normalized"])
 @pytest.mark.parametrize("anchor", factories.ANCHORS)
-def test_one_small_weight_is_noticed(anchor: str) -> None:
-    mix = Mix(anchor=anchor)
+def test_one_small_weight_is_noticed(anchor: str, attention: str) -> None:
+    mix = Mix(anchor=anchor, attention=attention)
     model = mix.fresh()
-    model.connections[0].w_o.weight.data[0, 0] = 1e-3
+    connection = model.connections[0]
+    weight = connection.w_o.weight[0] if connection.gate is None else connection.gate
+    weight.data[0] = 1e-3
     with pytest.raises(AssertionError, match="not bit for bit"):
         check_is_anchor(model, mix, [factories.tokens(1, 8)[0]], "left")
 

@@ -159,7 +159,7 @@ def test_settings_of_generation_are_kept(saved: Saved) -> None:
     assert loaded.generate(IDS).shape[1] == 12
 
 
-@pytest.mark.parametrize("attention", ["normalized", "paper"])
+@pytest.mark.parametrize("attention", ["gated", "normalized", "paper"])
 def test_sharded(attention: str, tmp_path: Path) -> None:
     saved = Saved(tmp_path, attention=attention)
     saved.model.save_pretrained(saved.out, max_shard_size=10_000)
@@ -345,6 +345,26 @@ def test_other_keys(saved: Saved) -> None:
     check_refused(saved.load, "1 missing", "connections.0.w_q.weight", "0 unexpected")
     save_file(weights | {"connections.0.w_q.weight": lost, "connections.9.x": lost + 1}, path, {"format": "pt"})
     check_refused(saved.load, "0 missing", "1 unexpected", "connections.9.x")
+
+
+def test_weights_from_before_there_was_a_gate(tmp_path: Path) -> None:
+    """Composed as "normalized", then the default: no gate, and the same logits; as "gated" they are refused."""
+    saved = Saved(tmp_path, attention="normalized")
+    written = json.loads((saved.out / "config.json").read_text())
+    assert (written["attention"], written["format_version"]) == ("normalized", 1)
+    weights = load_file(saved.out / "model.safetensors")
+    assert len(weights) == 5 * len(saved.model.connections) and not any("gate" in name for name in weights)
+    loaded = saved.load()
+    assert all(connection.gate is None for connection in loaded.connections)
+    check_same_logits(loaded, saved.model)
+    saved.edit_config(attention="gated")
+    check_refused(saved.load, "do not fit its configuration", "2 missing", "connections.0.gate", "0 unexpected")
+
+
+def test_a_gate_that_no_attention_reads_is_refused(saved: Saved) -> None:
+    assert load_file(saved.out / "model.safetensors")["connections.1.gate"].shape == (1,)
+    saved.edit_config(attention="normalized")
+    check_refused(saved.load, "0 missing", "2 unexpected", "connections.0.gate")
 
 
 def test_another_shape(saved: Saved) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from factories import open_gates
 from pages import free_port
 from typer.testing import CliRunner, Result
 
@@ -39,7 +40,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory, tiny_bases: dict[str, str
     model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], connections=[(0, 0)])
     torch.manual_seed(0)
     torch.nn.init.normal_(model.connections[0].w_o.weight)
-    model.save_pretrained(folder)
+    open_gates(model).save_pretrained(folder)
     return folder
 
 

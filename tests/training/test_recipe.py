@@ -42,7 +42,7 @@ def fields(**changes: Any) -> dict[str, Any]:
         ({"connections": 0}, "connections = 0: expected a number"),
         ({"connections": [[1, 2], [3]]}, "connections = [[1, 2], [3]]: expected"),
         ({"connections": [[1, -2]]}, "connections = [[1, -2]]: expected"),
-        ({"attention": "fast"}, "attention = 'fast': expected one of normalized, paper"),
+        ({"attention": "fast"}, "attention = 'fast': expected one of gated, normalized, paper"),
         ({"attend": "all"}, "attend = 'all': expected one of causal, prompt"),
         ({"dtype": "int8"}, "dtype = 'int8': expected one of float32, bfloat16"),
         ({"quantization": "int3"}, "quantization = 'int3': expected one of int8 (torchao), nf4 (4 bits, bitsandbytes)"),

@@ -128,7 +128,7 @@ def test_training_lowers_the_loss_and_changes_only_the_connections(make_recipe: 
     assert evaluated[30] < evaluated[2] - 0.1
     assert all(torch.equal(w, before[n][k]) for n, f in tiny_bases.items() for k, w in weights(f).items())
     assert all(key.startswith("connections.") for key in weights(out))
-    assert all(w.abs().max() > 0 for w in weights(out).values()), "also the output matrices, which start at zero"
+    assert all(w.abs().max() > 0 for w in weights(out).values()), "also the gates, which start at zero"
     assert result.trainable_parameters == sum(w.numel() for w in weights(out).values())
     assert result.eval_loss == min(evaluated.values()) == evaluated[result.best_step]
     assert log_of(recipe)["result"] == {**log_of(recipe)["result"], "steps": 30, "train_examples": 22}
@@ -597,11 +597,13 @@ def test_batches_hold_examples_of_about_equal_length():
 def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
     """All add nothing at first; one whose gradients are taken away never does."""
     original = trainer.CompositionTrainer.training_step
+    gates: dict[int, float] = {}
 
     def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = original(self, model, *args, **kwargs)
         for weight in model.connections[1].parameters():
             weight.grad = None
+        gates[self.state.global_step + 1] = model.connections[0].gate.item() * model.connections[0].w_o.out_features / 8
         return loss
 
     monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)
@@ -611,6 +613,8 @@ def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monk
     assert len(logs) == 12
     assert logs[0]["connection_0/injection"] == logs[-1]["connection_1/injection"] == 0
     assert logs[-1]["connection_0/injection"] > 0.01
+    assert [log["connection_0/gate"] for log in logs] == pytest.approx([gates[log["step"]] for log in logs])
+    assert abs(logs[-1]["connection_0/gate"]) > 0.01 and logs[-1]["connection_1/gate"] == 0
     assert logs[-1]["connection_0/gradient"] > 0 and logs[-1]["connection_1/gradient"] == 0
     assert all(0 < log[f"connection_{i}/entropy"] < np.log(64) for log in logs for i in (0, 1))
     assert (Path(recipe.training.output_dir) / "connections.png").stat().st_size > 1000

@@ -18,7 +18,7 @@ TOLERANCE = 1e-3  # of log-probabilities in float32 (issue 5); 1e-5 is usual
 # the middle, several at a layer, from one layer; each family once in both roles.
 MIXES = {
     "gpt2-llama": Mix("gpt2", ("llama",), 3, "paper", anchor_shape=(96, 3, 4), augmenting_shapes=((64, 4, 2),)),
-    "llama-gpt2": Mix("llama", ("gpt2",), 3, anchor_shape=(96, 3, 4), augmenting_shapes=((64, 3, 4),)),
+    "llama-gpt2": Mix("llama", ("gpt2",), 3, "normalized", anchor_shape=(96, 3, 4), augmenting_shapes=((64, 3, 4),)),
     "gemma2-gemma3": Mix("gemma2", ("gemma3_text",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 6, 3),)),
     "gemma3-gemma2": Mix("gemma3_text", ("gemma2",), anchor_shape=(64, 6, 2), augmenting_shapes=((96, 3, 3),)),
     "qwen2-qwen3": Mix(
@@ -34,7 +34,9 @@ MIXES = {
     ),
     "llama-mistral": Mix("llama", ("mistral",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
     "gemma-olmo": Mix("gemma", ("olmo",), attention="paper", anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
-    "olmo-gemma": Mix("olmo", ("gemma",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
+    "olmo-gemma": Mix(
+        "olmo", ("gemma",), attention="normalized", anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)
+    ),
     "olmo2-olmo3": Mix("olmo2", ("olmo3",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
     "olmo3-olmo2": Mix("olmo3", ("olmo2",), anchor_shape=(64, 4, 2), augmenting_shapes=((96, 3, 3),)),
 }
@@ -96,7 +98,7 @@ def plain(folder: Path, expected: dict[str, list[Expected]]) -> Path:
     return folder / "llama-mistral" / "composed"
 
 
-@pytest.mark.parametrize("broken", ["slopes", "norm", "connection"])
+@pytest.mark.parametrize("broken", ["slopes", "norm", "connection", "gate", "size"])
 def test_the_comparison_sees_what_is_left_out(
     broken: str, plain: Path, expected: dict[str, list[Expected]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +107,10 @@ def test_the_comparison_sees_what_is_left_out(
         monkeypatch.setattr(connection, "alibi_slopes", lambda heads, device: torch.zeros(heads))
     elif broken == "norm":
         monkeypatch.setattr(connection.F, "rms_norm", lambda states, shape, eps: states)
+    elif broken == "gate":
+        monkeypatch.setattr(connection, "gate_of", lambda parameter, width: torch.ones(1))
+    elif broken == "size":
+        monkeypatch.setattr(connection, "root_mean_square", lambda states: torch.ones(len(states), 1))
     else:
         monkeypatch.setattr(connection.Connection, "forward", lambda self, hidden, context: torch.zeros_like(hidden))
     wanted = expected["llama-mistral"]

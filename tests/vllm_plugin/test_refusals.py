@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,13 +144,14 @@ def test_a_base_with_one_changed_weight(base: str, saved: Callable[[Mix], Path],
         pass
 
 
-def test_a_composition_that_lost_a_weight(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["connections.1.w_k.weight", "connections.1.gate"])
+def test_a_composition_that_lost_a_weight(saved: Callable[[Mix], Path], tmp_path: Path, name: str) -> None:
     folder = edited(saved(PLAIN), tmp_path / "copy")
     weights = load_file(folder / "composed" / "model.safetensors")
-    del weights["connections.1.w_k.weight"]
+    del weights[name]
     save_file(weights, folder / "composed" / "model.safetensors", {"format": "pt"})
     with (
-        pytest.raises(calm.CheckpointError, match=r"'connections\.1\.w_k\.weight' is missing"),
+        pytest.raises(calm.CheckpointError, match=f"'{re.escape(name)}' is missing"),
         engine.serving(folder / "composed"),
     ):
         pass

@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 from bases import byte_tokenizer, save_base
+from factories import open_gates
 
 import calm
 
@@ -40,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> calm.CalmForCausalLM:
     for connection in model.connections:
         weight = connection.w_o.weight
         weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(folder / "composed")
+    open_gates(model, 1).save_pretrained(folder / "composed")
     model.name_or_path = str(folder / "composed")
     return model
 

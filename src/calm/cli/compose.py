@@ -19,7 +19,7 @@ def compose(
     out: Annotated[Path, typer.Option(help="Directory to save to.")],
     connections: Annotated[str, typer.Option(help="A number, or pairs such as 7:11,15:23.")] = "4",
     num_heads: Annotated[int | None, typer.Option(help="Attention heads (as many as the anchor's).")] = None,
-    attention: Annotated[str, typer.Option(help="normalized or paper.")] = "normalized",
+    attention: Annotated[str, typer.Option(help="gated, normalized or paper.")] = "gated",
     attend: Annotated[str, typer.Option(help="causal or prompt.")] = "causal",
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,

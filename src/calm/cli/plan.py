@@ -22,7 +22,7 @@ def plan(
     augmenting: Annotated[list[str] | None, typer.Argument(help="Augmenting model, or several as NAME=PATH.")] = None,
     connections: Annotated[str, typer.Option(help="A number, or pairs such as 7:11,15:23.")] = "4",
     num_heads: Annotated[int | None, typer.Option(help="Attention heads (as many as the anchor's).")] = None,
-    attention: Annotated[str, typer.Option(help="normalized or paper.")] = "normalized",
+    attention: Annotated[str, typer.Option(help="gated, normalized or paper.")] = "gated",
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",

@@ -158,7 +158,7 @@ class Recipe(_Section):
         ),
     )
     num_heads: PositiveInt | None = Field(None, description="a whole number that divides the anchor's width")
-    attention: Literal["normalized", "paper"] = Field("normalized", description="one of normalized, paper")
+    attention: Literal["gated", "normalized", "paper"] = Field("gated", description="one of gated, normalized, paper")
     attend: Literal["causal", "prompt"] = Field("causal", description="one of causal, prompt")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="one of float32, bfloat16")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (

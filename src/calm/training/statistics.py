@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
-from calm.attention import Connection
-from calm.sharding import is_zero3, whole
+from calm.attention import Connection, gate_of
+from calm.sharding import gathered, is_zero3, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 STATISTICS = {
+    "gate": "how far the gate is open",
     "injection": "norm of what is added / norm of the residual",
     "entropy": "entropy of the attention (nats)",
     "gradient": "norm of the gradient",
@@ -25,10 +27,11 @@ STATISTICS = {
 class ConnectionStatistics(TrainerCallback):
     """Measures every connection in the steps that are logged; a connection that adds nothing is not needed.
 
-    `values` holds the last measurement: `connection_INDEX/injection`, the norm of what the connection adds relative to
-    that of the anchor's hidden state (mean over positions); `.../entropy`, of its attention, in nats (mean over heads
-    and the last 512 positions of the batch's first document: log(positions) where it looks everywhere, 0 where it
-    looks at one); `.../gradient`, the norm of its gradient after clipping.
+    `values` holds the last measurement: `connection_INDEX/gate`, how far its gate is open (`calm.attention.gate_of`),
+    if it has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state (mean over
+    positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the batch's
+    first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm of its
+    gradient after clipping.
 
     Args:
         connections: Those of the model that is trained.
@@ -52,9 +55,12 @@ class ConnectionStatistics(TrainerCallback):
         """Called by the Trainer before each optimiser step."""
         step = state.global_step + 1
         if any(step % interval == 0 for interval in (state.logging_steps, state.eval_steps, state.save_steps)):
-            for index, connection in enumerate(self.connections):
-                hook = _Watch(self.values, index)
-                self._hooks.append(connection.register_forward_hook(hook))
+            for index, connection in enumerate(cast(Iterable[Connection], self.connections)):
+                self._hooks.append(connection.register_forward_hook(_Watch(self.values, index)))
+                if connection.gate is not None:
+                    with gathered(connection):
+                        gate = gate_of(whole(connection.gate.detach()), connection.w_q.in_features)
+                    self.values[f"connection_{index}/gate"] = gate.item()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

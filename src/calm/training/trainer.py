@@ -455,15 +455,18 @@ def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
 
 def _plot_connections(output_dir: Path, history: list[dict[str, float]], config: CalmConfig) -> None:
     """Draw each connection's statistics over the run: an unused connection lies at the bottom."""
-    if (figure := _figure(12, 4)) is None:
+    drawn = {key: label for key, label in STATISTICS.items() if key != "gate" or config.attention == "gated"}
+    if (figure := _figure(4 * len(drawn), 4)) is None:
         return
-    for axes, (statistic, label) in zip(figure.subplots(1, len(STATISTICS)), STATISTICS.items(), strict=True):
+    for axes, (statistic, label) in zip(figure.subplots(1, len(drawn)), drawn.items(), strict=True):
         for index, pair in enumerate(config.layer_pairs):
             key = f"connection_{index}/{statistic}"
             logs = [log for log in history if key in log]
             name = f"{pair.augmenting} {pair.augmenting_layer} \u2192 {pair.anchor_layer}"
             axes.plot([log["step"] for log in logs], [log[key] for log in logs], marker=".", label=name)
-        axes.set(xlabel="step", title=label, ylim=(0, None))
+        axes.set(xlabel="step", title=label)
+        if statistic != "gate":  # which may open the other way round
+            axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     figure.savefig(output_dir / CONNECTIONS_PLOT_FILE, dpi=120)
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 import calm
 from calm.alignment import Alignment
-from calm.attention import Connection, alibi_slopes
+from calm.attention import Connection, alibi_slopes, gate_of
 from calm.experiments.key_value_arithmetic import stages
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
@@ -36,18 +36,21 @@ from calm.experiments.steps import fingerprint, read_json, write_json
 
 @dataclass(frozen=True)
 class Variant:
-    """One set of choices; the defaults are those of `attention="normalized"`.
+    """One set of choices; the defaults are those of `attention="gated"`.
 
     Args:
+        gate: "closed" (a gate that starts at zero), "open" (one that starts at 1) or "none" (`W_O` starts at zero, the
+            other matrices at random, and what is added does not come in units of the anchor's state).
+        identities: behind a gate, start `W_V`, `W_O` and, where the widths are equal, `f_proj` as identities.
         normalize: RMS-normalise queries and context.
         position: "steep" (`calm.attention.alibi_slopes`), "alibi" (2^(-8i/H), as Press et al.), "rotary" or "none".
-        zero_output: start `W_O` at zero instead of like the other matrices.
         pairs: "uniform", "last_to_every" (m_A's last layer to every anchor layer) or "last" (one connection).
     """
 
+    gate: str = "closed"
+    identities: bool = True
     normalize: bool = True
     position: str = "steep"
-    zero_output: bool = True
     pairs: str = "uniform"
 
     def layer_pairs(self, augmenting_layers: int, anchor_layers: int) -> int | list[tuple[int, int]]:
@@ -58,15 +61,17 @@ class Variant:
 
 
 VARIANTS = {
-    "default: both norms, steep ALiBi, zero W_O, uniform pairs": Variant(),
+    "default: gate, identities, both norms, steep ALiBi, uniform pairs": Variant(),
+    "no gate: W_O starts at zero": Variant(gate="none"),
+    "a gate, all matrices at random": Variant(identities=False),
+    "a gate that starts open": Variant(gate="open"),
     "no norms": Variant(normalize=False),
     "no position": Variant(position="none"),
     "standard ALiBi slopes": Variant(position="alibi"),
     "rotary": Variant(position="rotary"),
-    "W_O starts like the others": Variant(zero_output=False),
     "m_A's last layer to every anchor layer": Variant(pairs="last_to_every"),
     "last pair only": Variant(pairs="last"),
-    "the paper's formula (no norms, no position), zero W_O": Variant(normalize=False, position="none"),
+    "the paper's formula (no gate, no norms, no position), zero W_O": Variant("none", normalize=False, position="none"),
 }
 
 
@@ -74,10 +79,15 @@ class VariantConnection(Connection):
     """A connection that makes positions itself; its model is composed with `attention="paper"`, which makes none."""
 
     def __init__(self, augmenting_width: int, anchor_width: int, num_heads: int, variant: Variant) -> None:
-        super().__init__(augmenting_width, anchor_width, num_heads, "normalized" if variant.normalize else "paper")
-        self.variant = variant
-        if not variant.zero_output:
-            nn.init.normal_(self.w_o.weight, std=1 / math.sqrt(anchor_width))
+        super().__init__(augmenting_width, anchor_width, num_heads, "normalized" if variant.gate == "none" else "gated")
+        self.variant, self.normalize = variant, variant.normalize
+        if self.gate is None:
+            return
+        if variant.gate == "open":
+            nn.init.constant_(self.gate, 1 / gate_of(torch.ones(1), anchor_width).item())
+        if not variant.identities:
+            for linear in (self.f_proj, self.w_v, self.w_o):
+                nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
 
     def forward(
         self, hidden: Tensor, context: Tensor, alignment: Alignment, cache_layer: CacheLayerMixin | None = None

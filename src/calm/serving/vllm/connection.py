@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.v1.attention.selector import get_attn_backend
 
-from calm.attention import NORM_EPS, alibi_slopes
+from calm.attention import NORM_EPS, alibi_slopes, gate_of, root_mean_square
 from calm.errors import CalmError
 from calm.serving.vllm.checks import ALIBI_BACKENDS
 
@@ -21,13 +21,13 @@ class Connection(nn.Module):
 
     `f_proj` is linear and only feeds `W_K` and `W_V`, so it is folded into them when the weights are loaded. Heads are
     padded with zeros to a size that the attention kernels have, which changes nothing, since the scale stays that of
-    the unpadded ones.
+    the unpadded ones. A gate is folded into `W_O`.
 
     Args:
         augmenting_width: `D_A`.
         anchor_width: `D_B`.
         num_heads: `N_H`; must be divisible by the number of tensor-parallel ranks.
-        attention: `"normalized"` or `"paper"`.
+        attention: `"gated"`, `"normalized"` or `"paper"`.
         cache_config: vLLM's, without a sliding window.
         prefix: Name of the layer, for its part of the paged cache.
 
@@ -48,7 +48,7 @@ class Connection(nn.Module):
         self.num_heads = num_heads
         self.head_size = anchor_width // num_heads
         self.padded_size = padded_head_size(self.head_size, cache_config)
-        self.normalize = attention == "normalized"
+        self.normalize, self.gated = attention != "paper", attention == "gated"
         inner = num_heads * self.padded_size
         self.q = ColumnParallelLinear(anchor_width, inner, bias=False, prefix=f"{prefix}.q")
         self.kv = MergedColumnParallelLinear(augmenting_width, [inner, inner], bias=False, prefix=f"{prefix}.kv")
@@ -69,7 +69,7 @@ class Connection(nn.Module):
         if self.normalize and backend not in ALIBI_BACKENDS:
             raise CalmError(
                 f"vLLM's attention backend {backend} does not apply ALiBi slopes, which this composition's connections "
-                f"need (attention='normalized'). Choose another: --attention-backend {' or '.join(ALIBI_BACKENDS[1:])}"
+                f"need (attention='{attention}'). Choose another: --attention-backend {' or '.join(ALIBI_BACKENDS[1:])}"
             )
 
     def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -82,6 +82,7 @@ class Connection(nn.Module):
         Returns:
             `[tokens, D_B]`.
         """
+        size = root_mean_square(hidden) if self.gated else None
         if self.normalize:
             hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
             context = F.rms_norm(context, context.shape[-1:], eps=NORM_EPS)
@@ -89,20 +90,24 @@ class Connection(nn.Module):
         keys_and_values, _ = self.kv(context)
         keys, values = keys_and_values.chunk(2, dim=-1)
         injection, _ = self.o(self.attention(queries, keys, values))
-        return injection
+        return injection if size is None else (injection * size).to(injection.dtype)
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Take the weights of a `calm.attention.Connection`.
 
         Args:
-            weights: Its matrices by name, `f_proj` and `w_q`, `w_k`, `w_v`, `w_o`, on the CPU.
+            weights: Its parameters by name, `f_proj` and `w_q`, `w_k`, `w_v`, `w_o`, and `gate` if it has one, on the
+                CPU.
         """
         f_proj, dtype = weights["f_proj"].float(), self.q.weight.dtype
         self.q.weight.weight_loader(self.q.weight, self._pad_rows(weights["w_q"]).to(dtype))
         for shard, name in enumerate(("w_k", "w_v")):
             folded = self._pad_rows(weights[name].float() @ f_proj).to(dtype)
             self.kv.weight.weight_loader(self.kv.weight, folded, shard)
-        self.o.weight.weight_loader(self.o.weight, self._pad_rows(weights["w_o"].T).T.contiguous().to(dtype))
+        w_o = weights["w_o"]
+        if self.gated:
+            w_o = w_o.float() * gate_of(weights["gate"], w_o.shape[0])
+        self.o.weight.weight_loader(self.o.weight, self._pad_rows(w_o.T).T.contiguous().to(dtype))
 
     def _pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Each head's rows filled up with zeros: `[heads * head size, n]` to `[heads * padded size, n]`."""

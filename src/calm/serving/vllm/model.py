@@ -119,6 +119,8 @@ class CalmForCausalLM(nn.Module):
     def _load_connections(self, weights: dict[str, torch.Tensor]) -> set[str]:
         for index, connection in enumerate(cast(Any, self.model.connections)):
             names = {n: f"connections.{index}.{n}.weight" for n in ("f_proj", "w_q", "w_k", "w_v", "w_o")}
+            if connection.gated:
+                names["gate"] = f"connections.{index}.gate"
             if missing := sorted(name for name in names.values() if name not in weights):
                 raise CheckpointError(
                     f"The composition's weights do not fit its configuration: {missing[0]!r} is missing."
