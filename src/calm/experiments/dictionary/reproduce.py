@@ -53,7 +53,7 @@ PRESETS = {
             search_steps=20,
             learning_rates=FEW_RATES,
             max_length=160,
-            batch=128,
+            batch=32,
             # An hour has no room for the others.
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "full_on_DC", "mixed_logits"),
         ),
@@ -72,7 +72,7 @@ PRESETS = {
             steps_on_all=800,
             rows=32,
             search_steps=100,
-            batch=128,
+            batch=32,
         ),
     ),
 }
