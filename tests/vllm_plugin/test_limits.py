@@ -68,6 +68,12 @@ class Serving:
         """How many answers the engine generates, and how many wait there."""
         return self.metric("num_requests_running"), self.metric("num_requests_waiting")
 
+    def has_settled(self) -> bool:
+        """Whether the count of tokens stands still: those of the last steps are counted after their answers ended."""
+        before = self.metric("generation_tokens_total")
+        time.sleep(0.5)
+        return self.metric("generation_tokens_total") == before
+
     def leave_midway(self, count: int, **asked: Any) -> None:
         """Asks so many times at once, and closes the connections when the engine is at it."""
         body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": LONG, "ignore_eos": True} | asked).encode()
@@ -189,7 +195,7 @@ def test_each_limit_is_hit_and_every_place_given_back(composed: Path, tmp_path: 
                 "code": "timeout",
             }
             assert answer.headers["x-should-retry"] == "false"
-        until(lambda: server.load() == (0, 0))
+        until(lambda: server.load() == (0, 0) and server.has_settled())
         done = server.metric("generation_tokens_total")
         assert 0 < done - generated < LONG, "nothing was generated to its end"
         assert all_places_are_free()
@@ -207,7 +213,7 @@ def test_answers_end_at_the_limit_and_ctrl_c_finishes_them(composed: Path, tmp_p
     A terminal sends Ctrl-C to all of the server's processes. Nothing of prompts and answers was logged by then.
     """
     own = ("--override-generation-config", '{"temperature": 0}')
-    with serving(composed, tmp_path / "log", "--max-tokens", 300, own=own) as server:
+    with serving(composed, tmp_path / "log", "--max-tokens", 1500, own=own) as server:
 
         def ask(path: str, **asked: Any) -> tuple[int, str]:
             whole = server.post(path, max_tokens=None, temperature=None, **asked).json()
@@ -217,16 +223,16 @@ def test_answers_end_at_the_limit_and_ctrl_c_finishes_them(composed: Path, tmp_p
         chat = {"messages": [{"role": "user", "content": SECRET}]}
         asked = [("completions", {"prompt": SECRET})] * 2 + [("chat/completions", chat)]
         lengths, texts = zip(*[ask(path, **body) for path, body in asked], strict=True)
-        assert lengths == (16, 16, 300), "of /v1/completions OpenAI's default comes first, as on transformers"
+        assert lengths == (16, 16, 1500), "of /v1/completions OpenAI's default comes first, as on transformers"
         assert texts[0] == texts[1], "greedy, as the user's own option says"
-        assert server.post(max_tokens=301, prompt=SECRET).status_code == 400
+        assert server.post(max_tokens=1501, prompt=SECRET).status_code == 400
         assert server.post(temperature="hot", prompt=SECRET).status_code == 400
         assert server.post(content=f'{{"prompt": "{SECRET}"').status_code == 400
 
         with ThreadPoolExecutor(4) as pool:
-            answers = start(server, pool, 300)
+            answers = start(server, pool, 1500)
             os.killpg(server.process.pid, signal.SIGINT)
-            check_finished(answers, 300)
+            check_finished(answers, 1500)
         assert server.process.wait(120) == 0
         log = server.log.read_text()
         assert "POST /v1/chat/completions" in log
@@ -257,11 +263,11 @@ def test_sigterm_finishes_what_runs_and_waits_and_takes_no_more(composed: Path, 
     """Long before the time that it may take, which is 600 s by default."""
     with serving(composed, tmp_path / "log", "--batch-size", 2) as server, ThreadPoolExecutor(4) as pool:
         idle = socket.create_connection(("127.0.0.1", server.client.base_url.port))  # must not hold it up
-        answers = start(server, pool, 400)
+        answers = start(server, pool, 1500)
         server.process.send_signal(signal.SIGTERM)
         until(server.is_closed)
         assert not all(answer.done() for answer in answers)
-        check_finished(answers, 400)
+        check_finished(answers, 1500)
         assert server.process.wait(120) == 0
         idle.close()
     assert "Traceback" not in server.log.read_text()
