@@ -175,7 +175,9 @@ def test_each_limit_is_hit_and_every_place_given_back(composed: Path, tmp_path: 
 
         generated = server.metric("generation_tokens_total")
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(server.post, max_tokens=LONG, stream=stream) for stream in (True, True, False, False)]
+            asked = [pool.submit(server.post, max_tokens=LONG, stream=True) for _ in range(2)]
+            until(lambda: server.load() == (2, 0))  # so that it is the streams that begin
+            asked += [pool.submit(server.post, max_tokens=LONG) for _ in range(2)]
             until(lambda: server.load() == (2, 2))
             full = server.post()
             assert refused(429, full)["code"] == "queue_full" and int(full.headers["retry-after"]) > 0
@@ -263,11 +265,11 @@ def test_sigterm_finishes_what_runs_and_waits_and_takes_no_more(composed: Path, 
     """Long before the time that it may take, which is 600 s by default."""
     with serving(composed, tmp_path / "log", "--batch-size", 2) as server, ThreadPoolExecutor(4) as pool:
         idle = socket.create_connection(("127.0.0.1", server.client.base_url.port))  # must not hold it up
-        answers = start(server, pool, 1500)
+        answers = start(server, pool, 1000)
         server.process.send_signal(signal.SIGTERM)
         until(server.is_closed)
         assert not all(answer.done() for answer in answers)
-        check_finished(answers, 1500)
+        check_finished(answers, 1000)
         assert server.process.wait(120) == 0
         idle.close()
     assert "Traceback" not in server.log.read_text()
