@@ -65,7 +65,7 @@ def keep_vocabulary(model: PreTrainedModel) -> None:
     """Leave the embeddings and the head of a cut as the larger model's, whatever it is trained on.
 
     Then its last layer goes on writing what the larger model's head reads, which is what a connection hands on
-    (docs/dev/LOG.md, "identity behind a gate"). It also is a third of such a training's work.
+    (docs/dev/LOG.md, "identity behind a gate").
     """
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         part.requires_grad_(False)
