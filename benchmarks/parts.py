@@ -20,7 +20,8 @@ def randomize_outputs(model: CalmForCausalLM) -> CalmForCausalLM:
     """Give the connections output matrices and gates as after training, so that nothing is multiplied by zeros."""
     for connection in model.connections:
         nn.init.normal_(connection.w_o.weight, std=1e-3)
-        nn.init.constant_(connection.gate, 1e-3)
+        nn.init.constant_(connection.gate.bias, 1e-3)
+        nn.init.normal_(connection.gate.weight, std=1e-3)
     return model
 
 

@@ -44,11 +44,13 @@ def _perturb(model: calm.CalmForCausalLM, ids: torch.Tensor) -> None:
     for connection in model.connections:
         weight = connection.w_o.weight
         weight.data = torch.randn(weight.shape, generator=generator)
-        torch.nn.init.ones_(connection.gate)
+        torch.nn.init.ones_(connection.gate.bias)
+        torch.nn.init.normal_(connection.gate.weight, generator=generator)
 
     def scale(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         factor = SHARE * args[0].norm() / output.norm()
-        module.gate.data *= factor
+        for strength in module.gate.parameters():
+            strength.data *= factor
         return output * factor  # so that later connections are scaled on what they will get
 
     handles = [connection.register_forward_hook(scale) for connection in model.connections]

@@ -244,15 +244,17 @@ def perturb(model: calm.CalmForCausalLM, share: float = 0.2, seed: int = 7) -> c
         linears = [connection.w_o]
         if connection.gate is not None:
             linears += [connection.w_v, connection.f_proj]
-            connection.gate.data.fill_(1)
+            connection.gate.bias.data.fill_(1)
+            shape = connection.gate.weight.shape
+            connection.gate.weight.data = torch.randn(shape, generator=generator).to(connection.gate.weight)
         for linear in linears:
             weight = linear.weight
             weight.data = torch.randn(weight.shape, generator=generator).to(weight) / linear.in_features**0.5
 
     def scale(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         factor = share * args[0].norm() / output.norm()
-        strength = module.w_o.weight if module.gate is None else module.gate
-        strength.data *= factor
+        for strength in [module.w_o.weight] if module.gate is None else module.gate.parameters():
+            strength.data *= factor
         return output * factor  # so that later connections are scaled on what they will get
 
     _watch_connections(model, scale)
@@ -260,12 +262,16 @@ def perturb(model: calm.CalmForCausalLM, share: float = 0.2, seed: int = 7) -> c
 
 
 def open_gates(model: calm.CalmForCausalLM, far: float = 0.2) -> calm.CalmForCausalLM:
-    """Open the gates: a closed one hides whatever is done to the matrices.
+    """Open the gates, position by position about as far: a closed one hides whatever is done to the matrices.
 
     At 0.2, output matrices of unit variance add about as much as there is (at the widths of the tests).
     """
+    generator = torch.Generator().manual_seed(7)
     for connection in model.connections:
-        connection.gate.data.fill_(8 * far / connection.w_o.out_features)
+        width = connection.w_o.out_features
+        connection.gate.bias.data.fill_(8 * far / width)
+        weight = torch.randn(1, width, generator=generator) * far / (2 * width**0.5)
+        connection.gate.weight.data.copy_(weight)
     return model
 
 

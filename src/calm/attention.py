@@ -16,7 +16,7 @@ from calm.errors import CalmError
 NORM_EPS = 1e-6
 
 GATE_SCALE = 1 / 8
-"""A gate is its parameter, times this, times the anchor's width. The learning rates that matrices bear fall with their
+"""What a gate's bias is multiplied by, times the anchor's width. The learning rates that matrices bear fall with their
 width (arXiv 2203.03466), and at these rates one number has to get from 0 to about 1 in tens of steps."""
 
 
@@ -36,19 +36,6 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(1 - 8 * torch.arange(num_heads, device=device) / max(num_heads, 8))
 
 
-def gate_of(parameter: Tensor, width: int) -> Tensor:
-    """How far a gate is open: at 0 nothing is added, at 1 a normalised state at the size of the anchor's own.
-
-    Args:
-        parameter: The connection's `gate`, `[1]`.
-        width: `D_B`.
-
-    Returns:
-        Float32 `[1]`.
-    """
-    return parameter.float() * (width * GATE_SCALE)
-
-
 def root_mean_square(states: Tensor) -> Tensor:
     """How large a model's states are, for a connection to speak as loudly.
 
@@ -63,13 +50,42 @@ def root_mean_square(states: Tensor) -> Tensor:
     return norm / math.sqrt(states.shape[-1])
 
 
+class Gate(nn.Module):
+    """How far a connection is open at each of the anchor's positions: `g + w . norm(H_B)`, all zero at first.
+
+    At 0 nothing is added, at 1 a normalised state at the size of the anchor's own. One number alone would be open or
+    closed for every text alike (docs/dev/LOG.md, "what the gate costs the anchor's English").
+
+    Args:
+        width: `D_B`.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))  # FSDP2 takes no scalars
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The gate in units of the anchor's root mean square, for what is injected to be multiplied by.
+
+        Args:
+            states: `H_B`, `[..., D_B]`.
+
+        Returns:
+            `rms(H_B) * (g + w . norm(H_B))`, float32 `[..., 1]`; the norm's divisor cancels out.
+        """
+        always = self.bias.float() * (states.shape[-1] * GATE_SCALE)
+        return F.linear(states.to(self.weight.dtype), self.weight).float() + always * root_mean_square(states)
+
+
 class Connection(GradientCheckpointingLayer):
     """One connection: `H_B + f_cross(f_proj(H_A), H_B)` (paper, section 3.1).
 
-    A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, one number that starts
-    at zero (as in Flamingo, arXiv 2204.14198, but without tanh). Behind it `W_V` and `W_O`, and `f_proj` where both
-    models have one width, start as identities: what the gate lets through first is the augmenting model's own state,
-    in units of the root mean square of the anchor's (docs/dev/LOG.md, "identity behind a gate"). Queries and context
+    A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, which the anchor's state
+    opens: linear in it and zero at first (in Flamingo, arXiv 2204.14198, it is one number, and has a tanh). Behind it
+    `W_V` and `W_O`, and `f_proj` where both models have one width, start as identities: what the gate lets through
+    first is the augmenting model's own state, in units of the root mean square of the anchor's (`loudness`;
+    docs/dev/LOG.md, "identity behind a gate"). Queries and context
     are RMS-normalised (without weights of their own: the projections that follow absorb them), and the scores carry
     ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O` starts at zero, the other matrices at random.
     `"paper"` is that without norms and slopes. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
@@ -95,7 +111,7 @@ class Connection(GradientCheckpointingLayer):
         self.w_k = nn.Linear(anchor_width, anchor_width, bias=False)
         self.w_v = nn.Linear(anchor_width, anchor_width, bias=False)
         self.w_o = nn.Linear(anchor_width, anchor_width, bias=False)
-        self.gate = nn.Parameter(torch.zeros(1)) if attention == "gated" else None  # FSDP2 takes no scalars
+        self.gate = Gate(anchor_width) if attention == "gated" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,7 +124,8 @@ class Connection(GradientCheckpointingLayer):
         if self.gate is None:
             nn.init.zeros_(self.w_o.weight)
             return
-        nn.init.zeros_(self.gate)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
         for linear in (self.w_v, self.w_o):
             nn.init.eye_(linear.weight)
         if self.f_proj.in_features == self.f_proj.out_features:
@@ -141,7 +158,7 @@ class Connection(GradientCheckpointingLayer):
         attended = _attend(queries, keys, values, alignment)
         injection = self.w_o(attended.transpose(1, 2).flatten(2))
         if self.gate is not None:
-            injection = injection * (gate_of(self.gate, hidden.shape[-1]) * root_mean_square(states))
+            injection = injection * self.gate(states)
         injection = injection.to(hidden.dtype)
         if alignment.sees is not None:
             injection = injection * alignment.sees
@@ -166,6 +183,18 @@ class Connection(GradientCheckpointingLayer):
             pieces.append(F.pad(scores.softmax(-1), (0, keys.shape[2] - count)))
         weights = torch.cat(pieces, dim=2)
         return weights if alignment.sees is None else weights * alignment.sees.unsqueeze(1)
+
+    def openness(self, hidden: Tensor) -> Tensor:
+        """How far the gate is open, for those who want to see it.
+
+        Args:
+            hidden: As for `forward`.
+
+        Returns:
+            Float32 `[batch, query length, 1]`; all ones without a gate.
+        """
+        size = root_mean_square(hidden)
+        return torch.ones_like(size) if self.gate is None else self.gate(hidden) / size
 
     def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from the anchor, keys and values from the augmenting model.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
-from calm.attention import Connection, gate_of
-from calm.sharding import gathered, is_zero3, whole
+from calm.attention import Connection
+from calm.sharding import is_zero3, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -27,8 +27,8 @@ STATISTICS = {
 class ConnectionStatistics(TrainerCallback):
     """Measures every connection in the steps that are logged; a connection that adds nothing is not needed.
 
-    `values` holds the last measurement: `connection_INDEX/gate`, how far its gate is open (`calm.attention.gate_of`),
-    if it has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state (mean over
+    `values` holds the last measurement: `connection_INDEX/gate`, how far its gate is open (mean over positions), if it
+    has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state (mean over
     positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the batch's
     first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm of its
     gradient after clipping.
@@ -48,6 +48,7 @@ class ConnectionStatistics(TrainerCallback):
         """Called by the Trainer when the model is wrapped: where FSDP shards connections, they are gathered to look."""
         for connection in self.connections:
             register_fsdp_forward_method(connection, "attention_weights")
+            register_fsdp_forward_method(connection, "openness")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,10 +58,6 @@ class ConnectionStatistics(TrainerCallback):
         if any(step % interval == 0 for interval in (state.logging_steps, state.eval_steps, state.save_steps)):
             for index, connection in enumerate(cast(Iterable[Connection], self.connections)):
                 self._hooks.append(connection.register_forward_hook(_Watch(self.values, index)))
-                if connection.gate is not None:
-                    with gathered(connection):
-                        gate = gate_of(whole(connection.gate.detach()), connection.w_q.in_features)
-                    self.values[f"connection_{index}/gate"] = gate.item()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,6 +87,8 @@ class _Watch:
         hidden, context, alignment = args[:3]
         added, residual = (states.float().norm(dim=-1).mean().item() for states in (output, hidden))
         self.values[f"connection_{self.index}/injection"] = added / residual
+        if connection.gate is not None:
+            self.values[f"connection_{self.index}/gate"] = connection.openness(hidden).mean().item()
         length, first = alignment.of_first_document(context.shape[1])
         rows = slice(length - first.bias.shape[2], length)
         weights = connection.attention_weights(hidden[:1, rows], context[:1, :length], first)

@@ -25,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 import calm
 from calm.alignment import Alignment
-from calm.attention import Connection, alibi_slopes, gate_of
+from calm.attention import GATE_SCALE, Connection, alibi_slopes
 from calm.experiments.key_value_arithmetic import stages
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
@@ -84,7 +84,7 @@ class VariantConnection(Connection):
         if self.gate is None:
             return
         if variant.gate == "open":
-            nn.init.constant_(self.gate, 1 / gate_of(torch.ones(1), anchor_width).item())
+            nn.init.constant_(self.gate.bias, 1 / (anchor_width * GATE_SCALE))
         if not variant.identities:
             for linear in (self.f_proj, self.w_v, self.w_o):
                 nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))

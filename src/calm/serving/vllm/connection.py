@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.v1.attention.selector import get_attn_backend
 
-from calm.attention import NORM_EPS, alibi_slopes, gate_of, root_mean_square
+from calm.attention import NORM_EPS, Gate, alibi_slopes
 from calm.errors import CalmError
 from calm.serving.vllm.checks import ALIBI_BACKENDS
 
@@ -21,7 +21,7 @@ class Connection(nn.Module):
 
     `f_proj` is linear and only feeds `W_K` and `W_V`, so it is folded into them when the weights are loaded. Heads are
     padded with zeros to a size that the attention kernels have, which changes nothing, since the scale stays that of
-    the unpadded ones. A gate is folded into `W_O`.
+    the unpadded ones.
 
     Args:
         augmenting_width: `D_A`.
@@ -48,7 +48,8 @@ class Connection(nn.Module):
         self.num_heads = num_heads
         self.head_size = anchor_width // num_heads
         self.padded_size = padded_head_size(self.head_size, cache_config)
-        self.normalize, self.gated = attention != "paper", attention == "gated"
+        self.normalize = attention != "paper"
+        self.gate = Gate(anchor_width) if attention == "gated" else None
         inner = num_heads * self.padded_size
         self.q = ColumnParallelLinear(anchor_width, inner, bias=False, prefix=f"{prefix}.q")
         self.kv = MergedColumnParallelLinear(augmenting_width, [inner, inner], bias=False, prefix=f"{prefix}.kv")
@@ -82,7 +83,7 @@ class Connection(nn.Module):
         Returns:
             `[tokens, D_B]`.
         """
-        size = root_mean_square(hidden) if self.gated else None
+        opened = None if self.gate is None else self.gate(hidden)
         if self.normalize:
             hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
             context = F.rms_norm(context, context.shape[-1:], eps=NORM_EPS)
@@ -90,24 +91,24 @@ class Connection(nn.Module):
         keys_and_values, _ = self.kv(context)
         keys, values = keys_and_values.chunk(2, dim=-1)
         injection, _ = self.o(self.attention(queries, keys, values))
-        return injection if size is None else (injection * size).to(injection.dtype)
+        return injection if opened is None else (injection * opened).to(injection.dtype)
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Take the weights of a `calm.attention.Connection`.
 
         Args:
-            weights: Its parameters by name, `f_proj` and `w_q`, `w_k`, `w_v`, `w_o`, and `gate` if it has one, on the
-                CPU.
+            weights: Its parameters by name, such as `f_proj.weight`, on the CPU.
         """
-        f_proj, dtype = weights["f_proj"].float(), self.q.weight.dtype
-        self.q.weight.weight_loader(self.q.weight, self._pad_rows(weights["w_q"]).to(dtype))
-        for shard, name in enumerate(("w_k", "w_v")):
+        f_proj, dtype = weights["f_proj.weight"].float(), self.q.weight.dtype
+        self.q.weight.weight_loader(self.q.weight, self._pad_rows(weights["w_q.weight"]).to(dtype))
+        for shard, name in enumerate(("w_k.weight", "w_v.weight")):
             folded = self._pad_rows(weights[name].float() @ f_proj).to(dtype)
             self.kv.weight.weight_loader(self.kv.weight, folded, shard)
-        w_o = weights["w_o"]
-        if self.gated:
-            w_o = w_o.float() * gate_of(weights["gate"], w_o.shape[0])
-        self.o.weight.weight_loader(self.o.weight, self._pad_rows(w_o.T).T.contiguous().to(dtype))
+        w_o = self._pad_rows(weights["w_o.weight"].T).T.contiguous()
+        self.o.weight.weight_loader(self.o.weight, w_o.to(dtype))
+        if self.gate is not None:
+            self.gate.weight.data.copy_(weights["gate.weight"])
+            self.gate.bias.data.copy_(weights["gate.bias"])
 
     def _pad_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Each head's rows filled up with zeros: `[heads * head size, n]` to `[heads * padded size, n]`."""

@@ -118,9 +118,10 @@ class CalmForCausalLM(nn.Module):
 
     def _load_connections(self, weights: dict[str, torch.Tensor]) -> set[str]:
         for index, connection in enumerate(cast(Any, self.model.connections)):
-            names = {n: f"connections.{index}.{n}.weight" for n in ("f_proj", "w_q", "w_k", "w_v", "w_o")}
-            if connection.gated:
-                names["gate"] = f"connections.{index}.gate"
+            own = [f"{name}.weight" for name in ("f_proj", "w_q", "w_k", "w_v", "w_o")]
+            if connection.gate is not None:
+                own += ["gate.weight", "gate.bias"]
+            names = {name: f"connections.{index}.{name}" for name in own}
             if missing := sorted(name for name in names.values() if name not in weights):
                 raise CheckpointError(
                     f"The composition's weights do not fit its configuration: {missing[0]!r} is missing."
