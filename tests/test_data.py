@@ -79,7 +79,9 @@ def test_chat_prompt_is_what_generation_sees_and_the_last_turn_is_the_completion
         ({"messages": [{"role": "user", "content": ["a"]}, CHAT[2]]}, "message 1 needs 'content'"),
         ({"messages": [CHAT[1], {"role": "assistant", "content": " "}]}, "completion .* is empty"),
         ({"prompt": "a"}, "no 'completion' .its fields: prompt."),
-        ({"text": "a b"}, "no 'prompt' .its fields: text."),
+        ({"words": "a b"}, "no 'prompt' .its fields: words."),
+        ({"text": ""}, "the text .. .str. has 1 tokens; its first one is not learned, so it needs two"),
+        ({"text": ["a b"]}, "'text' must be a string"),
         ({"prompt": "a", "completion": ""}, "the completion is empty"),
         ({"prompt": "a", "completion": 5}, "'completion' must be a string, got 5 .int."),
         ({"prompt": [CHAT[1]], "completion": "a"}, "under 'messages'"),
@@ -117,6 +119,16 @@ def test_chat_template_that_renders_the_last_turn_differently_is_refused():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(CalmError, match="refuses these messages: roles must alternate"):
         tokenize_example({"messages": CHAT}, tokenizer)
+
+
+def test_all_of_a_text_but_its_first_token_is_learned_and_it_does_not_end():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a b c")["input_ids"]
+    for append_eos in (True, False):
+        row = tokenize_example({"text": "a b c", "source": "ignored"}, tokenizer, append_eos=append_eos)
+        assert row == {"input_ids": ids, "labels": [-100, *ids[1:]]}
+    with_prompt = {"prompt": "a", "completion": " b", "text": "ignored where there is a prompt"}
+    assert tokenize_example(with_prompt, tokenizer) == tokenize_example({"prompt": "a", "completion": " b"}, tokenizer)
 
 
 def test_json_lines_json_lists_and_lists_in_memory_read_alike(tmp_path: Path):

@@ -1,8 +1,9 @@
-"""Training data: reads prompt/completion and chat examples, tokenizes them with the loss on the completion only, pads.
+"""Training data: reads prompt/completion, chat and text examples, tokenizes them with the loss on completions, pads.
 
-An example is either `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, ...]}`
-(the formats of TRL). In a chat the last message, the assistant's, is the completion and everything before it the
-prompt. The prompt's tokens are exactly those that generation would see.
+An example is `{"prompt": str, "completion": str}`, `{"messages": [{"role": str, "content": str}, ...]}` or
+`{"text": str}` (the formats of TRL). In a chat the last message, the assistant's, is the completion and everything
+before it the prompt. The prompt's tokens are exactly those that generation would see. A text is a piece of what the
+anchor is to keep: all of it but its first token is learned, and it does not end.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def load_examples(
         config: the configuration of a `datasets` data set, where it has several.
         split: the split to read; only used for a `datasets` name.
         append_eos: end the completions of prompt/completion examples with the tokenizer's EOS token. Chat examples
-            always end as the chat template ends them.
+            always end as the chat template ends them, texts never.
 
     Returns:
-        One row an example: `input_ids` and `labels`, int32 arrays of one length; labels are -100 on the prompt.
+        One row an example: `input_ids` and `labels`, int32 arrays of one length; labels are -100 on the prompt (of
+        a text, on its first token).
 
     Raises:
         CalmError: the file is missing, empty or not JSON; an example has no usable prompt or completion; chat examples
@@ -209,17 +211,27 @@ def tokenize_example(
     """Tokenize one example, with the loss on the completion only.
 
     Args:
-        example: `{"prompt", "completion"}` or `{"messages"}`; other fields are ignored.
+        example: `{"prompt", "completion"}`, `{"messages"}` or, where there is no prompt, `{"text"}`; other fields are
+            ignored.
         tokenizer: the tokenizer of the composed model.
         where: how error messages call the example.
         append_eos: end a prompt/completion example's completion with EOS.
 
     Returns:
-        `{"input_ids": [...], "labels": [...]}` of equal length; labels are -100 on the prompt.
+        `{"input_ids": [...], "labels": [...]}` of equal length; labels are -100 on the prompt, or a text's first token.
 
     Raises:
-        CalmError: a field is missing, of the wrong type or empty; no chat template; no EOS token to append.
+        CalmError: a field is missing, of the wrong type or empty; no chat template; no EOS token to append; a text of
+            a single token.
     """
+    if example.get("messages") is None and example.get("prompt") is None and example.get("text") is not None:
+        ids = list(tokenizer(_text_field(example, "text", where))["input_ids"])
+        if len(ids) < 2:
+            raise CalmError(
+                f"{where}: the text {_shown(example['text'])} has {len(ids)} tokens; its first one is not learned, so "
+                "it needs two"
+            )
+        return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     if example.get("messages") is not None:
         prompt, completion = _render_chat(example["messages"], tokenizer, where)
         # A chat template writes its own special tokens into the text.
@@ -259,7 +271,8 @@ def _text_field(example: Mapping[str, Any], field: str, where: str) -> str:
         fields = ", ".join(sorted(map(str, example))) or "none"
         raise CalmError(
             f"{where}: no {field!r} (its fields: {fields}); an example is "
-            '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+            '{"prompt": "...", "completion": "..."}, {"messages": [{"role": "user", "content": "..."}, ...]} or '
+            '{"text": "..."}'
         )
     if not isinstance(value, str):
         hint = "; a conversation goes under 'messages'" if isinstance(value, list) else ""

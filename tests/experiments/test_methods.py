@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.data import load_tokenizer
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
-from calm.experiments.methods import bases, intervals, mixing, scoring, table
+from calm.experiments.methods import bases, intervals, mixing, rehearsal, scoring, table
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf, FirstWord, Perplexity
 from calm.experiments.methods.run import run, seconds_of
@@ -132,6 +132,35 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished
     assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
     assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
     assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
+
+
+def test_the_anchors_own_texts_are_a_fifth_of_what_a_method_is_trained_on(finished, data, settings, anchor):
+    folder = finished[0] / "seed-0/cell"
+    texts = json.loads((folder / "rehearsal.json").read_text())["result"]["texts"]
+    assert len(texts) == 5 and len(data.composition) == 20
+    assert all(len(text.split()) > 1 for text in texts)
+    rows = [json.loads(line) for line in (folder / "composed/train.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows if "text" in row] == texts
+    assert [Example(**row) for row in rows if "prompt" in row] == list(data.composition)
+
+
+def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor, monkeypatch):
+    model, tokenizer = bases.load(str(anchor)), load_tokenizer(str(anchor))
+    written = rehearsal.write(model, tokenizer, 20, 8, seed=0)
+    assert written == rehearsal.write(model, tokenizer, 20, 8, seed=0) != rehearsal.write(model, tokenizer, 20, 8, 1)
+    words = [word for text in written for word in text.split()]
+    random.Random(0).shuffle(words)
+    shuffled = [" ".join(words[start : start + 8]) for start in range(0, len(words) - 8, 8)]
+
+    def nats(texts: list[str]) -> float:
+        rows = scoring.text_rows(texts, tokenizer, 64)
+        return scoring.mean_nll(scoring.negative_log_likelihoods(scoring.logits_of(model), rows, tokenizer, 8))
+
+    assert nats(written) < nats(shuffled) - 0.05
+
+    monkeypatch.setattr(model, "generate", lambda begun, **_: torch.full_like(begun, tokenizer.eos_token_id))
+    with pytest.raises(CalmError, match="wrote 0 texts of two words or more where 3"):
+        rehearsal.write(model, tokenizer, 3, 8, seed=0)
 
 
 def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, settings, tmp_path):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import calm
 from calm import planning
 from calm.data import Row, load_tokenizer
-from calm.experiments.methods import bases, scoring, training
+from calm.experiments.methods import bases, rehearsal, scoring, training
 from calm.experiments.methods.examples import Data, Example
 from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
@@ -129,6 +129,7 @@ class _Run:
 
     def all(self) -> dict[str, Outcome]:
         self._make_bases()
+        self._rehearse()
         return {method: self._method(method) for method in METHODS if method in self.settings.methods}
 
     # --- bases ------------------------------------------------------------------------------------------------------
@@ -174,6 +175,16 @@ class _Run:
         bases.save_random(self.vanilla, self.random, self.seed)
         return {}
 
+    def _rehearse(self) -> None:
+        settings, number = self.settings, self.settings.rehearsed(len(self.data.composition))
+        asked = [settings.anchor, settings.dtype, settings.batch, number, rehearsal.TOKENS, self.seed]
+
+        def write() -> Outcome:
+            anchor = bases.load(self.anchor, settings.dtype)
+            return {"texts": rehearsal.write(anchor, self.tokenizer, number, settings.batch, self.seed)}
+
+        self.rehearsed = self._once(self.folder / "rehearsal.json", asked, write)["texts"] if number else []
+
     # --- methods ----------------------------------------------------------------------------------------------------
 
     def _method(self, method: str) -> Outcome:
@@ -181,6 +192,7 @@ class _Run:
         depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
+            depends_on.append(fingerprint(self.rehearsed))
             if method == "full_on_all":
                 depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)
@@ -259,6 +271,7 @@ class _Run:
                 self.anchor,
                 augmenting,
                 self.data.composition,
+                self.rehearsed,
                 settings,
                 fit,
                 self.seed,
@@ -274,7 +287,8 @@ class _Run:
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
-        trained = training.fine_tune(model, self.tokenizer, self._rows(examples), fit, self.seed, self.bf16)
+        rows = self._rows(examples) + scoring.text_rows(self.rehearsed, self.tokenizer, settings.max_length)
+        trained = training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
         return model.to(getattr(torch, settings.dtype)), trained
 
     # --- measuring --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calm.experiments.checkpoints import RealModel
+from calm.experiments.methods.rehearsal import TOKENS
 from calm.experiments.results import METHODS
 
 TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora", "full_on_DC", "full_on_all")
@@ -60,6 +61,8 @@ class Settings:
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.
         methods: Which of `results.METHODS` to run.
+        rehearsal: Texts that the anchor writes by itself, in parts of all that is trained on beside `D_C`'s examples:
+            for every method that is trained on `D_C`, to keep the anchor as it is.
     """
 
     anchor: str | RealModel
@@ -76,6 +79,7 @@ class Settings:
     batch: int = 32
     dtype: str = "bfloat16"
     methods: tuple[str, ...] = tuple(METHODS)
+    rehearsal: float = 0.2
 
     def of_training(self) -> dict[str, Any]:
         """What a training depends on, besides its own length and learning rate, the models and the data."""
@@ -84,6 +88,18 @@ class Settings:
     def steps_of(self, method: str) -> int:
         """Optimiser steps of one of `TRAINED_ON_DC`."""
         return self.steps_on_all if method == "full_on_all" else self.steps
+
+    def rehearsed(self, examples: int) -> int:
+        """How many texts of the anchor's own come with so many examples."""
+        return round(examples * self.rehearsal / (1 - self.rehearsal))
+
+    def about_rehearsal(self) -> str:
+        """A note for results: what every training on D_C sees besides."""
+        return (
+            f"Every method that is trained on D_C also gets texts that m_B wrote by itself (of up to {TOKENS} tokens, "
+            f"drawn at temperature 1), as {self.rehearsal:.0%} of all examples, so that it stays as it is; with all of "
+            "m_A's data they are the same texts."
+        )
 
     def about_all(self) -> str:
         """A note for results: how long the upper reference was trained, and whether it can be taken for one."""

@@ -90,6 +90,7 @@ def train_composition(
     anchor: str | Path,
     augmenting: str | Path,
     examples: Sequence[Example],
+    texts: Sequence[str],
     settings: Settings,
     fit: Fit,
     seed: int,
@@ -103,6 +104,7 @@ def train_composition(
         anchor: `m_B`.
         augmenting: `m_A`.
         examples: `D_C`.
+        texts: learned as they are beside it.
         settings: connections, types and lengths.
         fit: steps, rows and learning rate.
         seed: of the connections' weights and of the order.
@@ -111,7 +113,8 @@ def train_composition(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(example._asdict()) + "\n" for example in examples), encoding="utf-8")
+    rows = [*(example._asdict() for example in examples), *({"text": text} for text in texts)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     connections = settings.connections
     recipe = check_recipe(
         {
