@@ -11,6 +11,7 @@ from engine import Expected
 from factories import WINDOW, Mix, config
 
 import calm.serving.vllm.connection
+from calm.attention import root_mean_square
 
 TOLERANCE = 1e-3  # of log-probabilities in float32 (issue 5); 1e-5 is usual
 
@@ -98,19 +99,28 @@ def plain(folder: Path, expected: dict[str, list[Expected]]) -> Path:
     return folder / "llama-mistral" / "composed"
 
 
-@pytest.mark.parametrize("broken", ["slopes", "norm", "connection", "gate", "size"])
+@pytest.mark.parametrize("broken", ["slopes", "norm", "connection", "gate.weight", "gate.bias", "gate", "size"])
 def test_the_comparison_sees_what_is_left_out(
     broken: str, plain: Path, expected: dict[str, list[Expected]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection = calm.serving.vllm.connection
+    load, opened = connection.Connection.load, connection.Gate.forward
     if broken == "slopes":
         monkeypatch.setattr(connection, "alibi_slopes", lambda heads, device: torch.zeros(heads))
     elif broken == "norm":
         monkeypatch.setattr(connection.F, "rms_norm", lambda states, shape, eps: states)
+    elif broken in ("gate.weight", "gate.bias"):
+        monkeypatch.setattr(
+            connection.Connection,
+            "load",
+            lambda self, weights: load(self, weights | {broken: torch.zeros_like(weights[broken])}),
+        )
     elif broken == "gate":
-        monkeypatch.setattr(connection, "gate_of", lambda parameter, width: torch.ones(1))
+        monkeypatch.setattr(connection.Gate, "forward", lambda self, states: root_mean_square(states))
     elif broken == "size":
-        monkeypatch.setattr(connection, "root_mean_square", lambda states: torch.ones(len(states), 1))
+        monkeypatch.setattr(
+            connection.Gate, "forward", lambda self, states: opened(self, states) / root_mean_square(states)
+        )
     else:
         monkeypatch.setattr(connection.Connection, "forward", lambda self, hidden, context: torch.zeros_like(hidden))
     wanted = expected["llama-mistral"]

@@ -144,16 +144,43 @@ def test_a_base_with_one_changed_weight(base: str, saved: Callable[[Mix], Path],
         pass
 
 
-@pytest.mark.parametrize("name", ["connections.1.w_k.weight", "connections.1.gate"])
+LOST = ["connections.1.w_k.weight", "connections.1.gate.weight", "connections.1.gate.bias"]
+
+
+@pytest.mark.parametrize("name", LOST)
 def test_a_composition_that_lost_a_weight(saved: Callable[[Mix], Path], tmp_path: Path, name: str) -> None:
     folder = edited(saved(PLAIN), tmp_path / "copy")
     weights = load_file(folder / "composed" / "model.safetensors")
     del weights[name]
+    refused(folder, weights, f"'{re.escape(name)}' is missing")
+
+
+@pytest.mark.parametrize("attention", ["normalized", "paper"])
+def test_a_gate_where_none_should_be(attention: str, saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    folder = edited(saved(PLAIN.with_(attention=attention)), tmp_path / "copy")
+    weights = load_file(folder / "composed" / "model.safetensors")
+    weights["connections.1.gate.bias"] = torch.ones(1)
+    refused(folder, weights, r"'connections\.1\.gate\.bias' is unexpected")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("w_o.weight", (16, 32)), ("f_proj.weight", (24, 32)), ("gate.weight", (1, 1)), ("gate.bias", ())],
+)
+def test_a_weight_of_another_shape(
+    name: str, shape: tuple[int, ...], saved: Callable[[Mix], Path], tmp_path: Path
+) -> None:
+    """Those of the gate's would be copied all the same, one number to every place."""
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    weights = load_file(folder / "composed" / "model.safetensors")
+    weights[f"connections.0.{name}"] = torch.ones(shape)
+    refused(folder, weights, re.escape(f"'connections.0.{name}' has shape {shape}, expected"))
+
+
+def refused(folder: Path, weights: dict[str, torch.Tensor], message: str) -> None:
+    """With these weights, the composition beside its bases is not loaded."""
     save_file(weights, folder / "composed" / "model.safetensors", {"format": "pt"})
-    with (
-        pytest.raises(calm.CheckpointError, match=f"'{re.escape(name)}' is missing"),
-        engine.serving(folder / "composed"),
-    ):
+    with pytest.raises(calm.CheckpointError, match=message), engine.serving(folder / "composed"):
         pass
 
 

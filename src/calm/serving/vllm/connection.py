@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumn
 from vllm.v1.attention.selector import get_attn_backend
 
 from calm.attention import NORM_EPS, Gate, alibi_slopes
+from calm.attention import Connection as Original
 from calm.errors import CalmError
 from calm.serving.vllm.checks import ALIBI_BACKENDS
 
@@ -21,7 +22,8 @@ class Connection(nn.Module):
 
     `f_proj` is linear and only feeds `W_K` and `W_V`, so it is folded into them when the weights are loaded. Heads are
     padded with zeros to a size that the attention kernels have, which changes nothing, since the scale stays that of
-    the unpadded ones.
+    the unpadded ones. The gate is calm's own module; ranks of tensor parallelism, which share the heads, each have it
+    whole.
 
     Args:
         augmenting_width: `D_A`.
@@ -30,6 +32,9 @@ class Connection(nn.Module):
         attention: `"gated"`, `"normalized"` or `"paper"`.
         cache_config: vLLM's, without a sliding window.
         prefix: Name of the layer, for its part of the paged cache.
+
+    Attributes:
+        shapes: Of a `calm.attention.Connection`'s parameters by name, which `load` takes.
 
     Raises:
         CalmError: If the attention backend cannot compute it.
@@ -45,6 +50,9 @@ class Connection(nn.Module):
         prefix: str,
     ):
         super().__init__()
+        with torch.device("meta"):
+            original = Original(augmenting_width, anchor_width, num_heads, attention)
+        self.shapes = {name: parameter.shape for name, parameter in original.named_parameters()}
         self.num_heads = num_heads
         self.head_size = anchor_width // num_heads
         self.padded_size = padded_head_size(self.head_size, cache_config)
@@ -97,7 +105,7 @@ class Connection(nn.Module):
         """Take the weights of a `calm.attention.Connection`.
 
         Args:
-            weights: Its parameters by name, such as `f_proj.weight`, on the CPU.
+            weights: Its parameters by name, of the shapes in `shapes`, on the CPU.
         """
         f_proj, dtype = weights["f_proj.weight"].float(), self.q.weight.dtype
         self.q.weight.weight_loader(self.q.weight, self._pad_rows(weights["w_q.weight"]).to(dtype))

@@ -117,18 +117,19 @@ class CalmForCausalLM(nn.Module):
         return next((base.prefix for base in self._bases if name.startswith(base.prefix)), "connections.")
 
     def _load_connections(self, weights: dict[str, torch.Tensor]) -> set[str]:
-        for index, connection in enumerate(cast(Any, self.model.connections)):
-            own = [f"{name}.weight" for name in ("f_proj", "w_q", "w_k", "w_v", "w_o")]
-            if connection.gate is not None:
-                own += ["gate.weight", "gate.bias"]
-            names = {name: f"connections.{index}.{name}" for name in own}
-            if missing := sorted(name for name in names.values() if name not in weights):
-                raise CheckpointError(
-                    f"The composition's weights do not fit its configuration: {missing[0]!r} is missing."
-                )
-            connection.load({short: weights.pop(name) for short, name in names.items()})
-        if weights:
-            raise CheckpointError(
-                f"The composition's weights do not fit its configuration: {sorted(weights)[0]!r} is unexpected."
-            )
+        connections: Any = self.model.connections
+        shapes = {
+            f"connections.{i}.{name}": shape for i, one in enumerate(connections) for name, shape in one.shapes.items()
+        }
+        problems = [f"{name!r} is missing" for name in sorted(shapes.keys() - weights.keys())]
+        problems += [f"{name!r} is unexpected" for name in sorted(weights.keys() - shapes.keys())]
+        problems += [
+            f"{name!r} has shape {tuple(weights[name].shape)}, expected {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in weights and weights[name].shape != shape
+        ]
+        if problems:
+            raise CheckpointError(f"The composition's weights do not fit its configuration: {problems[0]}.")
+        for index, connection in enumerate(connections):
+            connection.load({name: weights.pop(f"connections.{index}.{name}") for name in connection.shapes})
         return {f"model.connections.{name}" for name, _ in self.model.connections.named_parameters()}
