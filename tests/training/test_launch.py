@@ -135,7 +135,7 @@ def two(folder: Path) -> dict[tuple[str, int], float]:
     calm_train(folder, "ddp", *launcher(EXAMPLES / "accelerate/ddp.yaml", "--no_python", str(CALM)), processes=2)
     expected = statistics(folder / "ddp")
     assert len(expected) == 8 * 6
-    assert all((expected["connection_0/gate", step] == 0) == (step == 1) for step in range(1, 9))
+    assert min(expected[f"connection_{index}/{name}", 8] for index in (0, 1) for name in ("gate", "injection")) > 0.1
     return expected
 
 
