@@ -25,7 +25,7 @@ def formula(connection: Connection, hidden: Tensor, context: Tensor, heads: int,
     """The paper's f_cross(f_proj(H_A), H_B) for one row, token by token and head by head, in float64.
 
     All but "paper" add the root-mean-square norm of both inputs and, head by head, ALiBi's penalty per token of
-    distance; "gated" is also multiplied by the gate, an eighth of the width and the root mean square of `H_B`.
+    distance; "gated" is also multiplied by the root mean square of `H_B` and by how far the gate is open.
     """
     projection, w_q, w_k, w_v, w_o = (
         getattr(connection, name).weight.detach().double().numpy().T for name in ("f_proj", "w_q", "w_k", "w_v", "w_o")
@@ -52,8 +52,15 @@ def formula(connection: Connection, hidden: Tensor, context: Tensor, heads: int,
             concatenated.append(sum(weight * (h_a[s] @ w_v[:, columns]) for s, weight in enumerate(weights)))
         out[t] = np.concatenate(concatenated) @ w_o
         if attention == "gated":
-            out[t] *= connection.gate.item() * h_b.shape[-1] / 8 * size[t]
+            out[t] *= size[t] * openness(connection, hidden)[t]
     return out
+
+
+def openness(connection: Connection, hidden: Tensor) -> np.ndarray:
+    """`g + w . norm(H_B)` for one row, position by position, float64; `g` is the bias times an eighth of the width."""
+    h_b, weight = hidden.detach().double().numpy(), connection.gate.weight.detach().double().numpy()
+    always = connection.gate.bias.item() * h_b.shape[-1] / 8
+    return np.array([always + sum(weight[0] * h / np.sqrt((h**2).mean())) for h in h_b])
 
 
 def random_connection(augmenting_width: int, anchor_width: int, heads: int, attention: str, seed: int) -> Connection:
@@ -63,7 +70,8 @@ def random_connection(augmenting_width: int, anchor_width: int, heads: int, atte
     if connection.gate is not None:  # and no identities, which would hide what is left out or transposed
         for linear in (connection.f_proj, connection.w_v):
             torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        torch.nn.init.constant_(connection.gate, 5.6 / anchor_width)
+        torch.nn.init.constant_(connection.gate.bias, 5.6 / anchor_width)
+        torch.nn.init.normal_(connection.gate.weight, std=0.2 * anchor_width**-0.5)
     return connection
 
 
@@ -170,7 +178,7 @@ def test_starts_at_zero_and_learns(attention: str) -> None:
         (found * direction).sum().backward()
         moved.append({name for name, weight in connection.named_parameters() if weight.grad.abs().sum() > 0})
         optimizer.step()
-    assert moved[0] == {"gate" if attention == "gated" else "w_o.weight"}
+    assert moved[0] == ({"gate.weight", "gate.bias"} if attention == "gated" else {"w_o.weight"})
     assert moved[1] == {name for name, _ in connection.named_parameters()}
 
 
@@ -178,7 +186,7 @@ def test_an_open_gate_hands_the_augmenting_state_on() -> None:
     """Behind a gate that is open as far as 1, with equal widths: what is looked at, as large as the anchor's state."""
     torch.manual_seed(0)
     connection = Connection(8, 8, 2)
-    torch.nn.init.constant_(connection.gate, 1)  # an eighth of the width is 1
+    torch.nn.init.constant_(connection.gate.bias, 1)  # an eighth of the width is 1
     hidden, context = 5 * torch.randn(2, 4, 8), 0.1 * torch.randn(2, 4, 8)
     alignment = causal(4, 2, "gated")
     found = connection(hidden, context, alignment)
@@ -200,6 +208,70 @@ def test_a_gate_speaks_as_loudly_as_the_anchor() -> None:
         connection = random_connection(6, 8, 2, attention, 0)
         found, louder = (connection(scale * hidden, context, causal(4, 2, attention)) for scale in (1, 10))
         torch.testing.assert_close(louder, factor * found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_position_has_its_own_openness(dtype: torch.dtype) -> None:
+    """That of the formula; what is added is openness times root mean square times what `W_O` gives."""
+    connection = random_connection(6, 8, 2, "gated", 0)
+    hidden, context = (5 * torch.randn(2, 4, 8)).to(dtype), torch.randn(2, 4, 6)
+    written = []
+    handle = connection.w_o.register_forward_hook(lambda module, args, output: written.append(output))
+
+    def check(expected: np.ndarray) -> None:
+        found = connection.openness(hidden)
+        assert found.dtype == torch.float32 and found.shape == (2, 4, 1)
+        np.testing.assert_allclose(found[..., 0].detach().double().numpy(), expected, rtol=1e-5, atol=1e-6)
+        added = connection(hidden, context, causal(4, 2, "gated"))
+        torch.testing.assert_close(added, (found * root_mean_square(hidden) * written.pop()).to(dtype))
+
+    expected = np.stack([openness(connection, row) for row in hidden])
+    check(expected)
+    assert min(np.ptp(row) for row in expected) > 0.1, "positions of one text are opened differently"
+    torch.testing.assert_close(connection.openness(10 * hidden), connection.openness(hidden), rtol=0.01, atol=0.01)
+    torch.nn.init.zeros_(connection.gate.weight)  # negative control: one number for all
+    check(np.full((2, 4), 0.7))
+    handle.remove()
+
+
+def test_openness_where_there_is_nothing_to_open() -> None:
+    """States of zero, as embeddings of padding may be, are no 0/0; and without a gate all is let through."""
+    hidden = torch.randn(1, 4, 8)
+    hidden[:, 1] = 0
+    found = random_connection(6, 8, 2, "gated", 0).openness(hidden)
+    assert found.isfinite().all() and found[0, 1] == 0 and found[0, [0, 2, 3]].ne(0).all()
+    for attention in ("normalized", "paper"):
+        assert torch.equal(random_connection(6, 8, 2, attention, 0).openness(hidden), torch.ones(1, 4, 1))
+
+
+def test_a_gate_learns_where_to_be_open() -> None:
+    """Open where the anchor's state has one sign and closed where it has the other, which one number cannot be."""
+    generator = torch.Generator().manual_seed(0)
+    direction, sign = torch.ones(16), torch.tensor([1.0, -1.0]).repeat(8)
+    hidden = sign[:, None] * direction + 0.1 * torch.randn(4, 16, 16, generator=generator)
+    context, alignment = torch.randn(4, 16, 16, generator=generator), causal(16, 2, "gated")
+
+    def trained(weight: bool) -> tuple[Connection, float]:
+        torch.manual_seed(0)
+        connection = Connection(16, 16, 2)
+        with torch.no_grad():
+            connection.gate.bias.fill_(8 / 16)
+            target = connection(hidden, context, alignment) * (sign > 0)[:, None]
+            connection.gate.bias.zero_()
+        connection.gate.weight.requires_grad_(weight)
+        optimizer = torch.optim.AdamW(connection.gate.parameters(), lr=3e-3, weight_decay=0.0)
+        for _ in range(150):
+            left = (connection(hidden, context, alignment) - target).square().mean() / target.square().mean()
+            left.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return connection, left.item()
+
+    connection, left = trained(weight=True)
+    found = connection.openness(hidden)
+    assert left < 0.01
+    assert (found[:, sign > 0] - 1).abs().max() < 0.1 and found[:, sign < 0].abs().max() < 0.1
+    assert trained(weight=False)[1] > 0.4, "negative control: half open everywhere is the best it can be"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -270,9 +342,10 @@ def test_starts_with_the_variance_of_its_input(attention: str) -> None:
 def test_what_is_trained() -> None:
     """The paper's matrices, D_A x D_B and four times D_B x D_B, and the gate; no biases, no norm weights."""
     matrices = {"f_proj.weight": (8, 6), **{f"w_{name}.weight": (8, 8) for name in "qkvo"}}
+    gate = {"gate.weight": (1, 8), "gate.bias": (1,)}
     for attention in ATTENTIONS:
         shapes = {name: tuple(weight.shape) for name, weight in Connection(6, 8, 2, attention).named_parameters()}
-        assert shapes == matrices | ({"gate": (1,)} if attention == "gated" else {})
+        assert shapes == matrices | (gate if attention == "gated" else {})
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

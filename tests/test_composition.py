@@ -43,10 +43,10 @@ def test_one_line() -> None:
 
 
 def test_trainable_parameters(capsys: pytest.CaptureFixture) -> None:
-    """D_A x D_B for the projection, 4 D_B^2 for the attention and one for the gate, a connection."""
+    """D_A x D_B for the projection, 4 D_B^2 for the attention and D_B + 1 for the gate, a connection."""
     model = small()
     trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == 2 * (24 * 32 + 4 * 32**2 + 1)
+    assert trainable == 2 * (24 * 32 + 4 * 32**2 + 32 + 1)
     model.print_trainable_parameters()
     share = 100 * trainable / total
     assert (
@@ -289,7 +289,7 @@ def test_cost_is_linear_in_the_augmenting_models(count: int) -> None:
     assert calls == {"anchor layer": 4, "augmenting layer": kept, "connection": 2 * count}
     assert kept == (3 if count == 1 else 4 * count)
     trainable, _ = model.get_nb_trainable_parameters()
-    assert trainable == count * 2 * (16 * 32 + 4 * 32**2 + 1)
+    assert trainable == count * 2 * (16 * 32 + 4 * 32**2 + 32 + 1)
 
 
 def test_augmenting_models_do_not_depend_on_one_another() -> None:

@@ -266,9 +266,9 @@ def test_pipeline_from_a_folder(words: PreTrainedTokenizerFast, tmp_path: Path) 
     words.save_pretrained(tmp_path / "out")
     generator = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
     assert isinstance(generator.model, calm.CalmForCausalLM)
-    text = generator("w5 w9 w33", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    text = generator("w5 w9 w33", min_new_tokens=3, max_new_tokens=3, do_sample=False)[0]["generated_text"]
     ids = words("w5 w9 w33", return_tensors="pt", return_token_type_ids=False)
-    new = words.decode(model.generate(**ids, max_new_tokens=3, do_sample=False)[0, 3:])
+    new = words.decode(model.generate(**ids, min_new_tokens=3, max_new_tokens=3, do_sample=False)[0, 3:])
     assert text.endswith(new) and len(new.split()) == 3
 
 
@@ -460,7 +460,7 @@ def test_lora_on_the_anchor_after_composing(tmp_path: Path) -> None:
     assert_identical(adapted(IDS).logits, plain)  # LoRA starts as the identity
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert sum("lora_" in name for name in trainable) == 8
-    assert sum("connections" in name for name in trainable) == 6 * len(model.connections)
+    assert sum("connections" in name for name in trainable) == 7 * len(model.connections)
     adapted.train()
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=1e-2)
     losses = []

@@ -76,7 +76,7 @@ def test_parameters_and_checkpoint_are_those_of_the_real_composition(mix: Mix, t
     assert planned.num_heads == model.config.num_heads
     assert planned.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     width, widths = mix.anchor_shape[0], dict(zip(planned.augmenting, mix.augmenting_shapes, strict=False))
-    gate = mix.attention == "gated"
+    gate = width + 1 if mix.attention == "gated" else 0
     assert planned.connections.parameters == sum(
         4 * width**2 + width * widths[pair.augmenting][0] + gate for pair in planned.layer_pairs
     )
@@ -125,7 +125,7 @@ def test_flops_are_what_one_writes_down_by_hand() -> None:
     width, length, vocabulary = 64, 32, 96
     layer = 4 * width * width + 3 * width * 2 * width  # attention, feed-forward
     scores = 2 * length * width  # queries by keys, weights by values
-    connection = 5 * width * width
+    connection = 5 * width * width + width  # five matrices, and the gate's weight
     llama = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,

@@ -84,11 +84,11 @@ class Connection(GradientCheckpointingLayer):
     A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, which the anchor's state
     opens: linear in it and zero at first (in Flamingo, arXiv 2204.14198, it is one number, and has a tanh). Behind it
     `W_V` and `W_O`, and `f_proj` where both models have one width, start as identities: what the gate lets through
-    first is the augmenting model's own state, in units of the root mean square of the anchor's (`loudness`;
-    docs/dev/LOG.md, "identity behind a gate"). Queries and context
-    are RMS-normalised (without weights of their own: the projections that follow absorb them), and the scores carry
-    ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O` starts at zero, the other matrices at random.
-    `"paper"` is that without norms and slopes. Names follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
+    first is the augmenting model's own state, in units of the root mean square of the anchor's (docs/dev/LOG.md,
+    "identity behind a gate"). Queries and context are RMS-normalised (without weights of their own: the projections
+    that follow absorb them), and the scores carry ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O`
+    starts at zero, the other matrices at random. `"paper"` is that without norms and slopes. Names follow the paper's:
+    `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
 
     Args:
         augmenting_width: `D_A`, width of the augmenting layer's output.
@@ -191,10 +191,12 @@ class Connection(GradientCheckpointingLayer):
             hidden: As for `forward`.
 
         Returns:
-            Float32 `[batch, query length, 1]`; all ones without a gate.
+            Float32 `[batch, query length, 1]`; 0 where the state is all zero, and all ones without a gate.
         """
         size = root_mean_square(hidden)
-        return torch.ones_like(size) if self.gate is None else self.gate(hidden) / size
+        if self.gate is None:
+            return torch.ones_like(size)
+        return self.gate(hidden) / size.clamp(min=torch.finfo(size.dtype).tiny)
 
     def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from the anchor, keys and values from the augmenting model.

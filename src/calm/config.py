@@ -25,8 +25,8 @@ class CalmConfig(PreTrainedConfig):
         connections: The connections as dictionaries with `augmenting` (name), `augmenting_layer` and `anchor_layer`.
         num_heads: Heads of every connection; the anchor's number of attention heads when `None` (paper, section 3.1).
         attention: `"gated"` (default: the paper's cross-attention with RMS-normalised inputs and ALiBi slopes, behind
-            a gate and in units of the anchor's hidden state), `"normalized"` (the same without gate and units) or
-            `"paper"` (the paper's formula to the letter).
+            a gate that the anchor's hidden state opens position by position, and in units of that state),
+            `"normalized"` (the same without gate and units) or `"paper"` (the paper's formula to the letter).
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
         anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`, `fingerprint`.

@@ -17,14 +17,14 @@ def is_zero3(weight: Tensor) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """A tensor of FSDP2 gathered, or all in a dictionary or list; anything else as it is. Every process calls it."""
+    """A tensor of FSDP2 or ZeRO-3 as one of its own, or all in a dictionary or list. Every process calls it."""
     if isinstance(value, Mapping):
         return {key: whole(part) for key, part in value.items()}
     if isinstance(value, list):
         return [whole(part) for part in value]
-    if not isinstance(value, DTensor):
+    if not isinstance(value, Tensor):
         return value
-    full = value.full_tensor().cpu()
+    full = value.full_tensor().cpu() if isinstance(value, DTensor) else value
     # parts are gathered padded to one size: fewer rows than processes come as a view, which safetensors refuses
     return full if full.nbytes == full.untyped_storage().nbytes() else full.clone()
 

@@ -32,7 +32,7 @@ def compose(anchor: PreTrainedModel | str, augmenting: PreTrainedModel | str, se
     model = calm.compose(anchor, augmenting, PAIRS, num_heads=4)
     generator = torch.Generator().manual_seed(seed)
     for weight in model.connections.parameters():
-        if weight.dim() == 1:  # a gate: open as far as 1
+        if weight.dim() == 1:  # a gate's bias: open as far as 1, on average
             weight.data.fill_(8 / model.connections[0].w_o.out_features)
             continue
         weight.data = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5

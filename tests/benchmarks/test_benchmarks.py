@@ -83,7 +83,7 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
     )
     assert 0.7 < memory["value"] < 1.3
     # in bfloat16: 256 x 64 embeddings, which are the anchor's head; 2 + 2 layers (4 x 64 x 64 and 3 x 64 x 256), norms;
-    # 2 connections (5 x 64 x 64 and a gate); keys and values of 64 tokens in 2 + 2 layers and 2 connections
+    # 2 connections (5 x 64 x 64 and a gate, 64 + 1); keys and values of 64 tokens in 2 + 2 layers and 2 connections
     layers = 4 * (4 * 64 * 64 + 3 * 64 * 256 + 2 * 64) + 2 * 64
-    read = 256 * 64 + layers + 2 * (5 * 64 * 64 + 1) + 6 * 2 * 64 * 64
+    read = 256 * 64 + layers + 2 * (5 * 64 * 64 + 64 + 1) + 6 * 2 * 64 * 64
     assert decoding["details"]["bytes_a_token"] == 2 * read

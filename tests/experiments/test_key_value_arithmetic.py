@@ -440,7 +440,8 @@ def test_default_variant_is_the_librarys_connection(finished):
     variant = calm.compose(str(out / "anchor"), str(out / "augmenting"), 2, attention="paper")
     for index, connection in enumerate(reference.connections):
         torch.nn.init.normal_(connection.w_o.weight, std=0.2)
-        torch.nn.init.constant_(connection.gate, 0.2)
+        torch.nn.init.constant_(connection.gate.bias, 0.2)
+        torch.nn.init.normal_(connection.gate.weight, std=0.1)
         variant.connections[index] = VariantConnection(16, 24, 4, Variant())
         variant.connections[index].load_state_dict(connection.state_dict())
     ids = torch.randint(3, 20, (3, 9))
@@ -474,11 +475,11 @@ def test_where_variants_start():
     assert same(start(VariantConnection, Variant()), start(Connection))
     assert same(start(VariantConnection, Variant("none")), start(Connection, "normalized"))
     unopened, opened = start(Connection), start(VariantConnection, Variant("open"))
-    assert opened.gate.item() == pytest.approx(8 / 24)
-    torch.nn.init.zeros_(opened.gate)
+    assert opened.gate.bias.item() == pytest.approx(8 / 24)
+    torch.nn.init.zeros_(opened.gate.bias)
     assert same(opened, unopened)
     random_ones = start(VariantConnection, Variant(identities=False))
-    assert random_ones.gate.item() == 0
+    assert all(weight.eq(0).all() for weight in random_ones.gate.parameters())
     for name in ("f_proj", "w_v", "w_o"):
         weight, identity = (getattr(connection, name).weight for connection in (random_ones, unopened))
         assert torch.equal(identity, torch.eye(24))

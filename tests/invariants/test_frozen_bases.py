@@ -40,7 +40,7 @@ def check_bases_stay(model: calm.CalmForCausalLM, steps: int = 3, **optimizer_kw
         given = [name for name, weight in model.named_parameters() if weight.grad is not None]
         outside = [name for name in given if not name.startswith("connections.")]
         assert not outside, f"{outside[0]} was given a gradient"
-        weights = 6 if model.config.attention == "gated" else 5
+        weights = 7 if model.config.attention == "gated" else 5
         assert len(given) == weights * len(model.connections), "a connection was given no gradient"
         optimizer.zero_grad()
     after, trained = base_digests(model), factories.digests(model.connections)

@@ -123,14 +123,14 @@ def test_disabled_composition_refuses_a_cache_of_the_composition() -> None:
 # -- negative controls ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["gated", "normalized"])
+@pytest.mark.parametrize(
+    ("attention", "name"), [("gated", "gate.bias"), ("gated", "gate.weight"), ("normalized", "w_o.weight")]
+)
 @pytest.mark.parametrize("anchor", factories.ANCHORS)
-def test_one_small_weight_is_noticed(anchor: str, attention: str) -> None:
+def test_one_small_weight_is_noticed(anchor: str, attention: str, name: str) -> None:
     mix = Mix(anchor=anchor, attention=attention)
     model = mix.fresh()
-    connection = model.connections[0]
-    weight = connection.w_o.weight[0] if connection.gate is None else connection.gate
-    weight.data[0] = 1e-3
+    model.connections[0].get_parameter(name).data.view(-1)[0] = 1e-3
     with pytest.raises(AssertionError, match="not bit for bit"):
         check_is_anchor(model, mix, [factories.tokens(1, 8)[0]], "left")
 

@@ -358,13 +358,14 @@ def test_weights_from_before_there_was_a_gate(tmp_path: Path) -> None:
     assert all(connection.gate is None for connection in loaded.connections)
     check_same_logits(loaded, saved.model)
     saved.edit_config(attention="gated")
-    check_refused(saved.load, "do not fit its configuration", "2 missing", "connections.0.gate", "0 unexpected")
+    check_refused(saved.load, "do not fit its configuration", "4 missing", "connections.0.gate.bias", "0 unexpected")
 
 
 def test_a_gate_that_no_attention_reads_is_refused(saved: Saved) -> None:
-    assert load_file(saved.out / "model.safetensors")["connections.1.gate"].shape == (1,)
+    weights = load_file(saved.out / "model.safetensors")
+    assert weights["connections.1.gate.bias"].shape == (1,) and weights["connections.1.gate.weight"].shape == (1, 32)
     saved.edit_config(attention="normalized")
-    check_refused(saved.load, "0 missing", "2 unexpected", "connections.0.gate")
+    check_refused(saved.load, "0 missing", "4 unexpected", "connections.0.gate.bias")
 
 
 def test_another_shape(saved: Saved) -> None:

@@ -73,19 +73,22 @@ def perturbed(composed: Composed) -> Iterator[Composed]:
 
     def scale(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
         factor = SHARE * args[0].norm() / output.norm()
-        module.gate.data *= factor
+        for strength in module.gate.parameters():
+            strength.data *= factor
         return output * factor
 
     for connection in composed.model.connections:
         connection.w_o.weight.data = torch.randn(connection.w_o.weight.shape, generator=generator)
-        torch.nn.init.ones_(connection.gate)
+        torch.nn.init.ones_(connection.gate.bias)
+        torch.nn.init.normal_(connection.gate.weight, generator=generator)
         handles.append(connection.register_forward_hook(scale))
     composed.logits()
     for handle in handles:
         handle.remove()
     yield composed
     for connection in composed.model.connections:
-        torch.nn.init.zeros_(connection.gate)
+        torch.nn.init.zeros_(connection.gate.bias)
+        torch.nn.init.zeros_(connection.gate.weight)
 
 
 def test_a_new_composition_is_the_anchor_bit_for_bit(composed: Composed) -> None:

@@ -122,6 +122,23 @@ def one(folder: Path) -> dict[tuple[str, int], float]:
     return expected
 
 
+def statistics(folder: Path) -> dict[tuple[str, int], float]:
+    """What each connection was measured to do, on the first process's last batch of a step."""
+    logs = json.loads((folder / "training_log.json").read_text())["history"]
+    measured = [f"connection_{index}/{name}" for index in (0, 1) for name in ("gate", "injection", "entropy")]
+    return {(key, log["step"]): log[key] for log in logs if "loss" in log for key in measured}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[tuple[str, int], float]:
+    """What two processes measure whose weights are whole."""
+    calm_train(folder, "ddp", *launcher(EXAMPLES / "accelerate/ddp.yaml", "--no_python", str(CALM)), processes=2)
+    expected = statistics(folder / "ddp")
+    assert len(expected) == 8 * 6
+    assert min(expected[f"connection_{index}/{name}", 8] for index in (0, 1) for name in ("gate", "injection")) > 0.1
+    return expected
+
+
 def assert_same_as_one(folder: Path, out: str, one: dict[tuple[str, int], float]) -> None:
     assert history(folder / out) == pytest.approx(one, rel=1e-4)
     weights, expected = (load_file(folder / name / "model.safetensors") for name in (out, "one"))
@@ -131,17 +148,19 @@ def assert_same_as_one(folder: Path, out: str, one: dict[tuple[str, int], float]
 
 
 @pytest.mark.slow
-def test_data_parallel(folder: Path, one: dict[tuple[str, int], float]) -> None:
-    calm_train(folder, "ddp", *launcher(EXAMPLES / "accelerate/ddp.yaml", "--no_python", str(CALM)), processes=2)
+def test_data_parallel(folder: Path, one: dict[tuple[str, int], float], two: dict[tuple[str, int], float]) -> None:
     assert_same_as_one(folder, "ddp", one)
 
 
 @pytest.mark.slow
-def test_fsdp2_and_its_checkpoints(folder: Path, one: dict[tuple[str, int], float]) -> None:
+def test_fsdp2_and_its_checkpoints(
+    folder: Path, one: dict[tuple[str, int], float], two: dict[tuple[str, int], float]
+) -> None:
     """Its checkpoints are those of any run: one process goes on from them, and it goes on from one process'."""
     fsdp2 = launcher(EXAMPLES / "accelerate/fsdp2.yaml", str(WORKER))
     calm_train(folder, "fsdp2", *fsdp2, processes=2)
     assert_same_as_one(folder, "fsdp2", one)
+    assert statistics(folder / "fsdp2") == pytest.approx(two, rel=1e-3, abs=1e-4)
     shutil.copytree(folder / "one", folder / "single")
     files, of_one = ({path.name for path in (folder / out / "checkpoint-8").iterdir()} for out in ("fsdp2", "single"))
     assert files - {"rng_state_0.pth", "rng_state_1.pth"} == of_one - {"rng_state.pth"}
@@ -153,7 +172,11 @@ def test_fsdp2_and_its_checkpoints(folder: Path, one: dict[tuple[str, int], floa
 
 @pytest.mark.slow
 def test_zero3_and_its_checkpoints(
-    folder: Path, one: dict[tuple[str, int], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    one: dict[tuple[str, int], float],
+    two: dict[tuple[str, int], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With small weights sharded, too, which DeepSpeed would leave whole."""
     pytest.importorskip("deepspeed")
@@ -166,6 +189,7 @@ def test_zero3_and_its_checkpoints(
     zero3 = launcher(tmp_path / "zero3.yaml", "--no_python", str(CALM))
     calm_train(folder, "zero3", *zero3, processes=2)
     assert_same_as_one(folder, "zero3", one)
+    assert statistics(folder / "zero3") == pytest.approx(two, rel=1e-3, abs=1e-4)
     bases = sum(path.stat().st_size for role in ("anchor", "augmenting") for path in (folder / role).glob("model*"))
     states = list((folder / "zero3/checkpoint-8").rglob("*model_states.pt"))
     assert len(states) == 2 and sum(path.stat().st_size for path in states) < bases / 2, "without the frozen models"

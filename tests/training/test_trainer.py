@@ -598,12 +598,18 @@ def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monk
     """All add nothing at first; one whose gradients are taken away never does."""
     original = trainer.CompositionTrainer.training_step
     gates: dict[int, float] = {}
+    states: list[torch.Tensor] = []
 
     def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        first, second = model.connections
+        handle = first.register_forward_hook(lambda module, args, output: states.append(args[0].detach().double()))
         loss = original(self, model, *args, **kwargs)
-        for weight in model.connections[1].parameters():
+        handle.remove()
+        for weight in second.parameters():
             weight.grad = None
-        gates[self.state.global_step + 1] = model.connections[0].gate.item() * model.connections[0].w_o.out_features / 8
+        normed = torch.nn.functional.rms_norm(states[-1], states[-1].shape[-1:])
+        opened = first.gate.bias * states[-1].shape[-1] / 8 + normed @ first.gate.weight[0].double()
+        gates[self.state.global_step + 1] = opened.mean().item()
         return loss
 
     monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)
