@@ -82,7 +82,8 @@ class Connection(GradientCheckpointingLayer):
     """One connection: `H_B + f_cross(f_proj(H_A), H_B)` (paper, section 3.1).
 
     A new composition is the anchor, bit for bit. With `attention="gated"` a gate sees to that, which the anchor's state
-    opens: linear in it and zero at first (in Flamingo, arXiv 2204.14198, it is one number, and has a tanh). Behind it
+    opens: linear in that state's direction, and zero at first (in Flamingo, arXiv 2204.14198, it is one number, and has
+    a tanh). Behind it
     `W_V` and `W_O`, and `f_proj` where both models have one width, start as identities: what the gate lets through
     first is the augmenting model's own state, in units of the root mean square of the anchor's (docs/dev/LOG.md,
     "identity behind a gate"). Queries and context are RMS-normalised (without weights of their own: the projections

@@ -65,8 +65,9 @@ def load_examples(
         a text, on its first token).
 
     Raises:
-        CalmError: the file is missing, empty or not JSON; an example has no usable prompt or completion; chat examples
-            with a tokenizer without chat template; no example is left within `max_length`.
+        CalmError: the file is missing, empty or not JSON; an example has no usable prompt or completion, or is a text
+            of a single token; chat examples with a tokenizer without chat template; no example is left within
+            `max_length`.
     """
     rows: list[Row] = []
     dropped = longest = 0
@@ -211,8 +212,8 @@ def tokenize_example(
     """Tokenize one example, with the loss on the completion only.
 
     Args:
-        example: `{"prompt", "completion"}`, `{"messages"}` or, where there is no prompt, `{"text"}`; other fields are
-            ignored.
+        example: `{"prompt", "completion"}`, `{"messages"}` or, where there is none of these, `{"text"}`; other fields
+            are ignored.
         tokenizer: the tokenizer of the composed model.
         where: how error messages call the example.
         append_eos: end a prompt/completion example's completion with EOS.
@@ -224,12 +225,12 @@ def tokenize_example(
         CalmError: a field is missing, of the wrong type or empty; no chat template; no EOS token to append; a text of
             a single token.
     """
-    if example.get("messages") is None and example.get("prompt") is None and example.get("text") is not None:
+    if "text" in example and all(example.get(field) is None for field in ("messages", "prompt", "completion")):
         ids = list(tokenizer(_text_field(example, "text", where))["input_ids"])
         if len(ids) < 2:
             raise CalmError(
-                f"{where}: the text {_shown(example['text'])} has {len(ids)} tokens; its first one is not learned, so "
-                "it needs two"
+                f"{where}: the text {_shown(example['text'])} is too short: it needs two tokens, of which the second "
+                "is learned"
             )
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
     if example.get("messages") is not None:

@@ -17,7 +17,10 @@ def is_zero3(weight: Tensor) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """A tensor of FSDP2 or ZeRO-3 as one of its own, or all in a dictionary or list. Every process calls it."""
+    """A tensor of FSDP2 or ZeRO-3, whole and with a storage of its own, or all in a dictionary or list.
+
+    Every process calls it.
+    """
     if isinstance(value, Mapping):
         return {key: whole(part) for key, part in value.items()}
     if isinstance(value, list):

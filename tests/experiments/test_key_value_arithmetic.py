@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import subprocess
 import sys
 
 import pytest
@@ -388,6 +389,12 @@ def test_without_matplotlib_there_is_no_plot_and_everything_else(finished, monke
     assert json.loads((out / "results.json").read_text())["table"] == first["table"]
     assert not (out / "table.png").exists()
     assert "pip install 'calm-lm[train]'" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_demo_runs_without_peft():
+    """`pip install calm-lm[train]` does not bring it; only the baseline LoRA needs it."""
+    script = "import sys; sys.modules['peft'] = None; import calm.experiments.key_value_arithmetic.run"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_only_what_is_missing_is_trained(finished, monkeypatch):

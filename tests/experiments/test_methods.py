@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.data import load_tokenizer
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
-from calm.experiments.methods import bases, intervals, mixing, rehearsal, scoring, table
+from calm.experiments.methods import bases, intervals, mixing, rehearsal, scoring, table, training
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf, FirstWord, Perplexity
 from calm.experiments.methods.run import run, seconds_of
@@ -142,6 +142,25 @@ def test_the_anchors_own_texts_are_a_fifth_of_what_a_method_is_trained_on(finish
     rows = [json.loads(line) for line in (folder / "composed/train.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows if "text" in row] == texts
     assert [Example(**row) for row in rows if "prompt" in row] == list(data.composition)
+    assert [dataclasses.replace(settings, rehearsal=share).rehearsed(20) for share in (0.0, 0.2, 0.5)] == [0, 5, 20]
+
+
+@pytest.mark.parametrize("method", ["lora", "full_on_DC", "full_on_all"])
+def test_every_method_that_is_trained_on_dc_has_them(finished, data, settings, monkeypatch, tmp_path, method):
+    """All but the compositions, whose file of examples is read above."""
+    shutil.copytree(finished[0] / "seed-0", tmp_path / "seed-0")
+    examples = len(data.specialist if method == "full_on_all" else data.composition)  # which it is a part of
+    learned = []
+    monkeypatch.setattr(training, "fine_tune", lambda model, tokenizer, rows, *_: learned.append(rows) or 0)
+    for rehearsal_share, texts in ((0.2, 5), (0.0, 0)):
+        (tmp_path / f"seed-0/cell/{method}.json").unlink(missing_ok=True)
+        alone = dataclasses.replace(settings, methods=(method,), rehearsal=rehearsal_share)
+        cell, shared = tmp_path / "seed-0/cell", tmp_path / "seed-0/shared"
+        run(data, alone, 0, cell, shared, Console(file=io.StringIO()), {method: 1e-4})
+        rows = learned.pop()
+        assert not learned
+        assert sum((row["labels"][1:] != -100).all() for row in rows) == texts
+        assert len(rows) == texts + examples
 
 
 def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor, monkeypatch):
@@ -157,6 +176,10 @@ def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor,
         return scoring.mean_nll(scoring.negative_log_likelihoods(scoring.logits_of(model), rows, tokenizer, 8))
 
     assert nats(written) < nats(shuffled) - 0.05
+
+    model.generation_config.update(temperature=0.01, repetition_penalty=5.0)  # which some checkpoints come with
+    assert rehearsal.write(model, tokenizer, 20, 8, seed=0) == written
+    assert model.generation_config.temperature == 0.01
 
     monkeypatch.setattr(model, "generate", lambda begun, **_: torch.full_like(begun, tokenizer.eos_token_id))
     with pytest.raises(CalmError, match="wrote 0 texts of two words or more where 3"):
@@ -198,7 +221,8 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     other = dataclasses.replace(data, composition=data.composition[:10])
     assert "composed.json" in redone(other, composed)
     assert not (trained / "left_behind").exists()  # nothing of the other training is gone on with
-    assert len((trained / "train.jsonl").read_text().splitlines()) == 10
+    learned = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    assert sum("prompt" in row for row in learned) == 10 and sum("text" in row for row in learned) == 2
 
 
 def test_a_cut_keeps_the_anchors_vocabulary_while_its_layers_learn(finished, anchor):
@@ -238,15 +262,19 @@ def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_
     assert redone(data) == ""
     other = redone(dataclasses.replace(data, specialist=data.specialist[:50]))
     assert "full_on_all.json" in other and "full_on_DC" not in other and "m_A" not in other
-    assert given.about_all().endswith("public, whose own data is not public: it is all that D_C is a part of.")
+    assert given.notes()[-1].endswith("public, whose own data is not public: it is all that D_C is a part of.")
 
 
 def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):
-    assert settings.about_all() == (
+    rehearsed, on_all = settings.notes()
+    assert "texts that m_B wrote by itself" in rehearsed and "20% of all examples" in rehearsed
+    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [on_all]
+    assert dataclasses.replace(settings, methods=("composed",)).notes() == [rehearsed]
+    assert on_all == (
         "m_B fine-tuned on all of m_A's data takes 6 steps of 4 examples, every other method 4; m_A took 20 of 16: "
         "fewer examples, so that it is less than an upper reference."
     )
-    assert dataclasses.replace(settings, steps_on_all=80).about_all().endswith("m_A took 20 of 16.")
+    assert dataclasses.replace(settings, steps_on_all=80).notes()[-1].endswith("m_A took 20 of 16.")
 
 
 def test_results_hold_the_table_with_intervals_and_paired_differences(finished, data, tmp_path):

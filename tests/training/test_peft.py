@@ -122,7 +122,7 @@ def test_both_in_peft_with_sft(composed: str, tokenizer: PreTrainedTokenizerFast
 
     trainer = sft()
     start = {name: weight.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-    assert sum("lora_" in name for name in start) == 12 and sum("connections" in name for name in start) == 12
+    assert sum("lora_" in name for name in start) == 12 and sum("connections" in name for name in start) == 14
     trainer.train()
     assert logged(trainer)[-1] < logged(trainer)[0] - 0.2
     assert base_weights(trainer.model) == base_weights(load(composed))

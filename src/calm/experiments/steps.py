@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 
@@ -21,7 +20,7 @@ def fingerprint(*parts: Any) -> str:
     Args:
         parts: dataclasses, strings, numbers, and lists, tuples and dicts of them.
     """
-    versions = [torch.__version__, transformers.__version__, peft.__version__]
+    versions = [torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps([parts, versions], sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 

@@ -53,8 +53,8 @@ class TrainingResult:
         steps: Optimiser steps of the whole run, those before a resume included.
         resumed_from: The step that this call went on from, or None.
         best_step: The step of the saved model: with `data.eval` the one with the lowest evaluation loss, else the last.
-        train_loss: The training loss logged last, in nats per completion token.
-        eval_loss: The saved model's evaluation loss, in nats per completion token; None without `data.eval`.
+        train_loss: The training loss logged last, in nats per learned token.
+        eval_loss: The saved model's evaluation loss, in nats per learned token; None without `data.eval`.
         stopped_early: Whether early stopping ended the run.
         train_examples: How many examples were trained on.
         trainable_parameters: How many parameters were trained.
@@ -444,7 +444,7 @@ def _write_whole(path: Path, text: str) -> None:
 def _plot_losses(output_dir: Path, history: list[dict[str, float]]) -> None:
     if (figure := _figure(7, 4)) is None:
         return
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per completion token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per learned token)")
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         logs = [log for log in history if key in log]
         if logs:
@@ -465,7 +465,7 @@ def _plot_connections(output_dir: Path, history: list[dict[str, float]], config:
             name = f"{pair.augmenting} {pair.augmenting_layer} \u2192 {pair.anchor_layer}"
             axes.plot([log["step"] for log in logs], [log[key] for log in logs], marker=".", label=name)
         axes.set(xlabel="step", title=label)
-        if statistic != "gate":  # which may open the other way round
+        if statistic != "gate":  # which is below zero where what is added has the other sign
             axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     figure.savefig(output_dir / CONNECTIONS_PLOT_FILE, dpi=120)

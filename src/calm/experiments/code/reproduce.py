@@ -144,11 +144,7 @@ def reproduce_preset(
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
-            *(
-                [preset.methods.about_rehearsal(), preset.methods.about_all()]
-                if "full_on_all" in preset.methods.methods
-                else []
-            ),
+            *preset.methods.notes(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
             "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted; every "
             "other method without.",

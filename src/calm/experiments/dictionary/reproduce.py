@@ -120,7 +120,7 @@ def reproduce_preset(name: str, preset: Preset, seeds: Sequence[int] | None, fol
         settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=chosen,
         parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
-        notes=(*NOTES, preset.methods.about_rehearsal(), preset.methods.about_all()),
+        notes=(*NOTES, *preset.methods.notes()),
         seconds=seconds_of(folder, chosen),
         **table.together(fields),
         **made_here(),

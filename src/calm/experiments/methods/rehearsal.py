@@ -42,13 +42,18 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: in
     )
     set_seed(seed)
     texts: list[str] = []
-    for _ in range(_ROUNDS * -(-number // batch)):
-        if len(texts) >= number:
-            break
-        begun = torch.full((batch, 1), start, device=model.device)
-        written = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
-        decoded = tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
-        texts += [text for text in decoded if len(text.split()) > 1]
+    # generate() takes what a config leaves out from the model's own: a temperature, penalties
+    of_model, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        for _ in range(_ROUNDS * -(-number // batch)):
+            if len(texts) >= number:
+                break
+            begun = torch.full((batch, 1), start, device=model.device)
+            written = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
+            decoded = tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
+            texts += [text for text in decoded if len(text.split()) > 1]
+    finally:
+        model.generation_config = of_model
     if len(texts) < number:
         raise CalmError(
             f"the anchor wrote {len(texts)} texts of two words or more where {number} were asked for: it ends its "

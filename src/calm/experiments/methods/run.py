@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import shutil
 import tempfile
@@ -193,6 +194,8 @@ class _Run:
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
             depends_on.append(fingerprint(self.rehearsed))
+            if method == "lora":
+                depends_on.append(importlib.metadata.version("peft"))
             if method == "full_on_all":
                 depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)

@@ -61,8 +61,8 @@ class Settings:
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.
         methods: Which of `results.METHODS` to run.
-        rehearsal: Texts that the anchor writes by itself, in parts of all that is trained on beside `D_C`'s examples:
-            for every method that is trained on `D_C`, to keep the anchor as it is.
+        rehearsal: Share of texts that the anchor writes by itself among all examples, 0 for none: every method that is
+            trained on `D_C` gets them, which keeps the anchor as it is.
     """
 
     anchor: str | RealModel
@@ -93,16 +93,19 @@ class Settings:
         """How many texts of the anchor's own come with so many examples."""
         return round(examples * self.rehearsal / (1 - self.rehearsal))
 
-    def about_rehearsal(self) -> str:
-        """A note for results: what every training on D_C sees besides."""
+    def notes(self) -> list[str]:
+        """Notes for results: what its methods' trainings have in common or not."""
+        notes = [self._about_rehearsal()] if self.rehearsal else []
+        return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
+
+    def _about_rehearsal(self) -> str:
         return (
             f"Every method that is trained on D_C also gets texts that m_B wrote by itself (of up to {TOKENS} tokens, "
             f"drawn at temperature 1), as {self.rehearsal:.0%} of all examples, so that it stays as it is; with all of "
             "m_A's data they are the same texts."
         )
 
-    def about_all(self) -> str:
-        """A note for results: how long the upper reference was trained, and whether it can be taken for one."""
+    def _about_all(self) -> str:
         own = self.specialist
         if isinstance(own, str):
             of_own = f"m_A is {own}, whose own data is not public: it is all that D_C is a part of"
