@@ -79,7 +79,7 @@ def settings(anchor):
     return Settings(
         anchor=str(anchor),
         augmenting=(0, 3),
-        general=Fit(2, 2, 1e-3),
+        general=Fit(2, 4, 1e-3),
         specialist=Fit(20, 16, 5e-3),
         connections=2,
         steps=4,

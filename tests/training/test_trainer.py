@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from bases import byte_tokenizer, save_base, sums, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from transformers import BloomConfig, BloomForCausalLM
@@ -26,7 +28,7 @@ import calm
 from calm.data import CompletionCollator, load_examples, load_tokenizer, pack
 from calm.errors import CalmError
 from calm.training import Recipe, trainer
-from calm.training.loop import LengthGrouped
+from calm.training.loop import SortedSteps
 from calm.training.recipe import check_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -578,20 +580,29 @@ def test_bases_that_cannot_be_packed_are_refused(make_recipe: MakeRecipe, tmp_pa
         trainer.train(recipe)
 
 
-def test_batches_hold_examples_of_about_equal_length():
-    lengths = [n % 40 + 3 for n in range(160)]
-    sampler = LengthGrouped(lengths, 8, seed=0)
+def test_steps_are_drawn_at_random_and_their_batches_hold_examples_of_about_equal_length():
+    lengths = [n % 40 + 3 for n in range(1003)]
+    sampler = SortedSteps(lengths, 32, seed=0)
     order = list(sampler)
-    assert sorted(order) == list(range(160)) and order == list(sampler)
+    assert sorted(order) == list(range(1003)) and order == list(sampler)
 
     def padded(order: Iterable[int]) -> int:
         indices = list(order)
         return sum(8 * max(lengths[i] for i in indices[at : at + 8]) for at in range(0, len(indices), 8))
 
-    assert padded(order) < 1.2 * sum(lengths)
+    assert padded(order) < 1.3 * sum(lengths)
     assert padded(RandomSampler(lengths, generator=torch.Generator().manual_seed(0))) > 1.6 * sum(lengths)
+    means = [np.mean([lengths[i] for i in order[at : at + 32]]) for at in range(0, 992, 32)]
+    assert np.std(means) < 1.5 * np.std(lengths) / 32**0.5  # as of random draws; of equally long ones 1.0 without root
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=100), st.integers(1, 40))
+def test_every_example_comes_once_an_epoch_and_a_longest_one_first(lengths: list[int], step_size: int):
+    order = list(SortedSteps(lengths, step_size, seed=0))
+    assert sorted(order) == list(range(len(lengths)))
+    assert lengths[order[0]] == max(lengths)
 
 
 def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from calm import sharding
@@ -65,10 +64,10 @@ class CompositionTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Batches of examples that are about equally long, in an order that depends on seed and epoch alone."""
+        """Steps of examples in an order that depends on seed and epoch alone, however a step is cut into batches."""
         rows = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._order = LengthGrouped([len(row["input_ids"]) for row in rows], batch_size, self.args.seed)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed)
         return self._order
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -222,17 +221,21 @@ class CompositionTrainer(Trainer):
         return norm
 
 
-class LengthGrouped(Sampler[int]):
-    """Orders examples so that those of one optimiser step are about equally long, and little of it is padding.
+class SortedSteps(Sampler[int]):
+    """Draws the examples of each optimiser step at random and sorts them by length, so that its batches pad little.
+
+    Steps whose examples are all about equally long, as transformers' `group_by_length` has them, save more, but then
+    one step is all of one kind of example: a composition lost its anchor's English by it (docs/dev/LOG.md, "batches of one
+    length"). One longest example is in the first step, so that a batch which does not fit in memory is found out there.
 
     Args:
         lengths: Tokens of each example.
-        batch_size: Examples of one optimiser step.
+        step_size: Examples of an optimiser step, on all processes together.
         seed: With the epoch it decides the order, so that a resumed run goes on in the order of the first one.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], step_size: int, seed: int) -> None:
+        self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate when an epoch begins."""
@@ -245,7 +248,10 @@ class LengthGrouped(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """The indices of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        drawn = torch.randperm(len(self), generator=generator).tolist()
+        drawn.insert(0, drawn.pop(max(range(len(self)), key=lambda at: self.lengths[drawn[at]])))
+        for begin in range(0, len(self), self.step_size):
+            yield from sorted(drawn[begin : begin + self.step_size], key=lambda index: -self.lengths[index])
 
 
 def _unfit_optimizer(checkpoint: str | None, reason: str) -> CalmError:

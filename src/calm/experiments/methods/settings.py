@@ -31,7 +31,7 @@ class Fit:
 
     Attributes:
         steps: Optimiser steps.
-        rows: Examples in a step.
+        rows: Examples in a step, a multiple of `training.BATCHES`.
         learning_rate: The highest one; 5% of warm-up, then cosine.
     """
 

@@ -18,7 +18,11 @@ from calm.data import CompletionCollator, Row
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.settings import Fit, Settings
 from calm.training import TrainingResult, train
+from calm.training.loop import SortedSteps
 from calm.training.recipe import check_recipe
+
+BATCHES = 4
+"""In how many batches, sorted by length, a step is cut, for all methods alike; `rows` are a multiple of it."""
 
 
 def fine_tune(
@@ -29,7 +33,7 @@ def fine_tune(
     Args:
         model: float32, trained in place, left in evaluation mode.
         tokenizer: for padding.
-        rows: `input_ids` and `labels`; drawn anew in each epoch, in batches of about one length.
+        rows: `input_ids` and `labels`; drawn anew in each epoch, as in the training of a composition.
         fit: steps, rows and learning rate.
         seed: of the order.
         bf16: compute in bfloat16 (autocast).
@@ -39,13 +43,13 @@ def fine_tune(
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with tempfile.TemporaryDirectory() as nothing_is_written_here:
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=nothing_is_written_here,
                 max_steps=fit.steps,
-                per_device_train_batch_size=fit.rows,
-                train_sampling_strategy="group_by_length",
+                per_device_train_batch_size=fit.rows // BATCHES,
+                gradient_accumulation_steps=BATCHES,
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
                 learning_rate=fit.learning_rate,
@@ -66,6 +70,12 @@ def fine_tune(
         trainer.train()
     model.eval()
     return trained
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> SortedSteps:
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return SortedSteps(lengths, self.args.train_batch_size * BATCHES, self.args.seed)
 
 
 def with_lora(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedModel:
@@ -127,7 +137,8 @@ def train_composition(
             "training": {
                 "output_dir": str(folder),
                 "max_steps": fit.steps,
-                "per_device_batch_size": fit.rows,
+                "per_device_batch_size": fit.rows // BATCHES,
+                "gradient_accumulation": BATCHES,
                 "learning_rate": fit.learning_rate,
                 "keep_checkpoints": 1,
                 "seed": seed,
