@@ -225,8 +225,8 @@ class SortedSteps(Sampler[int]):
     """Draws the examples of each optimiser step at random and sorts them by length, so that its batches pad little.
 
     Steps whose examples are all about equally long, as transformers' `group_by_length` has them, save more, but then
-    one step is all of one kind of example: a composition lost its anchor's English by it (docs/dev/LOG.md, "batches of one
-    length"). One longest example is in the first step, so that a batch which does not fit in memory is found out there.
+    one step is all of one kind of example: a composition lost its anchor's English by it (docs/dev/LOG.md, "steps of
+    one kind"). A longest example is in the first step, so that a batch which does not fit in memory is found out there.
 
     Args:
         lengths: Tokens of each example.
