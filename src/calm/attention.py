@@ -85,10 +85,10 @@ class Connection(GradientCheckpointingLayer):
     opens: linear in that state's direction, and zero at first (in Flamingo, arXiv 2204.14198, it is one number, and has
     a tanh). Behind it `W_V` and `W_O`, and `f_proj` where both models have one width, start as identities: what the
     gate lets through first is the augmenting model's own state, in units of the root mean square of the anchor's
-    (docs/dev/LOG.md, "identity behind a gate"). Queries and context are RMS-normalised (without weights of their own: the projections
-    that follow absorb them), and the scores carry ALiBi slopes. `"normalized"` has neither gate nor units; its `W_O`
-    starts at zero, the other matrices at random. `"paper"` is that without norms and slopes. Names follow the paper's:
-    `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
+    (docs/dev/LOG.md, "identity behind a gate"). Queries and context are RMS-normalised (without weights of their own:
+    the projections that follow absorb them), and the scores carry ALiBi slopes. `"normalized"` has neither gate nor
+    units; its `W_O` starts at zero, the other matrices at random. `"paper"` is that without norms and slopes. Names
+    follow the paper's: `f_proj`, `W_Q`, `W_K`, `W_V`, `W_O`.
 
     Args:
         augmenting_width: `D_A`, width of the augmenting layer's output.
