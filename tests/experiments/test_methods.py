@@ -163,6 +163,18 @@ def test_every_method_that_is_trained_on_dc_has_them(finished, data, settings, m
         assert len(rows) == texts + examples
 
 
+def test_steps_of_the_baselines_are_drawn_as_those_of_a_composition(anchor, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training.SortedSteps, "__iter__", lambda self: drawn.append(self.step_size) or iter(range(20)))
+    model, tokenizer = bases.load(str(anchor)), load_tokenizer(str(anchor))
+    training.fine_tune(
+        model, tokenizer, scoring.text_rows(["1 + 2 = 3"] * 20, tokenizer, 64), Fit(2, 8, 1e-3), 0, False
+    )
+    assert drawn == [8]
+    with pytest.raises(ValueError, match="rows = 6: expected a multiple of 4"):
+        Fit(2, 6, 1e-3)
+
+
 def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor, monkeypatch):
     model, tokenizer = bases.load(str(anchor)), load_tokenizer(str(anchor))
     written = rehearsal.write(model, tokenizer, 20, 8, seed=0)

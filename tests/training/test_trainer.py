@@ -593,7 +593,7 @@ def test_steps_are_drawn_at_random_and_their_batches_hold_examples_of_about_equa
     assert padded(order) < 1.3 * sum(lengths)
     assert padded(RandomSampler(lengths, generator=torch.Generator().manual_seed(0))) > 1.6 * sum(lengths)
     means = [np.mean([lengths[i] for i in order[at : at + 32]]) for at in range(0, 992, 32)]
-    assert np.std(means) < 1.5 * np.std(lengths) / 32**0.5  # as of random draws; of equally long ones 1.0 without root
+    assert np.std(means) < 1.5 * np.std(lengths) / 32**0.5  # were they equally long: np.std(lengths)
     sampler.set_epoch(1)
     assert list(sampler) != order
 

@@ -20,6 +20,8 @@ RATES: dict[str, tuple[float, ...]] = {
 """Learning rates to try for an anchor of some 100M parameters."""
 FEW_RATES: dict[str, tuple[float, ...]] = {"composition": (1e-4, 3e-4), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
 """The same where time is short."""
+BATCHES = 4
+"""In how many batches, sorted by length, a training's step is cut, for all methods alike."""
 SMOLLM2_CUT = (0, 1, 2, 3, 28, 29)
 """Layers of SmolLM2-135M that a vanilla `m_A` is made of: 49.6M parameters with its embeddings. A plain cut of the
 first layers starts far from any language."""
@@ -31,13 +33,19 @@ class Fit:
 
     Attributes:
         steps: Optimiser steps.
-        rows: Examples in a step, a multiple of `training.BATCHES`.
+        rows: Examples in a step, a multiple of `BATCHES`.
         learning_rate: The highest one; 5% of warm-up, then cosine.
     """
 
     steps: int
     rows: int
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        if self.rows % BATCHES:
+            raise ValueError(
+                f"rows = {self.rows}: expected a multiple of {BATCHES}, in which many batches a step is cut"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from calm.data import CompletionCollator, Row
 from calm.experiments.methods.examples import Example
-from calm.experiments.methods.settings import Fit, Settings
+from calm.experiments.methods.settings import BATCHES, Fit, Settings
 from calm.training import TrainingResult, train
 from calm.training.loop import SortedSteps
 from calm.training.recipe import check_recipe
-
-BATCHES = 4
-"""In how many batches, sorted by length, a step is cut, for all methods alike; `rows` are a multiple of it."""
 
 
 def fine_tune(
