@@ -15,4 +15,4 @@ def demo(
     """Train two small models that each fail a task, compose them, and see them solve it (minutes on two CPU cores)."""
     from calm.experiments.key_value_arithmetic.run import main
 
-    main(preset="cpu", seed=seed, output_dir=out)
+    main(preset="demo", seed=seed, output_dir=out)

@@ -26,7 +26,7 @@ from transformers.cache_utils import CacheLayerMixin
 import calm
 from calm.alignment import Alignment
 from calm.attention import GATE_SCALE, Connection, alibi_slopes
-from calm.experiments.key_value_arithmetic import stages
+from calm.experiments.key_value_arithmetic.composition import train_composition
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
 from calm.experiments.key_value_arithmetic.recipe import Recipe, preset
@@ -155,7 +155,7 @@ def measure(name: str, recipe: Recipe, seed: int, run_dir: Path) -> dict[str, An
             recipe.augmenting_model.width, recipe.anchor_model.width, recipe.anchor_model.heads, variant
         )
     task = Task.draw(recipe.data, seed)
-    stages.train_composition(model, task, recipe, seed, lambda step, total, note: None)
+    train_composition(model, task, recipe, seed, lambda step, total, note: None)
     answers = evaluate(model, build_tokenizer(recipe.data), task, recipe.evaluation_examples, seed)
     return {
         "variant": name,
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args()
 
-    recipe = preset("cpu")
+    recipe = preset("demo")
     training = dataclasses.replace(recipe.composition_training, steps=chosen.steps, learning_rate=chosen.lr)
     recipe = dataclasses.replace(recipe, composition_training=training)
     console = Console(highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from calm import planning
+from calm.experiments.key_value_arithmetic.composition import new_composition
 from calm.experiments.key_value_arithmetic.data import Task
 from calm.experiments.key_value_arithmetic.lines import (
     Batches,
@@ -71,9 +71,7 @@ def train_baseline(
 
     new: Callable[[], PreTrainedModel]
     if name == "lora":
-        parameters = planning.plan(
-            str(anchor), str(augmenting), recipe.connections, sequence_length=2
-        ).connections.parameters
+        parameters = trainable(new_composition(anchor, augmenting, recipe, seed))
 
         def new() -> PreTrainedModel:
             return with_lora(AutoModelForCausalLM.from_pretrained(anchor), parameters, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm.experiments.key_value_arithmetic.data import Task
@@ -17,12 +18,15 @@ from calm.experiments.key_value_arithmetic.lines import (
     substitution_line,
 )
 from calm.experiments.key_value_arithmetic.recipe import ModelSettings, Recipe
+from calm.experiments.key_value_arithmetic.superposition import Superposed
 from calm.experiments.key_value_arithmetic.training import Report, fit
 
 CONTEXT = 128
 
 
-def new_augmenting(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
+def new_augmenting(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed: int, embeddings: Tensor | None = None
+) -> GPT2LMHeadModel:
     """`m_A` with random weights (as it is, the random m_A of the ablation).
 
     A GPT-2, because its positions are absolute: which operand is due next then follows from the position alone, which
@@ -32,9 +36,10 @@ def new_augmenting(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, 
         settings: its size.
         tokenizer: its vocabulary.
         seed: of its weights.
+        embeddings: [vocabulary, width]: those of its tokens, and its head, not to be trained; None for its own.
     """
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_embd=settings.width,
@@ -46,12 +51,17 @@ def new_augmenting(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, 
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            tie_word_embeddings=False,
+            tie_word_embeddings=embeddings is not None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
     )
+    if embeddings is not None:
+        weight = model.get_input_embeddings().weight
+        weight.data.copy_(embeddings)
+        weight.requires_grad_(False)
+    return model
 
 
 def new_anchor(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -81,7 +91,12 @@ def new_anchor(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast, seed
 
 
 def train_augmenting(
-    task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, report: Report
+    task: Task,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    report: Report,
+    embeddings: Tensor | None = None,
 ) -> tuple[GPT2LMHeadModel, int]:
     """Train `m_A` on KV-SUBS over all keys: glossary lines, and substitution.
 
@@ -94,6 +109,7 @@ def train_augmenting(
         tokenizer: of both bases.
         seed: of weights and data.
         report: is told about progress.
+        embeddings: as for `new_augmenting`.
 
     Returns:
         The model and the number of steps.
@@ -118,7 +134,7 @@ def train_augmenting(
         line = Line().add([*expression.words(), task.question("KV-SUBS")], False)
         validation.append(line.add([*expression.substituted(task.values).words(), "<end>"], True))
 
-    model = new_augmenting(recipe.augmenting_model, tokenizer, seed)
+    model = new_augmenting(recipe.augmenting_model, tokenizer, seed, embeddings)
     batches = Batches(draw, vocabulary, training.steps, f"m_A {seed}")
     steps = fit(model, batches, training, seed, report, encode(validation, vocabulary), recipe.hardware)
     return model, steps
@@ -146,8 +162,13 @@ def train_anchor(
 
     rng = random.Random(f"validation of m_B {seed}")
     # both kinds of lines: with unknown strings, the reductions must still be right
-    validation = [arithmetic_line(task, rng, with_unknowns=i % 2) for i in range(recipe.validation_examples)]
+    every_other = bool(recipe.with_unknowns)
+    validation = [arithmetic_line(task, rng, i % 2 * every_other) for i in range(recipe.validation_examples)]
     model = new_anchor(recipe.anchor_model, tokenizer, seed + 1)
     batches = Batches(draw, vocabulary, recipe.anchor_training.steps, f"m_B {seed}")
-    steps = fit(model, batches, recipe.anchor_training, seed, report, encode(validation, vocabulary), recipe.hardware)
+    low, high = task.settings.values
+    trained: LlamaForCausalLM | Superposed = model
+    if task.settings.answer == "direct" and recipe.with_unknowns:
+        trained = Superposed(model, torch.tensor([vocabulary[str(number)] for number in range(low, high + 1)]))
+    steps = fit(trained, batches, recipe.anchor_training, seed, report, encode(validation, vocabulary), recipe.hardware)
     return model, steps

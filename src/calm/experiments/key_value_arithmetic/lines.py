@@ -14,13 +14,17 @@ from calm.experiments.key_value_arithmetic.data import Expression, Task, random_
 
 IGNORED = -100
 
+AFTER_AN_ENTRY = 0.7
+"""How often an operator or another sign follows an entry of a glossary that is for direct answers."""
+
 
 @dataclass
 class Line:
-    """Tokens of one row, and for each whether its prediction counts in the loss."""
+    """Tokens of one row, for each whether its prediction counts in the loss, and what some are worth (`Superposed`)."""
 
     words: list[str] = field(default_factory=list)
     learned: list[bool] = field(default_factory=list)
+    worth: dict[int, str] = field(default_factory=dict)
 
     def add(self, words: Iterable[str], learned: bool) -> Line:
         """Append tokens that all count, or all do not."""
@@ -31,10 +35,18 @@ class Line:
 
 
 def glossary_line(task: Task, rng: random.Random, entries: int) -> Line:
-    """`key = value ; key = value`: only the values are learned."""
+    """`key = value ; key = value`: only the values are learned.
+
+    For direct answers it is `key value + key value key value -`: `m_A` then knows at a key's last token, where the
+    anchor's position can take it from, what the key is worth, after whatever precedes a key in an expression.
+    """
     line = Line()
     for key in rng.sample(list(task.values), entries):
-        line.add([*words_of(key), "="], False).add([str(task.values[key])], True).add([";"], False)
+        if task.settings.answer == "restate":
+            line.add([*words_of(key), "="], False).add([str(task.values[key])], True).add([";"], False)
+        else:
+            line.add(words_of(key), False).add([str(task.values[key])], True)
+            line.add([rng.choice("+-=:;")] if rng.random() < AFTER_AN_ENTRY else [], False)
     return line
 
 
@@ -58,7 +70,8 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
     task, and short expressions would teach little of it.
 
     Such a line is restated before it is solved. What a string is worth cannot be known and is not learned, so that
-    the model learns to go on from whatever number stands there.
+    the model learns to go on from whatever number stands there. Where answers are direct, it is told inside what the
+    string is worth, at the string's last token (`Superposed`).
 
     Args:
         task: the range of numbers and expressions; its keys are not used.
@@ -73,8 +86,12 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
         asked = Expression(mixed, numbers.operators)
     steps = numbers.reductions()
     if task.settings.answer == "direct":
-        line = Line().add([*asked.words(), task.question("NUM-MATH")], False)
-        return line.add([*steps[-1].words(), "<end>"], asked == numbers)
+        line = Line()
+        for position, (operand, number) in enumerate(zip(asked.operands, numbers.operands, strict=True)):
+            line.add([numbers.operators[position - 1]] if position else [], False).add(words_of(operand), False)
+            if isinstance(operand, str):
+                line.worth[len(line.words) - 1] = str(number)
+        return line.add([task.question("NUM-MATH")], False).add([*steps[-1].words(), "<end>"], True)
     line = Line().add([*asked.words(), "="], False)
     if asked != numbers:
         for position, (operand, number) in enumerate(zip(asked.operands, numbers.operands, strict=True)):
@@ -128,7 +145,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """Input ids and labels of a step, as `encode` makes them."""
+        """What a model reads in a step, as `encode` makes it."""
         if not 0 <= step < self.steps:
             raise IndexError(step)
         return encode(self.draw(random.Random(f"key-value batch {self.seed} {step}"), step), self.vocabulary)
@@ -138,17 +155,19 @@ def encode(lines: Sequence[Line], vocabulary: Mapping[str, int]) -> dict[str, Te
     """Pad rows at their right end, where causal attention from a row's own tokens does not reach: no mask is needed.
 
     Returns:
-        Input ids and labels, int64 [rows, longest]; labels are -100 where nothing is learned.
+        `input_ids` and `labels`, int64 [rows, longest]; labels are -100 where nothing is learned. Where some words are
+        worth a number, `worth` too: the number's token at the word's (its last, if it has several), -100 elsewhere.
     """
     rows = []
     for line in lines:
-        words = zip(line.words, line.learned, strict=True)
-        rows.append([(token, learned) for word, learned in words for token in tokens_of(word, vocabulary)])
+        row: list[tuple[int, int, int]] = []
+        for position, (word, learned) in enumerate(zip(line.words, line.learned, strict=True)):
+            row += [(token, token if learned else IGNORED, IGNORED) for token in tokens_of(word, vocabulary)]
+            if position in line.worth:
+                row[-1] = (*row[-1][:2], vocabulary[line.worth[position]])
+        rows.append(row)
     longest = max(len(row) for row in rows)
-    input_ids = torch.full((len(lines), longest), vocabulary["<pad>"])
-    labels = torch.full((len(lines), longest), IGNORED)
-    for index, row in enumerate(rows):
-        ids, counts = torch.tensor([token for token, _ in row]), torch.tensor([learned for _, learned in row])
-        input_ids[index, : len(ids)] = ids
-        labels[index, : len(ids)] = torch.where(counts, ids, IGNORED)
-    return {"input_ids": input_ids, "labels": labels}
+    padded = torch.tensor([row + [(vocabulary["<pad>"], IGNORED, IGNORED)] * (longest - len(row)) for row in rows])
+    input_ids, labels, worth = (of_all.contiguous() for of_all in padded.unbind(-1))
+    batch = {"input_ids": input_ids, "labels": labels}
+    return batch | {"worth": worth} if any(line.worth for line in lines) else batch

@@ -80,10 +80,15 @@ class Recipe:
         anchor_training: training of `m_B`.
         composition_training: training of every composition, and of the baselines.
         steps_on_all: steps of the baseline `full_on_all`, whose batches are half `m_A`'s data.
-        connections: number of connections.
+        connections: their number, or (layer of `m_A`, layer of `m_B`) pairs.
+        by_position: connections keep the `W_Q` and `W_K` that they begin with, small ones, so that a head looks as far
+            back as its slope says and not for what it finds: `D_C` has few keys, which trained ones learn by heart.
+        shared_embeddings: `m_A` has the embeddings of `m_B`, which its training leaves alone, so that what it is about
+            to say is a state that `m_B` can read.
         glossary_entries: `key = value` entries of a glossary line.
         glossary_share: share of glossary lines in `m_A`'s batches at the first and at the last step.
-        with_unknowns: share of `m_B`'s lines in which operands may be strings that it cannot know.
+        with_unknowns: share of `m_B`'s lines in which operands may be strings that it cannot know. Direct answers take
+            whole numbers for that.
         numeric_share: share of NUM-MATH in `D_C`.
         evaluation_examples: held-out expressions for each task.
         validation_examples: expressions (over the composition keys) that show how training goes.
@@ -98,7 +103,9 @@ class Recipe:
     anchor_training: TrainingSettings
     composition_training: TrainingSettings
     steps_on_all: int
-    connections: int = 3
+    connections: int | tuple[tuple[int, int], ...] = 3
+    by_position: bool = False
+    shared_embeddings: bool = False
     glossary_entries: int = 4
     glossary_share: tuple[float, float] = (0.5, 0.2)
     with_unknowns: float = 0.4
@@ -107,6 +114,23 @@ class Recipe:
     validation_examples: int = 300
     workers: int = 2
     hardware: Hardware = CPU
+
+    def __post_init__(self) -> None:
+        if self.with_unknowns and (self.data.answer, self.data.numbers) == ("direct", "digits"):
+            raise CalmError(
+                f"Recipe.with_unknowns is {self.with_unknowns!r}: expected 0 with direct answers in digits, for which "
+                "no one token is what a string is worth. Take numbers='whole', or restate."
+            )
+        if self.shared_embeddings and self.augmenting_model.width != self.anchor_model.width:
+            raise CalmError(
+                f"Recipe.shared_embeddings is True: expected models of one width, not {self.augmenting_model.width} "
+                f"(m_A) and {self.anchor_model.width} (m_B)."
+            )
+
+    @property
+    def number_of_connections(self) -> int:
+        """How many there are."""
+        return self.connections if isinstance(self.connections, int) else len(self.connections)
 
 
 _GPU = Recipe(
@@ -128,13 +152,14 @@ _GPU = Recipe(
     composition_training=TrainingSettings(steps=5_000, rows=256, learning_rate=1e-3, warmup_steps=200),
     steps_on_all=20_000,
     connections=4,
-    with_unknowns=0.0,  # a direct answer over unknown values teaches nothing
+    with_unknowns=0.0,
     evaluation_examples=1000,
     workers=1,
     hardware=Hardware(device="cuda", bf16=True, loaders=8),
 )
 PRESETS = {
-    "cpu": Recipe(
+    # `calm demo`: answers that restate the values, which a few minutes are enough for.
+    "demo": Recipe(
         data=DataSettings(syllables_per_key=(2, 2)),
         augmenting_model=ModelSettings(width=64, feed_forward=256),
         augmenting_training=TrainingSettings(steps=500, rows=128, learning_rate=5e-3),
@@ -142,6 +167,23 @@ PRESETS = {
         anchor_training=TrainingSettings(steps=800, rows=192, learning_rate=6e-3, weight_decay=0.1),
         composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
         steps_on_all=2000,  # as many lines of m_A's data as m_A has
+    ),
+    # Direct answers, as in the paper. What makes them work: docs/dev/LOG.md, "the direct answer, above 80%".
+    "cpu": Recipe(
+        data=DataSettings(syllables_per_key=(2, 2), operands=(2, 2), answer="direct"),
+        augmenting_model=ModelSettings(width=96, feed_forward=384),
+        augmenting_training=TrainingSettings(steps=1000, rows=96, learning_rate=5e-3),
+        anchor_model=ModelSettings(width=96, feed_forward=384),
+        anchor_training=TrainingSettings(steps=1600, rows=192, learning_rate=6e-3, weight_decay=0.1),
+        composition_training=TrainingSettings(steps=1500, rows=64, learning_rate=2e-3, weight_decay=0.1),
+        steps_on_all=3000,  # as many lines of m_A's data as m_A has
+        connections=((2, 0), (2, 1), (2, 2)),
+        by_position=True,
+        shared_embeddings=True,
+        glossary_entries=5,
+        glossary_share=(0.5, 0.5),
+        with_unknowns=0.7,
+        numeric_share=0.2,
     ),
     # Proves that everything runs, not that anything is learned.
     "tiny": Recipe(

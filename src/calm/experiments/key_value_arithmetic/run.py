@@ -22,7 +22,7 @@ from calm.experiments.key_value_arithmetic.stages import STAGES, Stage, StageRes
 from calm.experiments.steps import read_json, write_json
 
 
-def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] = "runs/demo") -> dict[str, Any]:
+def main(preset: str = "demo", seed: int = 0, output_dir: str | os.PathLike[str] = "runs/demo") -> dict[str, Any]:
     """Train `m_A` and `m_B`, compose them on 20% of the keys, evaluate on the others, and show the paper's table.
 
     Leaves the bases in `augmenting/` and `anchor/`, the composition in `composed/`, and `results.json` and, where
@@ -30,7 +30,7 @@ def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] 
     settings are not trained again.
 
     Args:
-        preset: `"cpu"`, or `"tiny"`, which only proves that everything runs.
+        preset: `"demo"`, or `"tiny"`, which only proves that everything runs.
         seed: of the data, the models and their training.
         output_dir: where everything goes.
 
@@ -58,7 +58,7 @@ def main(preset: str = "cpu", seed: int = 0, output_dir: str | os.PathLike[str] 
     )
 
     results = {stage.name: result for stage in STAGES if (result := stages.kept(stage, recipe, seed, out))}
-    missing = [stage for stage in STAGES if not {stage.name, *stage.needs} <= results.keys()]
+    missing = stages.missing(STAGES, results, recipe)
     kept_stages = [stage.name for stage in STAGES if stage not in missing]
     clock = _Clock(out / "clock.json", go_on=bool(kept_stages))
     if kept_stages:

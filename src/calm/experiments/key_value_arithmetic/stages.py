@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import calm
 from calm.experiments.key_value_arithmetic import bases
+from calm.experiments.key_value_arithmetic.composition import compose_and_train
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import (
     evaluate,
@@ -22,10 +21,9 @@ from calm.experiments.key_value_arithmetic.evaluate import (
     numeric_perplexity,
     percent_right,
 )
-from calm.experiments.key_value_arithmetic.lines import Batches, Line, composition_line
 from calm.experiments.key_value_arithmetic.mixing import Mixed
 from calm.experiments.key_value_arithmetic.recipe import Recipe
-from calm.experiments.key_value_arithmetic.training import Report, Trained, fit, trainable
+from calm.experiments.key_value_arithmetic.training import Report, Trained, trainable
 from calm.experiments.steps import fingerprint, write_json
 
 RESULT_FILE = "stage.json"
@@ -38,7 +36,7 @@ class Stage:
     Args:
         name: its row in the table.
         folder: where it is kept, below the run's folder.
-        needs: names of the stages that come before it.
+        needs: names of the stages that come before it, in every recipe.
         varied: of a point on a curve, a setting and its value: "composition_share", "connections", or
             "augmenting_steps".
     """
@@ -51,8 +49,8 @@ class Stage:
 
 # In the order in which they should start: what others wait for first.
 STAGES = (
-    Stage("m_A", "augmenting"),
     Stage("m_B", "anchor"),
+    Stage("m_A", "augmenting"),
     Stage("composed", "composed", ("m_A", "m_B")),
     Stage("encoder_m_A", "ablations/encoder", ("m_A", "m_B")),
     Stage("random_m_A", "ablations/random", ("m_B",)),
@@ -91,6 +89,7 @@ class StageResult:
         accuracy: percent by task, on held-out keys.
         right: by task, "1" or "0" for each expression; the same expressions for every stage of a run.
         perplexity: of the answers to NUM-MATH.
+        parameters: how many numbers the model has.
         answers: prompt, expected and given text of the first KV-MATH expressions.
         steps: training steps.
         seconds: wall clock of training and evaluation.
@@ -106,6 +105,7 @@ class StageResult:
     accuracy: dict[str, float]
     right: dict[str, str]
     perplexity: float
+    parameters: int
     answers: list[tuple[str, str, str]]
     steps: int
     seconds: float
@@ -116,18 +116,28 @@ class StageResult:
     searched: dict[str, float]
 
 
+def needs(stage: Stage, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the stages that come before one."""
+    return ("m_B",) if recipe.shared_embeddings and stage.name in ("m_A", "vanilla_base") else stage.needs
+
+
+def missing(wanted: Sequence[Stage], finished: Mapping[str, StageResult], recipe: Recipe) -> list[Stage]:
+    """The stages that have to be run: those without a result, and those that come after one of them."""
+    return [stage for stage in wanted if not {stage.name, *needs(stage, recipe)} <= finished.keys()]
+
+
 def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
     """Changes with whatever would change the stage's result; settings of later stages do not count."""
-    parts: list[object] = [stage.name, seed]
-    if not stage.needs:
-        later = {"composition_training": None, "connections": None, "numeric_share": None}
-        other = "anchor" if stage.name != "m_B" else "augmenting"
-        later |= {f"{other}_model": None, f"{other}_training": None}
-        recipe = dataclasses.replace(recipe, **later)  # type: ignore[arg-type]
-    settings = dataclasses.asdict(dataclasses.replace(recipe, workers=1))
+    without = {"workers"}
     if stage.name != "full_on_all":
-        del settings["steps_on_all"]
-    return fingerprint(*parts, settings)
+        without.add("steps_on_all")
+    if not stage.needs:
+        without |= {"composition_training", "connections", "numeric_share"}
+        if not needs(stage, recipe):
+            other = "anchor" if stage.name != "m_B" else "augmenting"
+            without |= {f"{other}_model", f"{other}_training"}
+    settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
+    return fingerprint(stage.name, seed, settings)
 
 
 def kept(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult | None:
@@ -168,7 +178,9 @@ def run_stage(stage: Stage, recipe: Recipe, seed: int, output_dir: Path, report:
         source = output_dir / FOLDERS["m_A"]
         if stage.varied[0] == "augmenting_steps":
             source = folder / "augmenting"
-            augmenting, _ = bases.train_augmenting(task, recipe, tokenizer, seed, report)
+            augmenting, _ = bases.train_augmenting(
+                task, recipe, tokenizer, seed, report, _embeddings(recipe, output_dir)
+            )
             augmenting.save_pretrained(source)
             tokenizer.save_pretrained(source)
             asked = evaluate(augmenting, tokenizer, task, recipe.evaluation_examples, seed, ("KV-SUBS",))
@@ -189,7 +201,8 @@ def vary(recipe: Recipe, varied: tuple[str, float]) -> Recipe:
     if setting == "composition_share":
         return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, composition_share=value))
     if setting == "connections":
-        return dataclasses.replace(recipe, connections=int(value))
+        count, pairs = int(value), recipe.connections
+        return dataclasses.replace(recipe, connections=count if isinstance(pairs, int) else pairs[:count])
     training = recipe.augmenting_training
     shorter = dataclasses.replace(training, steps=max(1, round(value * training.steps)))
     return dataclasses.replace(recipe, augmenting_training=shorter)
@@ -212,7 +225,8 @@ def train(
         return baselines.train_baseline(name, anchor, augmenting, task, recipe, tokenizer, seed, report)
     if name in ("m_A", "vanilla_base"):
         known = task if name == "m_A" else task.revalued(seed)
-        specialist, steps = bases.train_augmenting(known, recipe, tokenizer, seed, report)
+        embeddings = _embeddings(recipe, output_dir)
+        specialist, steps = bases.train_augmenting(known, recipe, tokenizer, seed, report, embeddings)
         return Trained(specialist, steps, trainable(specialist), recipe.augmenting_training.learning_rate)
     if name == "m_B":
         arithmetician, steps = bases.train_anchor(task, recipe, tokenizer, seed, report)
@@ -220,52 +234,20 @@ def train(
     source = output_dir / FOLDERS["vanilla_base" if name == "vanilla_m_A" else "m_A"]
     if name == "random_m_A":
         source = output_dir / FOLDERS[name] / "augmenting"
-        bases.new_augmenting(recipe.augmenting_model, tokenizer, seed).save_pretrained(source)
+        embeddings = _embeddings(recipe, output_dir)
+        bases.new_augmenting(recipe.augmenting_model, tokenizer, seed, embeddings).save_pretrained(source)
         tokenizer.save_pretrained(source)
     attend = "prompt" if name == "encoder_m_A" else "causal"
     return compose_and_train(output_dir / FOLDERS["m_B"], source, task, recipe, seed, report, attend)
 
 
-def compose_and_train(
-    anchor: Path, augmenting: Path, task: Task, recipe: Recipe, seed: int, report: Report, attend: str = "causal"
-) -> Trained:
-    """Compose two bases and train the connections on `D_C`.
-
-    Args:
-        anchor: the folder of `m_B`.
-        augmenting: the folder of the augmenting model.
-        task: keys, values and the split.
-        recipe: sizes and lengths.
-        seed: of weights and data.
-        report: is told about progress.
-        attend: as for `calm.compose`.
-    """
-    torch.manual_seed(seed)
-    model = calm.compose(str(anchor), str(augmenting), recipe.connections, attend=attend)
-    steps = train_composition(model, task, recipe, seed, report)
-    return Trained(model, steps, trainable(model), recipe.composition_training.learning_rate)
-
-
-def train_composition(model: calm.CalmForCausalLM, task: Task, recipe: Recipe, seed: int, report: Report) -> int:
-    """Train the connections on `D_C`: KV-MATH over the composition keys, and some NUM-MATH.
-
-    Args:
-        model: trained in place.
-        task: keys, values and the split.
-        recipe: lengths and shares.
-        seed: of the data.
-        report: is told about progress.
-
-    Returns:
-        The number of steps.
-    """
-
-    def draw(rng: random.Random, step: int) -> list[Line]:
-        return [composition_line(task, rng, recipe.numeric_share) for _ in range(recipe.composition_training.rows)]
-
-    vocabulary = build_tokenizer(recipe.data).get_vocab()
-    batches = Batches(draw, vocabulary, recipe.composition_training.steps, f"D_C {seed}")
-    return fit(model, batches, recipe.composition_training, seed, report, hardware=recipe.hardware)
+def _embeddings(recipe: Recipe, output_dir: Path) -> Tensor | None:
+    """Those of `m_B`, where `m_A` has the same."""
+    if not recipe.shared_embeddings:
+        return None
+    anchor = AutoModelForCausalLM.from_pretrained(output_dir / FOLDERS["m_B"])
+    weight: Tensor = anchor.get_input_embeddings().weight.detach()
+    return weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +309,7 @@ def end(
         fingerprint=identity,
         accuracy={name: percent_right(flags) for name, flags in asked.items()},
         right=asked,
+        parameters=0 if isinstance(trained.model, Mixed) else trained.model.num_parameters(),
         perplexity=numeric_perplexity(trained.model, tokenizer, task, recipe.evaluation_examples, seed),
         answers=[(answer.prompt, answer.expected, answer.given) for answer in answers["KV-MATH"][:100]],
         steps=trained.steps,

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches
 from calm.experiments.key_value_arithmetic.mixing import Mixed
 from calm.experiments.key_value_arithmetic.recipe import CPU, Hardware, TrainingSettings
+from calm.experiments.key_value_arithmetic.superposition import Superposed
 
 Report = Callable[[int, int, str], None]
 """What progress is told to: steps done, steps at most, a word on how it goes."""
@@ -42,7 +43,7 @@ class Trained:
 
 
 def fit(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Superposed,
     batches: Batches,
     settings: TrainingSettings,
     seed: int,
@@ -58,7 +59,7 @@ def fit(
         settings: steps, learning rate and weight decay.
         seed: of the Trainer.
         report: is told about progress.
-        validation: `input_ids` and `labels` whose exact match is reported on the way.
+        validation: a batch whose exact match is reported on the way.
         hardware: where to train; the model is left there.
 
     Returns:
@@ -99,17 +100,18 @@ def fit(
     return trainer.state.global_step
 
 
-def exact_match(model: PreTrainedModel | Mixed, batch: Mapping[str, Tensor]) -> float:
+def exact_match(model: PreTrainedModel | Mixed | Superposed, batch: Mapping[str, Tensor]) -> float:
     """Percent of rows whose learned tokens are all the likeliest ones: what greedy decoding would then write.
 
     Args:
         model: a causal language model.
-        batch: `input_ids` and `labels`, int64 [rows, length], one example to a row.
+        batch: as `lines.encode` makes it, one example to a row.
     """
     was_training = model.training
     model.eval()
+    read = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
-        predicted = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits[:, :-1].argmax(-1)
+        predicted = model(**read, use_cache=False).logits[:, :-1].argmax(-1)
     model.train(was_training)
     labels = batch["labels"][:, 1:].to(model.device)
     return 100 * ((predicted == labels) | (labels == IGNORED)).all(-1).float().mean().item()

@@ -16,7 +16,7 @@ import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from calm.experiments.key_value_arithmetic.recipe import Recipe
-from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult, run_stage
+from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult, needs, run_stage
 
 Finished = Callable[[Stage, StageResult], None]
 
@@ -63,7 +63,7 @@ def run_stages(
     try:
         while waiting or running:
             # never more than there are workers, so that what is submitted next can still be chosen
-            ready = [stage for stage in waiting if done.issuperset(stage.needs)]
+            ready = [stage for stage in waiting if done.issuperset(needs(stage, recipe))]
             for stage in ready[: recipe.workers - len(running)]:
                 waiting.remove(stage)
                 progress.start_task(bars[stage.name])

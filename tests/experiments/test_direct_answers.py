@@ -1,0 +1,225 @@
+"""The key-value experiment with direct answers: what m_B is told inside, and what m_A reads and shares with it."""
+
+import dataclasses
+import io
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import calm
+from calm.experiments.key_value_arithmetic import bases, composition, recipe, reproduce, stages, superposition
+from calm.experiments.key_value_arithmetic.data import DataSettings, Task, build_tokenizer
+from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches, Line, arithmetic_line, encode, glossary_line
+from calm.experiments.key_value_arithmetic.superposition import LOUDNESS, Superposed
+from calm.experiments.key_value_arithmetic.training import exact_match, fit
+
+DATA = DataSettings(keys=80, syllables=20, syllables_per_key=(2, 2), values=(1, 5), operands=(2, 3), answer="direct")
+TINY = dataclasses.replace(
+    recipe.PRESETS["cpu"],
+    **{
+        name: getattr(recipe.PRESETS["tiny"], name)
+        for name in ("augmenting_training", "anchor_training", "composition_training", "steps_on_all", "workers")
+    },
+    data=DATA,
+    augmenting_model=recipe.ModelSettings(width=24, feed_forward=48),
+    anchor_model=recipe.ModelSettings(width=24, feed_forward=48),
+    evaluation_examples=20,
+    validation_examples=10,
+)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task.draw(DATA, 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(DATA)
+
+
+@pytest.fixture
+def told(tokenizer):
+    return Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), torch.arange(30, 35))
+
+
+def test_the_numbers_told_and_the_numbers_written_make_the_answer(task):
+    rng = random.Random(0)
+    strings = 0
+    for _ in range(300):
+        line = arithmetic_line(task, rng, with_unknowns=0.7)
+        read = [
+            line.worth.get(at, word) for at, word in enumerate(line.words) if at in line.worth or not word.isalpha()
+        ]
+        *expression, equals, answer, end = read
+        assert equals == "=" and end == "<end>" and eval(" ".join(expression)) == int(answer)
+        assert [word for word, learned in zip(line.words, line.learned, strict=True) if learned] == [answer, end]
+        strings += len(line.worth)
+        for at in line.worth:
+            assert line.words[at - 1].isalpha() and line.words[at].isalpha()  # the second of two syllables
+    assert 0.2 < strings / 300 / 2.75 < 0.5
+
+
+def test_an_entry_is_a_key_and_its_value_without_a_sign_between(task):
+    rng = random.Random(0)
+    line = glossary_line(task, rng, 5)
+    keys = {"".join(key.split("-")): str(value) for key, value in task.values.items()}
+    values = 0
+    for at, (word, learned) in enumerate(zip(line.words, line.learned, strict=True)):
+        assert learned == word.isdigit()
+        if learned:
+            assert keys["".join(line.words[at - 2 : at])] == word
+            values += 1
+    assert values == 5
+    drawn = [glossary_line(task, rng, 5).words for _ in range(200)]
+    signs = sum(word in "+-=:;" for words in drawn for word in words)
+    assert 0.65 < signs / 1000 < 0.75
+
+
+def test_a_words_worth_is_at_its_token(tokenizer):
+    lines = [Line(["ba", "be", "="], [False] * 3, {1: "3"}), Line(["4"], [True])]
+    batch = encode(lines, tokenizer.get_vocab())
+    assert batch["worth"].tolist() == [[IGNORED, tokenizer.get_vocab()["3"], IGNORED], [IGNORED] * 3]
+    assert "worth" not in encode(lines[1:], tokenizer.get_vocab())
+
+
+def test_what_is_told_is_the_number_in_units_of_the_state(told, monkeypatch):
+    monkeypatch.setattr(superposition, "NOISE", 0)
+    monkeypatch.setattr(superposition, "OTHERS", 0)
+    torch.manual_seed(0)
+    numbers, states = torch.randint(30, 35, (4000,)), torch.randn(4000, 24) * torch.rand(4000, 1) * 9
+    said = told.told(numbers, states)
+    directions = F.rms_norm(told.model.get_input_embeddings()(numbers), (24,))
+    size = (said * directions).mean(-1) / states.square().mean(-1).sqrt()
+    torch.testing.assert_close(
+        said, directions * (size * states.square().mean(-1).sqrt())[:, None], atol=1e-4, rtol=1e-4
+    )
+    quietest, loudest = LOUDNESS
+    assert quietest * 0.99 < size.min() < quietest * 1.05 and loudest * 0.95 < size.max() < loudest * 1.01
+    assert size.log().mean().item() == pytest.approx(torch.tensor(LOUDNESS).log().mean().item(), abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["NOISE", "OTHERS"])
+def test_what_is_told_is_not_clean(told, monkeypatch, kind):
+    """Noise anywhere, or along the other numbers alone; its size in units of the number's own is what it says."""
+    for name in ("NOISE", "OTHERS"):
+        monkeypatch.setattr(superposition, name, 0.5 * (name == kind))
+    monkeypatch.setattr(superposition, "LOUDNESS", (1, 1))
+    torch.manual_seed(0)
+    numbers, states = torch.randint(30, 35, (4000,)), torch.ones(4000, 24)
+    embedded = told.model.get_input_embeddings()
+    every = F.rms_norm(embedded(torch.arange(30, 35)), (24,))
+    noise = told.told(numbers, states) - F.rms_norm(embedded(numbers), (24,))
+    if kind == "NOISE":
+        size = noise.square().mean(-1).sqrt()
+    else:
+        shares = torch.linalg.lstsq(every.T, noise.T).solution
+        torch.testing.assert_close(shares.T @ every, noise, atol=1e-4, rtol=1e-4)
+        size = shares.T.square().mean(-1).sqrt()
+    assert size.mean().item() == pytest.approx(0.25, abs=0.02) and size.min() < 0.02
+
+
+def test_nothing_else_is_changed(told):
+    ids = torch.randint(0, 20, (2, 6))
+    worth = torch.full((2, 6), IGNORED)
+    plain = told.model(ids).logits
+    assert torch.equal(told(ids, worth=worth).logits, plain)
+    worth[0, 3] = 31
+    with_number = told(ids, worth=worth).logits
+    assert torch.equal(with_number[1], plain[1])
+    # the first layer's output changes at one place; what is before it cannot see it
+    torch.testing.assert_close(with_number[0, :3], plain[0, :3])
+    assert not torch.allclose(with_number[0, 3:], plain[0, 3:])
+    assert torch.equal(told.model(ids).logits, plain)  # no hook is left behind
+
+
+def test_a_model_learns_from_what_it_is_told_alone(task, tokenizer):
+    """The operands are strings: without what it is told there is nothing to learn the answer from."""
+    one = dataclasses.replace(task, settings=dataclasses.replace(DATA, operands=(1, 1)))
+    settings = recipe.TrainingSettings(steps=150, rows=64, learning_rate=1e-2)
+
+    def trained(worth: bool) -> float:
+        def draw(rng, step):
+            lines = [arithmetic_line(one, rng, with_unknowns=1.0) for _ in range(64)]
+            return lines if worth else [Line(line.words, line.learned) for line in lines]
+
+        vocabulary = tokenizer.get_vocab()
+        numbers = torch.tensor([vocabulary[str(number)] for number in range(1, 6)])
+        model = Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), numbers)
+        batches = Batches(draw, tokenizer.get_vocab(), settings.steps, "train")
+        fit(model, batches, settings, 0, lambda *_: None)
+        torch.manual_seed(0)
+        strings = [line for line in draw(random.Random("test"), 0) if any(word.isalpha() for word in line.words)]
+        return exact_match(model, encode(strings, tokenizer.get_vocab()))
+
+    assert trained(worth=True) > 80 > 50 > trained(worth=False)
+
+
+def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatch):
+    assert stages.needs(stages.Stage("m_A", "augmenting"), TINY) == ("m_B",)
+    assert stages.needs(stages.Stage("m_A", "augmenting"), recipe.PRESETS["demo"]) == ()
+    monkeypatch.setitem(recipe.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(reproduce, "BASELINES", reproduce.BASELINES[:1])
+    monkeypatch.setattr(
+        reproduce, "CURVES", [stage for stage in stages.CURVES if stage.name in ("connections 1", "m_A 0.5")]
+    )
+    monkeypatch.setattr(reproduce, "_curves", lambda finished, recipe: {})
+    results = reproduce.reproduce("tiny", [0], tmp_path, Console(file=io.StringIO()), False)
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / "seed-0" / name)
+        for name in (
+            "anchor",
+            "augmenting",
+            "ablations/vanilla_augmenting",
+            "ablations/random/augmenting",
+            "curves/m_A-0.5/augmenting",
+        )
+    }
+    embeddings = models["anchor"].get_input_embeddings().weight
+    for name, model in models.items():
+        assert torch.equal(model.get_input_embeddings().weight, embeddings), name
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, name
+    composed = calm.CalmConfig.from_pretrained(tmp_path / "seed-0/composed")
+    pairs = [(pair["augmenting_layer"], pair["anchor_layer"]) for pair in composed.connections]
+    assert pairs == [(2, 0), (2, 1), (2, 2)]
+    assert results.parameters["augmenting"] == models["augmenting"].num_parameters()
+    assert results.training["m_A"].trainable_parameters == models["augmenting"].num_parameters() - embeddings.numel()
+
+
+def test_heads_that_look_by_position_stay_as_they_are(tmp_path, task, tokenizer):
+    for name, model in (
+        ("anchor", bases.new_anchor(TINY.anchor_model, tokenizer, 0)),
+        ("augmenting", bases.new_augmenting(TINY.augmenting_model, tokenizer, 0)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    folders = tmp_path / "anchor", tmp_path / "augmenting"
+    model = composition.new_composition(*folders, TINY, 0)
+    before = {name: weight.clone() for name, weight in model.connections.named_parameters()}
+    composition.train_composition(model, task, TINY, 0, lambda *_: None)
+    changed = {name for name, weight in model.connections.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "w_q" not in name and "w_k" not in name}
+    # small: the scores are next to those of the slopes alone
+    free = composition.new_composition(*folders, dataclasses.replace(TINY, by_position=False), 0)
+    torch.testing.assert_close(model.connections[0].w_k.weight, free.connections[0].w_k.weight * composition.QUIET)
+    assert all(weight.requires_grad for weight in free.connections.parameters())
+
+
+def test_another_anchor_is_another_m_A_where_they_share_embeddings():
+    longer = dataclasses.replace(TINY, anchor_training=dataclasses.replace(TINY.anchor_training, steps=21))
+    m_a = next(stage for stage in stages.STAGES if stage.name == "m_A")
+    for shared in (True, False):
+        first, second = (dataclasses.replace(r, shared_embeddings=shared) for r in (TINY, longer))
+        same = stages.stage_fingerprint(m_a, first, 0) == stages.stage_fingerprint(m_a, second, 0)
+        assert same != shared
+
+
+def test_recipes_that_cannot_be():
+    with pytest.raises(calm.CalmError, match=r"with_unknowns is 0.7: expected 0 with direct answers in digits"):
+        dataclasses.replace(TINY, data=dataclasses.replace(DATA, numbers="digits"))
+    with pytest.raises(calm.CalmError, match=r"one width, not 64 \(m_A\) and 24"):
+        dataclasses.replace(TINY, augmenting_model=recipe.ModelSettings(width=64, feed_forward=48))
