@@ -365,4 +365,4 @@ def test_demo_runs_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     module.main = lambda **arguments: calls.append(arguments)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     run("demo", "--seed", 3, "--out", tmp_path)
-    assert calls == [{"preset": "cpu", "seed": 3, "output_dir": tmp_path}]
+    assert calls == [{"preset": "demo", "seed": 3, "output_dir": tmp_path}]

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import calm
-from calm.experiments.key_value_arithmetic import bases, composition, recipe, reproduce, stages, superposition
+from calm.experiments.key_value_arithmetic import bases, composition, recipe, reproduce, stages, workers
 from calm.experiments.key_value_arithmetic.data import DataSettings, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches, Line, arithmetic_line, encode, glossary_line
-from calm.experiments.key_value_arithmetic.superposition import LOUDNESS, Superposed
+from calm.experiments.key_value_arithmetic.superposition import Superposed
 from calm.experiments.key_value_arithmetic.training import exact_match, fit
 
 DATA = DataSettings(keys=80, syllables=20, syllables_per_key=(2, 2), values=(1, 5), operands=(2, 3), answer="direct")
@@ -44,7 +44,7 @@ def tokenizer():
 
 @pytest.fixture
 def told(tokenizer):
-    return Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), torch.arange(30, 35))
+    return Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), torch.arange(30, 35), recipe.Superposition())
 
 
 def test_the_numbers_told_and_the_numbers_written_make_the_answer(task):
@@ -87,9 +87,8 @@ def test_a_words_worth_is_at_its_token(tokenizer):
     assert "worth" not in encode(lines[1:], tokenizer.get_vocab())
 
 
-def test_what_is_told_is_the_number_in_units_of_the_state(told, monkeypatch):
-    monkeypatch.setattr(superposition, "NOISE", 0)
-    monkeypatch.setattr(superposition, "OTHERS", 0)
+def test_what_is_told_is_the_number_in_units_of_the_state(told):
+    told.settings = recipe.Superposition(noise=0, others=0)
     torch.manual_seed(0)
     numbers, states = torch.randint(30, 35, (4000,)), torch.randn(4000, 24) * torch.rand(4000, 1) * 9
     said = told.told(numbers, states)
@@ -98,23 +97,21 @@ def test_what_is_told_is_the_number_in_units_of_the_state(told, monkeypatch):
     torch.testing.assert_close(
         said, directions * (size * states.square().mean(-1).sqrt())[:, None], atol=1e-4, rtol=1e-4
     )
-    quietest, loudest = LOUDNESS
+    quietest, loudest = told.settings.loudness
     assert quietest * 0.99 < size.min() < quietest * 1.05 and loudest * 0.95 < size.max() < loudest * 1.01
-    assert size.log().mean().item() == pytest.approx(torch.tensor(LOUDNESS).log().mean().item(), abs=0.1)
+    assert size.log().mean().item() == pytest.approx(torch.tensor(told.settings.loudness).log().mean().item(), abs=0.1)
 
 
-@pytest.mark.parametrize("kind", ["NOISE", "OTHERS"])
-def test_what_is_told_is_not_clean(told, monkeypatch, kind):
-    """Noise anywhere, or along the other numbers alone; its size in units of the number's own is what it says."""
-    for name in ("NOISE", "OTHERS"):
-        monkeypatch.setattr(superposition, name, 0.5 * (name == kind))
-    monkeypatch.setattr(superposition, "LOUDNESS", (1, 1))
+@pytest.mark.parametrize("kind", ["noise", "others"])
+def test_what_is_told_is_not_clean(told, kind):
+    """Noise anywhere, or along the numbers alone; its size in units of the number's own is what it says."""
+    told.settings = recipe.Superposition(**{"loudness": (1, 1), "noise": 0, "others": 0, kind: 0.5})
     torch.manual_seed(0)
     numbers, states = torch.randint(30, 35, (4000,)), torch.ones(4000, 24)
     embedded = told.model.get_input_embeddings()
     every = F.rms_norm(embedded(torch.arange(30, 35)), (24,))
     noise = told.told(numbers, states) - F.rms_norm(embedded(numbers), (24,))
-    if kind == "NOISE":
+    if kind == "noise":
         size = noise.square().mean(-1).sqrt()
     else:
         shares = torch.linalg.lstsq(every.T, noise.T).solution
@@ -149,7 +146,7 @@ def test_a_model_learns_from_what_it_is_told_alone(task, tokenizer):
 
         vocabulary = tokenizer.get_vocab()
         numbers = torch.tensor([vocabulary[str(number)] for number in range(1, 6)])
-        model = Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), numbers)
+        model = Superposed(bases.new_anchor(TINY.anchor_model, tokenizer, 0), numbers, recipe.Superposition())
         batches = Batches(draw, tokenizer.get_vocab(), settings.steps, "train")
         fit(model, batches, settings, 0, lambda *_: None)
         torch.manual_seed(0)
@@ -167,7 +164,6 @@ def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatc
     monkeypatch.setattr(
         reproduce, "CURVES", [stage for stage in stages.CURVES if stage.name in ("connections 1", "m_A 0.5")]
     )
-    monkeypatch.setattr(reproduce, "_curves", lambda finished, recipe: {})
     results = reproduce.reproduce("tiny", [0], tmp_path, Console(file=io.StringIO()), False)
     models = {
         name: AutoModelForCausalLM.from_pretrained(tmp_path / "seed-0" / name)
@@ -186,11 +182,18 @@ def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatc
     composed = calm.CalmConfig.from_pretrained(tmp_path / "seed-0/composed")
     pairs = [(pair["augmenting_layer"], pair["anchor_layer"]) for pair in composed.connections]
     assert pairs == [(2, 0), (2, 1), (2, 2)]
+    alone = calm.CalmConfig.from_pretrained(tmp_path / "seed-0/curves/connections-1").connections
+    assert [(pair["augmenting_layer"], pair["anchor_layer"]) for pair in alone] == [(2, 0)]
+    assert [count for count, _ in results.curves["connections"].points["composed"]] == [1, 3]
+    assert len(results.curves["quality of m_A"].points["composed"]) == 2
     assert results.parameters["augmenting"] == models["augmenting"].num_parameters()
+    trained = calm.CalmForCausalLM.from_pretrained(tmp_path / "seed-0/composed").connections
+    assert results.parameters["composition"] == sum(weight.numel() for weight in trained.parameters())
+    assert results.training["composed"].trainable_parameters == results.parameters["composition"] - 3 * 2 * 24 * 24
     assert results.training["m_A"].trainable_parameters == models["augmenting"].num_parameters() - embeddings.numel()
 
 
-def test_heads_that_look_by_position_stay_as_they_are(tmp_path, task, tokenizer):
+def test_frozen_queries_and_keys_stay_small(tmp_path, task, tokenizer):
     for name, model in (
         ("anchor", bases.new_anchor(TINY.anchor_model, tokenizer, 0)),
         ("augmenting", bases.new_augmenting(TINY.augmenting_model, tokenizer, 0)),
@@ -203,10 +206,64 @@ def test_heads_that_look_by_position_stay_as_they_are(tmp_path, task, tokenizer)
     composition.train_composition(model, task, TINY, 0, lambda *_: None)
     changed = {name for name, weight in model.connections.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if "w_q" not in name and "w_k" not in name}
-    # small: the scores are next to those of the slopes alone
-    free = composition.new_composition(*folders, dataclasses.replace(TINY, by_position=False), 0)
-    torch.testing.assert_close(model.connections[0].w_k.weight, free.connections[0].w_k.weight * composition.QUIET)
+    free = composition.new_composition(*folders, dataclasses.replace(TINY, frozen_queries_and_keys=None), 0)
+    torch.testing.assert_close(model.connections[0].w_k.weight, free.connections[0].w_k.weight * 0.1)
     assert all(weight.requires_grad for weight in free.connections.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [({}, True), ({"with_unknowns": 0.0}, False), ({"data": dataclasses.replace(DATA, answer="restate")}, False)],
+)
+def test_the_anchor_is_told_only_where_answers_are_direct(task, tokenizer, monkeypatch, settings, is_told):
+    """Without the wrapper a llama would take what it is told as an unknown argument and pass over it."""
+    trained = []
+    monkeypatch.setattr(bases, "fit", lambda model, *_: trained.append(model) or 0)
+    of = dataclasses.replace(TINY, **settings)
+    model, _ = bases.train_anchor(Task.draw(of.data, 0), of, tokenizer, 0, lambda *_: None)
+    assert isinstance(trained[0], Superposed) == is_told and isinstance(model, LlamaForCausalLM)
+    if is_told:
+        assert tokenizer.convert_ids_to_tokens(trained[0].numbers.tolist()) == ["1", "2", "3", "4", "5"]
+        assert trained[0].model is model
+
+
+def test_looks_at_the_validation_lines_change_nothing(task, tokenizer):
+    def weights(check_every):
+        training = dataclasses.replace(TINY.anchor_training, check_every=check_every)
+        model, _ = bases.train_anchor(
+            task, dataclasses.replace(TINY, anchor_training=training), tokenizer, 0, lambda *_: None
+        )
+        return torch.cat([weight.flatten() for weight in model.parameters()])
+
+    assert torch.equal(weights(3), weights(10))
+
+
+def test_m_A_is_trained_again_with_its_anchor():
+    done = dict.fromkeys(stage.name for stage in stages.STAGES if stage.name != "m_B")
+    everything = [stage.name for stage in stages.STAGES]
+    assert [stage.name for stage in stages.missing(stages.STAGES, done, TINY)] == everything
+    demo = [stage.name for stage in stages.missing(stages.STAGES, done, recipe.PRESETS["demo"])]
+    assert demo == [name for name in everything if name not in ("m_A", "vanilla_base")]
+
+
+@pytest.mark.slow
+def test_two_workers_wait_for_the_anchor(tmp_path):
+    finished = []
+    of = dataclasses.replace(TINY, workers=2)
+    with workers.new_progress() as progress:
+        bases_of = [stage for stage in stages.STAGES if stage.name in ("m_A", "m_B", "vanilla_base")]
+        workers.run_stages(bases_of[::-1], of, 0, tmp_path, progress, lambda stage, _: finished.append(stage.name))
+    assert finished[0] == "m_B" and set(finished) == {"m_A", "m_B", "vanilla_base"}
+
+
+def test_what_comes_later_changes_no_base():
+    bases_of = [stage for stage in stages.STAGES if stage.name in ("m_A", "m_B", "vanilla_base")]
+    for name, value in (("frozen_queries_and_keys", None), ("connections", 1), ("numeric_share", 0.5)):
+        other = dataclasses.replace(TINY, **{name: value})
+        for stage in bases_of:
+            assert stages.stage_fingerprint(stage, TINY, 0) == stages.stage_fingerprint(stage, other, 0), (stage, name)
+    quieter = dataclasses.replace(TINY, superposition=recipe.Superposition(noise=0.1))
+    assert all(stages.stage_fingerprint(s, TINY, 0) != stages.stage_fingerprint(s, quieter, 0) for s in stages.STAGES)
 
 
 def test_another_anchor_is_another_m_A_where_they_share_embeddings():

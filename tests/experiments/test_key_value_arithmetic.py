@@ -421,6 +421,8 @@ def test_other_settings_are_not_kept(finished):
 def test_unknown_preset_and_unwritable_folder(tmp_path):
     with pytest.raises(calm.CalmError, match="preset='huge': expected one of demo, cpu"):
         run.main("huge", 0, tmp_path)
+    with pytest.raises(calm.CalmError, match="preset='cpu' asks for direct answers; expected 'demo' or 'tiny'"):
+        run.main("cpu", 0, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(calm.CalmError, match="cannot be written to"):
         run.main("tiny", 0, tmp_path / "file")

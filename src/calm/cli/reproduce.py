@@ -12,7 +12,7 @@ Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 
 def reproduce(
     domain: Annotated[Domain, typer.Argument(help="The paper's section 4.1, 4.2 or 4.3, or dictionary.")],
-    preset: Annotated[str, typer.Option(help="cpu (for two cores), gpu, or paper.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="cpu (for two cores), gpu, or paper; demo.")] = "cpu",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Instead of the preset's seeds; repeat for several.")
     ] = None,

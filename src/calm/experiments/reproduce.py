@@ -49,7 +49,8 @@ def reproduce(
     Args:
         domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3), or
             `dictionary`, which the paper has not: what low-resource translation leaves open.
-        preset: `cpu` (for two cores), `gpu` or, where the paper has the domain, `paper`.
+        preset: `cpu` (for two cores), `gpu` or, where the paper has the domain, `paper`; of `key_value_arithmetic` also
+            `demo`, whose answers restate the values.
         seeds: instead of the preset's.
         output_dir: for data, models and what they wrote.
         results_dir: for the results.

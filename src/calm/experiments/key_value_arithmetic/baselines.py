@@ -45,7 +45,7 @@ def train_baseline(
     Learning rates and weights are chosen by how many validation lines of `D_C` (composition keys) come out right.
 
     Args:
-        name: `lora` (as many parameters as the composition has, on `D_C`), `full_on_DC`, `full_on_all` (on `D_C` and
+        name: `lora` (as many parameters as the composition trains, on `D_C`), `full_on_DC`, `full_on_all` (on `D_C` and
             `m_A`'s data, line by line in turns) or `mixed_logits`.
         anchor: the folder of `m_B`.
         augmenting: the folder of `m_A`.

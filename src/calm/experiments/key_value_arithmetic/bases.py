@@ -143,7 +143,7 @@ def train_augmenting(
 def train_anchor(
     task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, report: Report
 ) -> tuple[LlamaForCausalLM, int]:
-    """Train `m_B` on NUM-MATH, with strings among the operands that it learns to step over.
+    """Train `m_B` on NUM-MATH, with strings among the operands: to step over, or with a number told inside.
 
     Args:
         task: the range of numbers and expressions.
@@ -169,6 +169,8 @@ def train_anchor(
     low, high = task.settings.values
     trained: LlamaForCausalLM | Superposed = model
     if task.settings.answer == "direct" and recipe.with_unknowns:
-        trained = Superposed(model, torch.tensor([vocabulary[str(number)] for number in range(low, high + 1)]))
+        trained = Superposed(
+            model, torch.tensor([vocabulary[str(number)] for number in range(low, high + 1)]), recipe.superposition
+        )
     steps = fit(trained, batches, recipe.anchor_training, seed, report, encode(validation, vocabulary), recipe.hardware)
     return model, steps

@@ -13,9 +13,6 @@ from calm.experiments.key_value_arithmetic.lines import Batches, Line, compositi
 from calm.experiments.key_value_arithmetic.recipe import Recipe
 from calm.experiments.key_value_arithmetic.training import Report, Trained, fit, trainable
 
-QUIET = 0.1
-"""What untrained `W_Q` and `W_K` are multiplied by, so that what they say does not drown a head's slope."""
-
 
 def new_composition(
     anchor: Path, augmenting: Path, recipe: Recipe, seed: int, attend: str = "causal"
@@ -25,16 +22,16 @@ def new_composition(
     Args:
         anchor: the folder of `m_B`.
         augmenting: the folder of the augmenting model.
-        recipe: which connections, and whether they look by position alone.
+        recipe: which connections, and whether their queries and keys are trained.
         seed: of their weights.
         attend: as for `calm.compose`.
     """
     torch.manual_seed(seed)
     model = calm.compose(str(anchor), str(augmenting), recipe.connections, attend=attend)
-    if recipe.by_position:
+    if recipe.frozen_queries_and_keys is not None:
         for name, weight in model.connections.named_parameters():
             if name.endswith(("w_q.weight", "w_k.weight")):
-                weight.data.mul_(QUIET)
+                weight.data.mul_(recipe.frozen_queries_and_keys)
                 weight.requires_grad_(False)
     return model
 

@@ -40,13 +40,13 @@ def glossary_line(task: Task, rng: random.Random, entries: int) -> Line:
     For direct answers it is `key value + key value key value -`: `m_A` then knows at a key's last token, where the
     anchor's position can take it from, what the key is worth, after whatever precedes a key in an expression.
     """
-    line = Line()
+    line, signs = Line(), (*task.settings.operators, "=", ":", ";")
     for key in rng.sample(list(task.values), entries):
         if task.settings.answer == "restate":
             line.add([*words_of(key), "="], False).add([str(task.values[key])], True).add([";"], False)
         else:
             line.add(words_of(key), False).add([str(task.values[key])], True)
-            line.add([rng.choice("+-=:;")] if rng.random() < AFTER_AN_ENTRY else [], False)
+            line.add([rng.choice(signs)] if rng.random() < AFTER_AN_ENTRY else [], False)
     return line
 
 
@@ -69,9 +69,9 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
     Each operand more is four times as likely: what is left after a reduction ranges wider than the numbers of the
     task, and short expressions would teach little of it.
 
-    Such a line is restated before it is solved. What a string is worth cannot be known and is not learned, so that
-    the model learns to go on from whatever number stands there. Where answers are direct, it is told inside what the
-    string is worth, at the string's last token (`Superposed`).
+    Where answers restate, what a string is worth cannot be known and is not learned, so that the model learns to go on
+    from whatever number stands there. Where they are direct, it is told inside what the string is worth, at the
+    string's last token (`Superposed`).
 
     Args:
         task: the range of numbers and expressions; its keys are not used.

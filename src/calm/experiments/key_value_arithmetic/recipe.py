@@ -69,6 +69,24 @@ CPU = Hardware()
 
 
 @dataclass(frozen=True)
+class Superposition:
+    """What `m_B` is told of the numbers that unknown operands stand for, where answers are direct (`Superposed`).
+
+    Args:
+        loudness: smallest and largest size of it, in units of the state that it is added to. A composition begins with
+            a closed gate, so that `m_B` has to take up what comes faintly: with 0.5 as the smallest, gates turned the
+            wrong way (docs/dev/LOG.md, "the direct answer, nearer than before").
+        noise: largest root mean square of isotropic noise in it, in units of the number.
+        others: largest standard deviation of how much of every number is in it besides. A model that is about to say 7
+            also thinks of 6 and 8; noise in all directions alike is easily told from a number, that is not.
+    """
+
+    loudness: tuple[float, float] = (0.05, 2.5)
+    noise: float = 0.7
+    others: float = 0.25
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on besides its seed.
 
@@ -81,14 +99,16 @@ class Recipe:
         composition_training: training of every composition, and of the baselines.
         steps_on_all: steps of the baseline `full_on_all`, whose batches are half `m_A`'s data.
         connections: their number, or (layer of `m_A`, layer of `m_B`) pairs.
-        by_position: connections keep the `W_Q` and `W_K` that they begin with, small ones, so that a head looks as far
-            back as its slope says and not for what it finds: `D_C` has few keys, which trained ones learn by heart.
+        frozen_queries_and_keys: connections keep the `W_Q` and `W_K` that they begin with, times this, so that a head
+            looks about as far back as its slope says and not for what it finds: `D_C` has few keys, which it would
+            learn by heart. None trains them.
         shared_embeddings: `m_A` has the embeddings of `m_B`, which its training leaves alone, so that what it is about
             to say is a state that `m_B` can read.
-        glossary_entries: `key = value` entries of a glossary line.
+        glossary_entries: entries of a glossary line.
         glossary_share: share of glossary lines in `m_A`'s batches at the first and at the last step.
         with_unknowns: share of `m_B`'s lines in which operands may be strings that it cannot know. Direct answers take
             whole numbers for that.
+        superposition: what `m_B` is told of such strings where answers are direct.
         numeric_share: share of NUM-MATH in `D_C`.
         evaluation_examples: held-out expressions for each task.
         validation_examples: expressions (over the composition keys) that show how training goes.
@@ -104,11 +124,12 @@ class Recipe:
     composition_training: TrainingSettings
     steps_on_all: int
     connections: int | tuple[tuple[int, int], ...] = 3
-    by_position: bool = False
+    frozen_queries_and_keys: float | None = None
     shared_embeddings: bool = False
     glossary_entries: int = 4
     glossary_share: tuple[float, float] = (0.5, 0.2)
     with_unknowns: float = 0.4
+    superposition: Superposition = Superposition()
     numeric_share: float = 0.35
     evaluation_examples: int = 500
     validation_examples: int = 300
@@ -168,7 +189,7 @@ PRESETS = {
         composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
         steps_on_all=2000,  # as many lines of m_A's data as m_A has
     ),
-    # Direct answers, as in the paper. What makes them work: docs/dev/LOG.md, "the direct answer, above 80%".
+    # Direct answers, as in the paper. How: docs/dev/LOG.md, "the direct answer, nearer than before".
     "cpu": Recipe(
         data=DataSettings(syllables_per_key=(2, 2), operands=(2, 2), answer="direct"),
         augmenting_model=ModelSettings(width=96, feed_forward=384),
@@ -178,7 +199,7 @@ PRESETS = {
         composition_training=TrainingSettings(steps=1500, rows=64, learning_rate=2e-3, weight_decay=0.1),
         steps_on_all=3000,  # as many lines of m_A's data as m_A has
         connections=((2, 0), (2, 1), (2, 2)),
-        by_position=True,
+        frozen_queries_and_keys=0.1,
         shared_embeddings=True,
         glossary_entries=5,
         glossary_share=(0.5, 0.5),

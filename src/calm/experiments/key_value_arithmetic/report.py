@@ -25,8 +25,9 @@ ROWS = {
 NOTE = (
     "Accuracy in percent: greedy generation, exact match of the full answer, on keys that no connection was trained "
     "on. The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18); the paper asks for "
-    "the result directly, which models this small do not learn. KV-SUBS is the restated part of the answer. Vanilla: "
-    "trained like m_A, on other values. Encoder: m_A sees the prompt only. All compositions train equally long."
+    "the result directly, as calm reproduce key_value_arithmetic does. KV-SUBS is the restated part of the answer. "
+    "Vanilla: trained like m_A, on other values. Encoder: m_A sees the prompt only. All compositions train equally "
+    "long."
 )
 
 

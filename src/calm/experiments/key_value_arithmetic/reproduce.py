@@ -19,7 +19,7 @@ from calm.experiments.methods import intervals
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, command, made_here, variant_of
 
 SEEDS = {"demo": (0,), "cpu": (1, 2, 3), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
-"""Those of `cpu` leave out 0, whose keys its recipe was found with (docs/dev/LOG.md, "the direct answer, above 80%")."""
+"""Those of `cpu` leave out 0, whose keys its recipe was found with."""
 
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
@@ -110,7 +110,7 @@ def reproduce(
         parameters={
             "anchor": first["m_B"].parameters,
             "augmenting": first["m_A"].parameters,
-            "composition": first["composed"].trainable_parameters,
+            "composition": first["composed"].parameters - first["m_B"].parameters - first["m_A"].parameters,
         },
         examples={"KV-MATH": _examples(first)},
         notes=(

@@ -39,10 +39,15 @@ def main(preset: str = "demo", seed: int = 0, output_dir: str | os.PathLike[str]
         calls whose stages were kept included), `seed`, and how it was made.
 
     Raises:
-        CalmError: no such preset, or a folder that cannot be written to.
+        CalmError: no such preset, one with direct answers, or a folder that cannot be written to.
         StageFailed: a stage ended with an error.
     """
     recipe = recipe_of(preset)
+    if recipe.data.answer != "restate":
+        raise CalmError(
+            f"preset={preset!r} asks for direct answers; expected 'demo' or 'tiny'. "
+            "calm reproduce key_value_arithmetic runs the others."
+        )
     if recipe.workers > 1:
         recipe = dataclasses.replace(recipe, workers=min(recipe.workers, os.cpu_count() or 1))
     out = Path(output_dir)

@@ -89,7 +89,7 @@ class StageResult:
         accuracy: percent by task, on held-out keys.
         right: by task, "1" or "0" for each expression; the same expressions for every stage of a run.
         perplexity: of the answers to NUM-MATH.
-        parameters: how many numbers the model has.
+        parameters: how many numbers the model has; of a composition or a mixture with those of both bases.
         answers: prompt, expected and given text of the first KV-MATH expressions.
         steps: training steps.
         seconds: wall clock of training and evaluation.
@@ -132,10 +132,12 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
     if stage.name != "full_on_all":
         without.add("steps_on_all")
     if not stage.needs:
-        without |= {"composition_training", "connections", "numeric_share"}
-        if not needs(stage, recipe):
-            other = "anchor" if stage.name != "m_B" else "augmenting"
-            without |= {f"{other}_model", f"{other}_training"}
+        without |= {"composition_training", "connections", "numeric_share", "frozen_queries_and_keys"}
+        if stage.name == "m_B":
+            without |= {"augmenting_model", "augmenting_training", "shared_embeddings"}
+            without |= {"glossary_entries", "glossary_share"}
+        elif not recipe.shared_embeddings:
+            without |= {"anchor_model", "anchor_training", "with_unknowns", "superposition"}
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
     return fingerprint(stage.name, seed, settings)
 
@@ -309,7 +311,7 @@ def end(
         fingerprint=identity,
         accuracy={name: percent_right(flags) for name, flags in asked.items()},
         right=asked,
-        parameters=0 if isinstance(trained.model, Mixed) else trained.model.num_parameters(),
+        parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
         perplexity=numeric_perplexity(trained.model, tokenizer, task, recipe.evaluation_examples, seed),
         answers=[(answer.prompt, answer.expected, answer.given) for answer in answers["KV-MATH"][:100]],
         steps=trained.steps,

@@ -11,35 +11,26 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from calm.experiments.key_value_arithmetic.lines import IGNORED
-
-LOUDNESS = (0.05, 2.5)
-"""Smallest and largest size of what is added, in units of the state that it is added to. A composition begins with a
-closed gate, so that `m_B` has to take up what comes faintly: with 0.5 as the smallest, gates turned the wrong way
-(docs/dev/LOG.md, "the direct answer, above 80%")."""
-NOISE = 0.7
-"""Most noise in it, as a share of the number's own size."""
-OTHERS = 0.25
-"""Most of every other number in it, on the same scale. A model that is about to say 7 also thinks of 6 and 8; noise in
-all directions alike is easily told from a number, that is not."""
+from calm.experiments.key_value_arithmetic.recipe import Superposition
 
 
 class Superposed(nn.Module):
     """`m_B`, which at an unknown operand is told inside what the operand is worth.
 
     After the first layer the embedding of the number is added to the operand's last token: more or less loudly, with
-    noise. That is how a composition will hand numbers over, from models that `m_B` knows nothing of; a large language
-    model learns by itself to go on from a state that holds several things at once, a small one has to be taught.
+    noise. That is about how a composition will hand numbers over, from a model that `m_B` knows nothing of.
 
     Args:
         model: trained in place.
         numbers: int64, the tokens of all numbers that an operand may be worth.
+        settings: how loudly and how cleanly.
     """
 
     numbers: Tensor
 
-    def __init__(self, model: LlamaForCausalLM, numbers: Tensor) -> None:
+    def __init__(self, model: LlamaForCausalLM, numbers: Tensor, settings: Superposition) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
         self.register_buffer("numbers", numbers, persistent=False)
 
     @property
@@ -85,14 +76,14 @@ class Superposed(nn.Module):
             states: [operands, width].
 
         Returns:
-            [operands, width], of a random size between the two of `LOUDNESS`, evenly in its logarithm.
+            [operands, width], of a random size between the two of `loudness`, evenly in its logarithm.
         """
         embedded, every = self._directions(numbers), self._directions(self.numbers)
         one_each = (len(numbers), 1)
-        noise = torch.randn_like(embedded) * embedded.new_empty(one_each).uniform_(0, NOISE)
+        noise = torch.randn_like(embedded) * embedded.new_empty(one_each).uniform_(0, self.settings.noise)
         others = embedded.new_empty(len(numbers), len(every)).normal_()
-        noise = noise + (others * embedded.new_empty(one_each).uniform_(0, OTHERS)) @ every
-        loudness = embedded.new_empty(one_each).uniform_(*map(math.log, LOUDNESS)).exp()
+        noise = noise + (others * embedded.new_empty(one_each).uniform_(0, self.settings.others)) @ every
+        loudness = embedded.new_empty(one_each).uniform_(*map(math.log, self.settings.loudness)).exp()
         return (embedded + noise) * loudness * states.detach().square().mean(-1, keepdim=True).sqrt()
 
     def _directions(self, numbers: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def exact_match(model: PreTrainedModel | Mixed | Superposed, batch: Mapping[str,
     was_training = model.training
     model.eval()
     read = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():  # a look draws noise (`Superposed`), and leaves training's as it was
+        torch.manual_seed(0)
         predicted = model(**read, use_cache=False).logits[:, :-1].argmax(-1)
     model.train(was_training)
     labels = batch["labels"][:, 1:].to(model.device)
