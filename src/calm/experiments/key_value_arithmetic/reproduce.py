@@ -24,7 +24,7 @@ SEEDS = {"demo": (0,), "cpu": (1, 2, 3), "tiny": (0,), "gpu": (0, 1, 2), "paper"
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
     "than the paper's direct answer.",
-    "direct": "The answer is the result alone, as in the paper.",
+    "direct": "The answer is the result alone, as in the paper. D_C has no KV-SUBS, and m_B knows no such question.",
 }
 
 __all__ = ["PRESETS", "reproduce"]
