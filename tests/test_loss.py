@@ -102,6 +102,36 @@ def test_the_vocabulary_is_never_there_for_more_than_a_chunk() -> None:
     assert seen.rows == IDS.numel()
 
 
+class BatchedProducts(TorchDispatchMode):
+    """Counts products in which each row of a batch has a copy of its own of a matrix as wide as the vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten.bmm.default and WIDE in args[1].shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_frozen_head_is_not_copied_for_each_row_of_a_batch() -> None:
+    configs = [config(name) for name in ("llama", "gpt2")]
+    for each in configs:
+        each.vocab_size = WIDE
+    anchor, augmenting = (transformers.AutoModelForCausalLM.from_config(each) for each in configs)
+    with BatchedProducts() as seen:  # negative control: a frozen model that is no composition
+        anchor.requires_grad_(False)(IDS, logits_to_keep=1)
+    assert seen.number == 1
+    with BatchedProducts() as seen, loss.without_head(anchor):
+        anchor(IDS)
+    assert seen.number == 0
+    model = calm.compose(anchor, augmenting, 2)
+    with BatchedProducts() as seen:
+        model(IDS, labels=LABELS, skip_logits=True).loss.backward()
+        model.eval().generate(IDS, max_new_tokens=3, do_sample=False)
+    assert seen.number == 0
+
+
 def test_only_labelled_positions_reach_the_head() -> None:
     model = Mix().build().train()
     rows = []

@@ -282,6 +282,15 @@ class CompositionHook:
         return CompositionHook, (self.model() if self.model is not None else None, self.method, *self.arguments)
 
 
+def contiguous_input(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook on a frozen head, which gets a view where only some positions' logits are wanted.
+
+    Of a view, torch on a CPU multiplies each row of a batch by a copy of its own of weights that need no gradient: a
+    third of the time of short answers (docs/dev/LOG.md, "copies of the head").
+    """
+    return (args[0].contiguous(), *args[1:]) if args else None
+
+
 def truncated(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """The first layers of a loaded model's decoder: new modules around the same weights, frozen.
 

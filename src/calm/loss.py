@@ -57,7 +57,8 @@ def without_head(anchor: PreTrainedModel) -> Iterator[Decoded]:
 
     def cut(decoder: nn.Module, args: Any, output: Any) -> Any:
         decoded.output = output
-        return _replaced(output, output[0][:, -1:])
+        # of a view, torch on a CPU multiplies each row by a copy of its own of a frozen head's weights
+        return _replaced(output, output[0][:, -1:].contiguous())
 
     handle = decoder_of(anchor).register_forward_hook(cut)
     try:

@@ -145,6 +145,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             if name in self.augmenting:
                 layer = backbones.layers_of(self.augmenting[name])[layer_index]
                 layer.register_forward_hook(backbones.CompositionHook(self, "_capture", name, layer_index))
+        if isinstance(head := self.anchor.get_output_embeddings(), nn.Module):
+            head.register_forward_pre_hook(backbones.contiguous_input)
 
         placed = {f"anchor.{name}": place for name, place in backbones.device_map_of(self.anchor).items()}
         for key, base in self.augmenting.items():

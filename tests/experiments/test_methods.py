@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm import loss
 from calm.data import load_tokenizer
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
@@ -23,7 +24,7 @@ from calm.experiments.methods import bases, intervals, mixing, rehearsal, scorin
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf, FirstWord, Perplexity
 from calm.experiments.methods.run import run, seconds_of
-from calm.experiments.methods.settings import Fit, Settings
+from calm.experiments.methods.settings import BATCHES, Fit, Settings
 from calm.experiments.results import METHODS, Results, made_here
 
 WORDS = ("ba", "be", "bi", "bo", "bu")
@@ -173,6 +174,30 @@ def test_steps_of_the_baselines_are_drawn_as_those_of_a_composition(anchor, monk
     assert drawn == [8]
     with pytest.raises(ValueError, match="rows = 6: expected a multiple of 4"):
         Fit(2, 6, 1e-3)
+
+
+@pytest.mark.parametrize("trained", ["cut", "lora", "everything"])
+def test_a_baseline_learns_the_same_without_logits_of_its_prompts(anchor, data, monkeypatch, trained):
+    tokenizer = load_tokenizer(str(anchor))
+    rows = scoring.completion_rows(data.specialist, tokenizer, 64)
+    weights, chunks = [], []
+    chunked = loss.loss_without_logits
+    monkeypatch.setattr(loss, "loss_without_logits", lambda *args: chunks.append(args) or chunked(*args))
+    for skip in (True, False):
+        if not skip:
+            monkeypatch.setattr(loss, "can_skip_logits", lambda model: False)
+        model = bases.load(str(anchor))
+        if trained == "cut":
+            bases.keep_vocabulary(model)
+        elif trained == "lora":
+            model = training.with_lora(model, 1000, seed=0)
+        training.fine_tune(model, tokenizer, rows, Fit(3, 8, 1e-3), 0, False)
+        weights.append({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
+    assert len(chunks) == (0 if trained == "everything" else 3 * BATCHES)
+    untrained = dict(bases.load(str(anchor)).named_parameters())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5)
+        assert name not in untrained or (weight - untrained[name]).abs().max() > 1e-4
 
 
 def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor, monkeypatch):

@@ -6,14 +6,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm import loss
 from calm.data import CompletionCollator, Row
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.settings import BATCHES, Fit, Settings
@@ -70,6 +71,19 @@ def fine_tune(
 
 
 class _Trainer(Trainer):
+    """In a composition's order of steps, and without logits of prompts, wherever the head itself is not trained."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not loss.can_skip_logits(plain):
+            return cast(torch.Tensor, super().compute_loss(model, inputs, return_outputs, num_items_in_batch))
+        labels = inputs.pop("labels")
+        with loss.without_head(plain) as decoded:
+            plain(**inputs, use_cache=False)
+        return loss.loss_without_logits(plain, decoded, labels, num_items_in_batch)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SortedSteps:
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
         return SortedSteps(lengths, self.args.train_batch_size * BATCHES, self.args.seed)
