@@ -16,6 +16,7 @@ from calm.experiments.key_value_arithmetic.data import DataSettings, Task, build
 from calm.experiments.key_value_arithmetic.lines import IGNORED, Batches, Line, arithmetic_line, encode, glossary_line
 from calm.experiments.key_value_arithmetic.superposition import Superposed
 from calm.experiments.key_value_arithmetic.training import exact_match, fit
+from calm.experiments.results import Asked
 
 DATA = DataSettings(keys=80, syllables=20, syllables_per_key=(2, 2), values=(1, 5), operands=(2, 3), answer="direct")
 TINY = dataclasses.replace(
@@ -164,7 +165,7 @@ def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatc
     monkeypatch.setattr(
         reproduce, "CURVES", [stage for stage in stages.CURVES if stage.name in ("connections 1", "m_A 0.5")]
     )
-    results = reproduce.reproduce("tiny", [0], tmp_path, Console(file=io.StringIO()), False)
+    results = reproduce.reproduce("tiny", Asked((0,)), tmp_path, Console(file=io.StringIO()))
     models = {
         name: AutoModelForCausalLM.from_pretrained(tmp_path / "seed-0" / name)
         for name in (

@@ -31,6 +31,7 @@ from calm.experiments.key_value_arithmetic.lines import (
 )
 from calm.experiments.key_value_arithmetic.stages import STAGES
 from calm.experiments.key_value_arithmetic.training import exact_match
+from calm.experiments.results import Asked
 
 SETTINGS = DataSettings()
 
@@ -546,7 +547,7 @@ def test_the_gpu_preset_at_toy_size(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "BASELINES", reproduce.BASELINES[-1:])
     monkeypatch.setattr(reproduce, "CURVES", ())
     monkeypatch.setattr(reproduce, "_curves", lambda finished, recipe: {})
-    results = reproduce.reproduce("gpu", [0], tmp_path, Console(quiet=True), False)
+    results = reproduce.reproduce("gpu", Asked((0,)), tmp_path, Console(quiet=True))
     assert set(results.table) == set(TASKS) and {"composed", "mixed_logits"} <= set(results.table["KV-MATH"])
     asked = results.examples["KV-MATH"][0]
     assert asked["reference"].lstrip("-").isdigit()
@@ -558,7 +559,7 @@ def test_the_gpu_preset_at_toy_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gpu", "paper"])
 def test_no_gpu_is_said_before_work_starts(name, tmp_path):
     with pytest.raises(calm.CalmError, match=f"preset='{name}' trains on a GPU"):
-        reproduce.reproduce(name, [0], tmp_path, Console(quiet=True), False)
+        reproduce.reproduce(name, Asked((0,)), tmp_path, Console(quiet=True))
     assert not list(tmp_path.iterdir())
 
 

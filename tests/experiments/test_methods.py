@@ -127,6 +127,7 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished
     assert json.loads(json.dumps(again)) == outcomes
     assert shown.getvalue() == ""
     assert seconds_of(folder, [0]) > 0 and seconds_of(folder, [1]) == 0
+    assert 0 == seconds_of(folder, [0], ["other"]) < seconds_of(folder, [0], ["cell"]) < seconds_of(folder, [0])
 
     (folder / "seed-0/cell/lora.json").unlink()  # as if it had been interrupted there
     redone = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))

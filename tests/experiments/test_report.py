@@ -10,7 +10,7 @@ from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments import report, tables
-from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, variant_of
+from calm.experiments.results import METHODS, Asked, Cell, Curve, Results, Row, Training
 
 
 def cell(mean: float, width: float | None = 1.0) -> Cell:
@@ -63,18 +63,24 @@ def test_results_are_read_as_they_were_written_and_anything_else_is_refused(tmp_
 
 
 def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
-    own = (0, 1)
+    own = {"seeds": (0, 1), "languages": ("cy",)}
     runs = [
-        (None, False),
-        ([1, 0], False),  # the first seed chooses learning rates
-        ([3], False),
-        ([3, 4], False),
-        (None, True),
-        ([3], True),
+        (Asked(), False),
+        (Asked((1, 0)), False),  # the first seed chooses learning rates
+        (Asked((3,)), False),
+        (Asked((3, 4)), False),
+        (Asked(), True),
+        (Asked((3,)), True),
+        (Asked(languages=("xh",)), False),
+        (Asked((3,), ("xh", "om")), False),
     ]
-    variants = [variant_of(seeds, own, left_out) for seeds, left_out in runs]
-    assert variants == ["", "seed1-0", "seed3", "seed3-4", "no-execution", "seed3-no-execution"]
-    assert variant_of([0, 1], own) == ""  # the preset's own, asked for by name
+    variants = [asked.variant(**own, code_left_out=left_out) for asked, left_out in runs]
+    expected = ["", "seed1-0", "seed3", "seed3-4", "no-execution", "seed3-no-execution", "xh", "xh-om-seed3"]
+    assert variants == expected
+    assert Asked((0, 1), ("cy",)).variant(**own) == ""  # the preset's own, asked for by name
+    expected = "calm reproduce low_resource --preset gpu --language xh --language om --seed 3"
+    assert Asked((3,), ("xh", "om")).command("low_resource", "gpu") == expected
+    assert Asked(None, None, True).command("code", "cpu") == "calm reproduce code --preset cpu --allow-code-execution"
     paths = [results(variant=variant).save(tmp_path) for variant in variants]
     assert len({path.name for path in tmp_path.glob("low_resource/*.json")}) == len(runs)
     assert paths[2].name == "2026-01-02-cpu-seed3.json" and Results.load(paths[2]).variant == "seed3"

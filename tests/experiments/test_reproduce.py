@@ -30,7 +30,7 @@ from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
-from calm.experiments.results import METHODS, Results
+from calm.experiments.results import METHODS, Asked, Results
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
         ),
     )
     shown = io.StringIO()
-    results = low_resource.reproduce_preset("paper", tiny, None, tmp_path, Console(file=shown, width=200))
+    results = low_resource.reproduce_preset("paper", tiny, Asked(), tmp_path, Console(file=shown, width=200))
     assert set(results.table["cy"]) == set(METHODS)
     assert all(len(cell.values) == 2 for cell in results.table["cy"].values())
     assert results.rows["cy"].examples == 20
@@ -154,11 +154,17 @@ def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     cpu = dictionary.PRESETS["cpu"]
     tiny = dataclasses.replace(
         cpu,
-        languages=("xyz",),
         data=DictionarySettings(others=20, verbs=20, words=40, development=8, regular=20, irregular=10),
         methods=of_a_step(cpu.methods, hub, ("m_B", "composed")),
     )
-    results = dictionary.reproduce_preset("cpu", tiny, None, tmp_path, Console(file=io.StringIO(), width=200))
+    console = Console(file=io.StringIO(), width=200)
+    (tmp_path / "data/dict-freedict-zzz-eng").mkdir()
+    with pytest.raises(CalmError, match=r"dict-freedict-zzz-eng .* holds no"):
+        dictionary.reproduce_preset("cpu", tiny, Asked(languages=("xyz", "zzz")), tmp_path, console)
+    assert not (tmp_path / "seed-0").exists(), "languages are looked for before any model is trained"
+    results = dictionary.reproduce_preset("cpu", tiny, Asked(languages=("xyz",)), tmp_path, console)
+    assert (results.variant, tiny.languages, results.settings["languages"]) == ("xyz", ("cym",), ("xyz",))
+    assert results.command == "calm reproduce dictionary --preset cpu --language xyz"
     assert set(results.table) == {"xyz regular", "xyz irregular", "xyz words"}
     assert set(results.table["xyz irregular"]) == {"m_B", "composed"}
     assert results.rows["xyz words"].examples == 30 and results.rows["xyz regular"].metric == "exact match, %"
@@ -203,7 +209,7 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
         methods=of_a_step(cpu.methods, hub, ("m_A", "m_B", "composed")),
     )
     console = Console(file=io.StringIO(), width=200)
-    results = code.reproduce_preset("cpu", tiny, None, tmp_path / "run", console, allow_code_execution=True)
+    results = code.reproduce_preset("cpu", tiny, Asked(allow_code_execution=True), tmp_path / "run", console)
     rows = {"humaneval", "python_completion", "python_to_text", "elisp_completion", "elisp_to_text"}
     assert set(results.table) == rows
     assert results.rows["humaneval"].examples == 164 and results.rows["elisp_to_text"].examples == 6
@@ -248,7 +254,7 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
         ),
     )
     console = Console(file=io.StringIO(), width=200)
-    results = code.reproduce_preset("paper", tiny, None, tmp_path, console, allow_code_execution=True)
+    results = code.reproduce_preset("paper", tiny, Asked(allow_code_execution=True), tmp_path, console)
     assert set(results.table) == {"humaneval", "mbpp", "python_to_text", "go_to_text"}
     asked = {row: results.rows[row].examples for row in results.table}
     assert asked == {"humaneval": 8, "mbpp": 3, "python_to_text": 5, "go_to_text": 5}
@@ -268,4 +274,7 @@ def test_what_there_is_not_is_named():
         reproduce("music")
     with pytest.raises(CalmError, match="preset='huge': low_resource has cpu, gpu, paper"):
         reproduce("low_resource", "huge")
+    for domain in ("key_value_arithmetic", "code"):
+        with pytest.raises(CalmError, match=rf"languages=\('cy',\): {domain} has none; low_resource and dictionary"):
+            reproduce(domain, languages=["cy"])
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}

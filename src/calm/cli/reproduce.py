@@ -16,6 +16,10 @@ def reproduce(
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="Instead of the preset's seeds; repeat for several.")
     ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Of low_resource and dictionary, instead of the preset's; repeat for several."),
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where data and models go.")] = Path("runs/reproduce"),
     results_dir: Annotated[Path, typer.Option(help="Where results, plots and REPORT.md go.")] = Path("results"),
     allow_code_execution: Annotated[
@@ -32,6 +36,7 @@ def reproduce(
         domain,
         preset,
         seeds=seed,
+        languages=language,
         output_dir=output_dir,
         results_dir=results_dir,
         allow_code_execution=allow_code_execution,

@@ -12,18 +12,17 @@ from rich.console import Console
 from calm.errors import CalmError
 from calm.experiments.charts import save_charts
 from calm.experiments.report import write_report
-from calm.experiments.results import Results
+from calm.experiments.results import Asked, Results
 from calm.experiments.tables import print_results
 
 Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
+HAVE_LANGUAGES = ("low_resource", "dictionary")
 
 
 class Reproduce(Protocol):
     """What a domain's `reproduce` module has, beside `PRESETS`, whose names are those that it takes."""
 
-    def __call__(
-        self, preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
-    ) -> Results:
+    def __call__(self, preset: str, asked: Asked, folder: Path, console: Console) -> Results:
         """Run what is not there yet, and return the results."""
         ...
 
@@ -33,6 +32,7 @@ def reproduce(
     preset: str = "cpu",
     *,
     seeds: Sequence[int] | None = None,
+    languages: Sequence[str] | None = None,
     output_dir: str | Path = "runs/reproduce",
     results_dir: str | Path = "results",
     allow_code_execution: bool = False,
@@ -40,8 +40,9 @@ def reproduce(
 ) -> Path:
     """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
 
-    With other seeds than the preset's, or without code that was to be executed, the name says so (`DATE-PRESET-seed3`,
-    `DATE-PRESET-no-execution`), so that nothing overwrites the results of the preset itself.
+    With other languages or seeds than the preset's, or without code that was to be executed, the name says so
+    (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-no-execution`), so that nothing overwrites the results of the
+    preset itself.
 
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
     repeat as you like.
@@ -52,6 +53,8 @@ def reproduce(
         preset: `cpu` (for two cores), `gpu` or, where the paper has the domain, `paper`; of `key_value_arithmetic` also
             `demo`, whose answers restate the values.
         seeds: instead of the preset's.
+        languages: instead of the preset's, of `low_resource` (codes of Debian's `libreoffice-l10n-CODE`; of FLORES+ at
+            `paper`) or `dictionary` (of `dict-freedict-CODE-eng`).
         output_dir: for data, models and what they wrote.
         results_dir: for the results.
         allow_code_execution: run the code that models write (HumanEval of `code`), in limited processes of its own.
@@ -61,13 +64,21 @@ def reproduce(
         The results' JSON file.
 
     Raises:
-        CalmError: no such domain or preset; data or models that cannot be had; folders that cannot be written to.
+        CalmError: no such domain or preset; languages of a domain that has none; data or models that cannot be had;
+            folders that cannot be written to.
     """
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
     module = importlib.import_module(f"calm.experiments.{domain}.reproduce")
     if preset not in module.PRESETS:
         raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
+    if languages and domain not in HAVE_LANGUAGES:
+        raise CalmError(f"languages={tuple(languages)}: {domain} has none; {' and '.join(HAVE_LANGUAGES)} have.")
+    asked = Asked(
+        seeds=tuple(dict.fromkeys(seeds)) if seeds else None,
+        languages=tuple(dict.fromkeys(languages)) if languages else None,
+        allow_code_execution=allow_code_execution,
+    )
     console = console or Console(highlight=False)
     folder = Path(output_dir, f"{domain}-{preset}")
     for place in (folder, Path(results_dir)):
@@ -76,7 +87,7 @@ def reproduce(
         except OSError as error:
             raise CalmError(f"{str(place)!r} cannot be written to ({error}); choose another folder.") from error
     run: Reproduce = module.reproduce
-    results = run(preset, seeds, folder, console, allow_code_execution)
+    results = run(preset, asked, folder, console)
     path = results.save(results_dir)
     print_results(console, results)
     drawn = save_charts(results, path.parent)

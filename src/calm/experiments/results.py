@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ class Results(_Strict):
     Attributes:
         domain: `key_value_arithmetic`, `low_resource` or `code`.
         preset: Its sizes.
-        variant: What tells it from a run of the whole preset with its own seeds, as `variant_of` names it; else empty.
+        variant: What tells it from a run of the whole preset with its own seeds, as
+            `Asked.variant` names it; else empty.
         command: What makes it again.
         date: When it ended, YYYY-MM-DD.
         settings: The preset, whole.
@@ -190,26 +192,42 @@ class Results(_Strict):
             raise CalmError(f"{str(path)!r} holds no results of an experiment: {error}") from error
 
 
-def command(domain: str, preset: str, seeds: Sequence[int] | None, allow_code_execution: bool = False) -> str:
-    """The command line that makes such results again; `seeds` are those that were asked for instead of the preset's."""
-    words = ["calm reproduce", domain, "--preset", preset, *(f"--seed {seed}" for seed in seeds or ())]
-    return " ".join([*words, *(["--allow-code-execution"] if allow_code_execution else [])])
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for instead of what a preset has.
 
-
-def variant_of(seeds: Sequence[int] | None, own: Sequence[int], code_left_out: bool = False) -> str:
-    """What tells a run from one of the whole preset, so that neither overwrites the other's results.
-
-    Args:
-        seeds: those that were asked for, None for the preset's.
-        own: the preset's.
-        code_left_out: rows were left out because they execute code.
-
-    Returns:
-        Such as "seed3", "seed3-4" (in the order in which they run: the first one chooses learning rates),
-        "no-execution", "seed3-no-execution", or "".
+    Attributes:
+        seeds: None for the preset's. The first one chooses learning rates.
+        languages: rows of a domain that has a row for each language, None for the preset's.
+        allow_code_execution: have rows that run what models write.
     """
-    others = ["seed" + "-".join(map(str, seeds))] if seeds and tuple(seeds) != tuple(own) else []
-    return "-".join([*others, *(["no-execution"] if code_left_out else [])])
+
+    seeds: tuple[int, ...] | None = None
+    languages: tuple[str, ...] | None = None
+    allow_code_execution: bool = False
+
+    def command(self, domain: str, preset: str) -> str:
+        """The command line that makes such results again."""
+        words = ["calm reproduce", domain, "--preset", preset]
+        words += [f"--language {language}" for language in self.languages or ()]
+        words += [f"--seed {seed}" for seed in self.seeds or ()]
+        return " ".join([*words, *(["--allow-code-execution"] if self.allow_code_execution else [])])
+
+    def variant(self, seeds: Sequence[int], languages: Sequence[str] = (), code_left_out: bool = False) -> str:
+        """What tells the run from one of the whole preset, so that neither overwrites the other's results.
+
+        Args:
+            seeds: the preset's.
+            languages: the preset's.
+            code_left_out: rows were left out because they execute code.
+
+        Returns:
+            Such as "om", "seed3", "xh-om-seed3-4", "no-execution", "seed3-no-execution", or "".
+        """
+        found = list(self.languages or ()) if self.languages != tuple(languages) else []
+        if self.seeds and self.seeds != tuple(seeds):
+            found.append("seed" + "-".join(map(str, self.seeds)))
+        return "-".join([*found, *(["no-execution"] if code_left_out else [])])
 
 
 def made_here() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Results, command, made_here, variant_of
+from calm.experiments.results import Asked, Results, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,9 @@ PRESETS = {
             anchor=SMOLLM2_135M,
             augmenting=SMOLLM2_CUT,
             general=Fit(steps=60, rows=16, learning_rate=1e-3),
-            specialist=Fit(steps=150, rows=32, learning_rate=8e-4),
+            specialist=Fit(steps=600, rows=32, learning_rate=1e-3),
             connections=4,
-            steps=40,
+            steps=60,
             steps_on_all=150,
             rows=16,
             search_steps=10,
@@ -98,48 +97,38 @@ PRESETS = {
 }
 
 
-def reproduce(
-    preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
-) -> Results:
+def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Results:
     """Run what is not there yet of a preset.
 
     Args:
         preset: one of `PRESETS`.
-        seeds: instead of the preset's.
+        asked: seeds instead of the preset's, and whether to have the row `humaneval`, which runs what models write.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
-        allow_code_execution: have the row `humaneval`, which runs what models write.
     """
-    return reproduce_preset(preset, PRESETS[preset], seeds, folder, console, allow_code_execution)
+    return reproduce_preset(preset, PRESETS[preset], asked, folder, console)
 
 
-def reproduce_preset(
-    name: str,
-    preset: Preset,
-    seeds: Sequence[int] | None,
-    folder: Path,
-    console: Console,
-    allow_code_execution: bool,
-) -> Results:
+def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    chosen = tuple(seeds) if seeds else preset.seeds
+    seeds, allow_code_execution = asked.seeds or preset.seeds, asked.allow_code_execution
     if isinstance(preset.data, HubSettings):
         data, made = hub.load(preset.data, SPLIT, allow_code_execution)
         problems, kept_whole = "HumanEval and MBPP", "repositories"
     else:
-        asked = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
-        data, made = load(asked, SPLIT, folder / "data"), describe(asked, SPLIT, folder / "data")
+        settings = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
+        data, made = load(settings, SPLIT, folder / "data"), describe(settings, SPLIT, folder / "data")
         problems, kept_whole = "HumanEval", "files"
-    outcomes = run_seeds(data, preset.methods, chosen, folder, console)
+    outcomes = run_seeds(data, preset.methods, seeds, folder, console)
     left_out = () if allow_code_execution else (f"Left out, since no code that a model wrote was to run: {problems}.",)
     return Results(
         domain="code",
         preset=name,
-        variant=variant_of(seeds, preset.seeds, code_left_out=not allow_code_execution),
-        command=command("code", name, seeds, allow_code_execution),
+        variant=asked.variant(preset.seeds, code_left_out=not allow_code_execution),
+        command=asked.command("code", name),
         settings={**dataclasses.asdict(preset), "data_made": made},
-        seeds=chosen,
-        parameters=parameters_of(folder / f"seed-{chosen[0]}"),
+        seeds=seeds,
+        parameters=parameters_of(folder / f"seed-{seeds[0]}"),
         notes=(
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",
@@ -150,7 +139,7 @@ def reproduce_preset(
             "other method without.",
             *left_out,
         ),
-        seconds=seconds_of(folder, chosen),
+        seconds=seconds_of(folder, seeds),
         **table.fields(data, outcomes),
         **made_here(),
     )

@@ -16,7 +16,7 @@ from calm.experiments.key_value_arithmetic.data import TASKS, Task
 from calm.experiments.key_value_arithmetic.recipe import PRESETS, Recipe
 from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult
 from calm.experiments.methods import intervals
-from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training, command, made_here, variant_of
+from calm.experiments.results import METHODS, Asked, Cell, Curve, Results, Row, Training, made_here
 
 SEEDS = {"demo": (0,), "cpu": (1, 2, 3), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
 """Those of `cpu` leave out 0, whose keys its recipe was found with."""
@@ -33,23 +33,20 @@ Finished = Mapping[int, Mapping[str, StageResult]]
 """By seed and stage."""
 
 
-def reproduce(
-    preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
-) -> Results:
+def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Results:
     """Train and evaluate what is not there yet: the demo's models, the baselines, and the points of the curves.
 
     Args:
         preset: one of `PRESETS`.
-        seeds: instead of the preset's.
+        asked: seeds instead of the preset's; no code is executed in this domain.
         folder: where models and results of stages are kept.
         console: is told what is done.
-        allow_code_execution: no code is executed in this domain.
 
     Raises:
         CalmError: the preset needs a GPU and there is none.
         StageFailed: a stage ended with an error.
     """
-    recipe, chosen = PRESETS[preset], tuple(seeds) if seeds else SEEDS[preset]
+    recipe, chosen = PRESETS[preset], asked.seeds or SEEDS[preset]
     if recipe.hardware.device == "cuda" and not torch.cuda.is_available():
         raise CalmError(f"preset={preset!r} trains on a GPU, and torch finds none here; preset='cpu' needs none.")
     finished = {seed: _run(recipe, seed, folder / f"seed-{seed}", console) for seed in chosen}
@@ -66,8 +63,8 @@ def reproduce(
     return Results(
         domain="key_value_arithmetic",
         preset=preset,
-        variant=variant_of(seeds, SEEDS[preset]),
-        command=command("key_value_arithmetic", preset, seeds),
+        variant=asked.variant(SEEDS[preset]),
+        command=asked.command("key_value_arithmetic", preset),
         settings=dataclasses.asdict(recipe),
         seeds=chosen,
         rows={

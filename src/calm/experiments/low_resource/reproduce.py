@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Results, command, made_here, variant_of
+from calm.experiments.results import Asked, Results, made_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,46 +109,42 @@ NOTES = (
 )
 
 
-def reproduce(
-    preset: str, seeds: Sequence[int] | None, folder: Path, console: Console, allow_code_execution: bool
-) -> Results:
+def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Results:
     """Run what is not there yet of a preset.
 
     Args:
         preset: one of `PRESETS`.
-        seeds: instead of the preset's.
+        asked: languages and seeds instead of the preset's; no code is executed in this domain.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
-        allow_code_execution: no code is executed in this domain.
     """
-    return reproduce_preset(preset, PRESETS[preset], seeds, folder, console)
+    return reproduce_preset(preset, PRESETS[preset], asked, folder, console)
 
 
-def reproduce_preset(
-    name_of_preset: str, preset: Preset, seeds: Sequence[int] | None, folder: Path, console: Console
-) -> Results:
+def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    chosen = tuple(seeds) if seeds else preset.seeds
-    fields = {}
-    described = {}
-    for language in preset.languages:
+    seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
+    data, described = {}, {}
+    for language in languages:  # all of them before any is trained
         if isinstance(preset.data, HubSettings):
-            data = hub.load(language, preset.data, SPLIT)
+            data[language] = hub.load(language, preset.data, SPLIT)
         else:
-            data = load(language, preset.data, SPLIT, folder / "data")
+            data[language] = load(language, preset.data, SPLIT, folder / "data")
             described[language] = describe(language, preset.data, SPLIT, folder / "data")
-        outcomes = run_seeds(data, preset.methods, chosen, folder, console, language)
-        fields[language] = table.fields(data, outcomes)
+    fields = {}
+    for language in languages:
+        outcomes = run_seeds(data[language], preset.methods, seeds, folder, console, language)
+        fields[language] = table.fields(data[language], outcomes)
     return Results(
         domain="low_resource",
-        preset=name_of_preset,
-        variant=variant_of(seeds, preset.seeds),
-        command=command("low_resource", name_of_preset, seeds),
-        settings={**dataclasses.asdict(preset), "data_made": described},
-        seeds=chosen,
-        parameters=parameters_of(folder / f"seed-{chosen[0]}" / preset.languages[0]),
+        preset=name,
+        variant=asked.variant(preset.seeds, preset.languages),
+        command=asked.command("low_resource", name),
+        settings={**dataclasses.asdict(preset), "languages": languages, "data_made": described},
+        seeds=seeds,
+        parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
         notes=(*NOTES, *preset.methods.notes()),
-        seconds=seconds_of(folder, chosen),
+        seconds=seconds_of(folder, seeds, languages),
         **table.together(fields),
         **made_here(),
     )

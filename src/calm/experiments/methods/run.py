@@ -339,9 +339,17 @@ class _Run:
         return once(path, settings, timed)
 
 
-def seconds_of(folder: Path, seeds: Sequence[int]) -> float:
-    """Seconds of all finished steps of these seeds, `folder` holding them as `seed-0`, `seed-1`, ..."""
-    kept = [read_json(path, {}) for seed in seeds for path in (folder / f"seed-{seed}").rglob("*.json")]
+def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) -> float:
+    """Seconds of all finished steps.
+
+    Args:
+        folder: holds the seeds as `seed-0`, `seed-1`, ...
+        seeds: whose steps count.
+        names: of the data sets whose steps count, where several share a vanilla `m_A`, whose steps count, too.
+    """
+    within = [*names, "vanilla"] if names else [""]
+    paths = [path for seed in seeds for name in within for path in (folder / f"seed-{seed}" / name).rglob("*.json")]
+    kept = [read_json(path, {}) for path in paths]
     return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
 
 
