@@ -127,13 +127,22 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished
     assert json.loads(json.dumps(again)) == outcomes
     assert shown.getvalue() == ""
     assert seconds_of(folder, [0]) > 0 and seconds_of(folder, [1]) == 0
-    assert 0 == seconds_of(folder, [0], ["other"]) < seconds_of(folder, [0], ["cell"]) < seconds_of(folder, [0])
 
     (folder / "seed-0/cell/lora.json").unlink()  # as if it had been interrupted there
     redone = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
     assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
     assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
     assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
+
+
+def test_seconds_of_one_data_set_are_its_own_and_those_of_the_shared_vanilla_m_a(finished, tmp_path):
+    shutil.copytree(finished[0] / "seed-0/cell", tmp_path / "seed-0/cy")
+    shutil.copytree(finished[0] / "seed-0/cell", tmp_path / "seed-0/xh")
+    shutil.copytree(finished[0] / "seed-0/shared/vanilla", tmp_path / "seed-0/vanilla")
+    shared, with_cy = seconds_of(tmp_path, [0], ["none"]), seconds_of(tmp_path, [0], ["cy"])
+    assert 0 < shared < with_cy
+    assert seconds_of(tmp_path, [0]) == pytest.approx(2 * with_cy - shared)
+    assert seconds_of(tmp_path, [0], ["cy", "xh"]) == seconds_of(tmp_path, [0])
 
 
 def test_the_anchors_own_texts_are_a_fifth_of_what_a_method_is_trained_on(finished, data, settings, anchor):
@@ -175,6 +184,26 @@ def test_steps_of_the_baselines_are_drawn_as_those_of_a_composition(anchor, monk
     assert drawn == [8]
     with pytest.raises(ValueError, match="rows = 6: expected a multiple of 4"):
         Fit(2, 6, 1e-3)
+
+
+@pytest.mark.parametrize("trained", ["cut", "lora"])
+def test_baselines_compute_in_bfloat16_if_asked_to_the_head_too(anchor, data, trained):
+    tokenizer, computed = load_tokenizer(str(anchor)), {}
+    model = bases.load(str(anchor))
+    plain = model
+    if trained == "cut":
+        bases.keep_vocabulary(model)
+    else:
+        model = training.with_lora(model, 1000, seed=0)
+    for name in ("lm_head", "model.layers.3.mlp.up_proj"):
+        computed[name] = set()
+        plain.get_submodule(name).register_forward_hook(
+            lambda m, args, output, name=name: computed[name].add(output.dtype)
+        )
+    rows = scoring.completion_rows(data.specialist, tokenizer, 64)
+    training.fine_tune(model, tokenizer, rows, Fit(1, 8, 1e-3), 0, True)
+    assert computed == {name: {torch.bfloat16} for name in computed}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("trained", ["cut", "lora", "everything"])

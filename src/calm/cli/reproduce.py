@@ -18,7 +18,9 @@ def reproduce(
     ] = None,
     language: Annotated[
         list[str] | None,
-        typer.Option(help="Of low_resource and dictionary, instead of the preset's; repeat for several."),
+        typer.Option(
+            help="Debian's code of a language of low_resource (cy) or dictionary (cym), instead of the preset's."
+        ),
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where data and models go.")] = Path("runs/reproduce"),
     results_dir: Annotated[Path, typer.Option(help="Where results, plots and REPORT.md go.")] = Path("results"),

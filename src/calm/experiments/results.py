@@ -106,13 +106,13 @@ class Results(_Strict):
     """One run of one domain.
 
     Attributes:
-        domain: `key_value_arithmetic`, `low_resource` or `code`.
+        domain: `key_value_arithmetic`, `low_resource`, `dictionary` or `code`.
         preset: Its sizes.
-        variant: What tells it from a run of the whole preset with its own seeds, as
-            `Asked.variant` names it; else empty.
+        variant: What tells it from a run of the preset with its own languages and seeds, as `Asked.variant` names it;
+            else empty.
         command: What makes it again.
         date: When it ended, YYYY-MM-DD.
-        settings: The preset, whole.
+        settings: The preset, with the languages and seeds that were run.
         seeds: Of data, weights and training.
         rows: How to read the rows of `table`, `other` and `preservation`.
         table: By row and method.

@@ -126,7 +126,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         preset=name,
         variant=asked.variant(preset.seeds, code_left_out=not allow_code_execution),
         command=asked.command("code", name),
-        settings={**dataclasses.asdict(preset), "data_made": made},
+        settings={**dataclasses.asdict(dataclasses.replace(preset, seeds=seeds)), "data_made": made},
         seeds=seeds,
         parameters=parameters_of(folder / f"seed-{seeds[0]}"),
         notes=(

@@ -100,7 +100,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
 def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
+    own, seeds, languages = preset, asked.seeds or preset.seeds, asked.languages or preset.languages
+    preset = dataclasses.replace(preset, seeds=seeds, languages=languages)
     data, described = {}, {}
     for language in languages:  # all of them before any is trained
         data[language] = load(language, preset.data, SPLIT, folder / "data")
@@ -112,9 +113,9 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
     return Results(
         domain="dictionary",
         preset=name,
-        variant=asked.variant(preset.seeds, preset.languages),
+        variant=asked.variant(own.seeds, own.languages),
         command=asked.command("dictionary", name),
-        settings={**dataclasses.asdict(preset), "languages": languages, "data_made": described},
+        settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=seeds,
         parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
         notes=(*NOTES, *preset.methods.notes()),

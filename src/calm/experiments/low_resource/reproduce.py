@@ -123,7 +123,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
 def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
+    own, seeds, languages = preset, asked.seeds or preset.seeds, asked.languages or preset.languages
+    preset = dataclasses.replace(preset, seeds=seeds, languages=languages)
     data, described = {}, {}
     for language in languages:  # all of them before any is trained
         if isinstance(preset.data, HubSettings):
@@ -138,9 +139,9 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
     return Results(
         domain="low_resource",
         preset=name,
-        variant=asked.variant(preset.seeds, preset.languages),
+        variant=asked.variant(own.seeds, own.languages),
         command=asked.command("low_resource", name),
-        settings={**dataclasses.asdict(preset), "languages": languages, "data_made": described},
+        settings={**dataclasses.asdict(preset), "data_made": described},
         seeds=seeds,
         parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
         notes=(*NOTES, *preset.methods.notes()),

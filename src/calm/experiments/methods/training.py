@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm import loss
+from calm.backbones import contiguous_input
 from calm.data import CompletionCollator, Row
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.settings import BATCHES, Fit, Settings
@@ -41,26 +42,28 @@ def fine_tune(
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with tempfile.TemporaryDirectory() as nothing_is_written_here:
+        arguments = TrainingArguments(
+            output_dir=nothing_is_written_here,
+            max_steps=fit.steps,
+            per_device_train_batch_size=fit.rows // BATCHES,
+            gradient_accumulation_steps=BATCHES,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            learning_rate=fit.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would take as many times the rows
         trainer = _Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=nothing_is_written_here,
-                max_steps=fit.steps,
-                per_device_train_batch_size=fit.rows // BATCHES,
-                gradient_accumulation_steps=BATCHES,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                learning_rate=fit.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.05,
-                bf16=bf16,
-                use_cpu=not torch.cuda.is_available(),
-                max_grad_norm=1.0,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                seed=seed,
-            ),
+            args=arguments,
             train_dataset=list(rows),
             data_collator=CompletionCollator.for_tokenizer(tokenizer),
         )
@@ -80,9 +83,11 @@ class _Trainer(Trainer):
         if not loss.can_skip_logits(plain):
             return cast(torch.Tensor, super().compute_loss(model, inputs, return_outputs, num_items_in_batch))
         labels = inputs.pop("labels")
-        with loss.without_head(plain) as decoded:
-            plain(**inputs, use_cache=False)
-        return loss.loss_without_logits(plain, decoded, labels, num_items_in_batch)
+        # accelerate has autocast on the forward of the model that it was given, not on the one within PEFT's
+        with self.accelerator.autocast():
+            with loss.without_head(plain) as decoded:
+                plain(**inputs, use_cache=False)
+            return loss.loss_without_logits(plain, decoded, labels, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SortedSteps:
         lengths = [len(row["input_ids"]) for row in self.train_dataset]
@@ -104,6 +109,8 @@ def with_lora(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedM
     set_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted: Any = get_peft_model(model, config)
+    if head is not None:  # frozen, as a composition's
+        head.register_forward_pre_hook(contiguous_input)
     return adapted
 
 
