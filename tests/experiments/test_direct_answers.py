@@ -65,6 +65,20 @@ def test_the_numbers_told_and_the_numbers_written_make_the_answer(task):
     assert 0.2 < strings / 300 / 2.75 < 0.5
 
 
+def test_what_is_told_is_asked_for_in_a_share_of_the_lines(task):
+    rng = random.Random(0)
+    lines = [arithmetic_line(task, rng, with_unknowns=0.7, written_down=0.3) for _ in range(1000)]
+    asked = [line for line in lines if ":" in line.words]
+    assert 260 < len(asked) < 340 and sum(len(line.worth) for line in asked) > 200
+    for line in asked:
+        colon = line.words.index(":")
+        told = [line.worth.get(at, word) for at, word in enumerate(line.words[:colon])]
+        told = [word for word in told if not word.isalpha()]
+        assert line.words[colon + 1 :] == [*told, "<end>"]
+        assert line.learned == [at > colon for at in range(len(line.words))]
+    assert not any(":" in arithmetic_line(task, rng, with_unknowns=0.7).words for _ in range(100))
+
+
 def test_an_entry_is_a_key_and_its_value_without_a_sign_between(task):
     rng = random.Random(0)
     line = glossary_line(task, rng, 5)
@@ -214,7 +228,11 @@ def test_frozen_queries_and_keys_stay_small(tmp_path, task, tokenizer):
 
 @pytest.mark.parametrize(
     ("settings", "is_told"),
-    [({}, True), ({"with_unknowns": 0.0}, False), ({"data": dataclasses.replace(DATA, answer="restate")}, False)],
+    [
+        ({}, True),
+        ({"with_unknowns": 0.0, "written_down": 0.0}, False),
+        ({"data": dataclasses.replace(DATA, answer="restate"), "written_down": 0.0}, False),
+    ],
 )
 def test_the_anchor_is_told_only_where_answers_are_direct(task, tokenizer, monkeypatch, settings, is_told):
     """Without the wrapper a llama would take what it is told as an unknown argument and pass over it."""
@@ -277,7 +295,9 @@ def test_another_anchor_is_another_m_A_where_they_share_embeddings():
 
 
 def test_recipes_that_cannot_be():
+    with pytest.raises(calm.CalmError, match=r"written_down is 0.3: expected 0 but for direct answers"):
+        dataclasses.replace(TINY, data=dataclasses.replace(DATA, answer="restate"))
     with pytest.raises(calm.CalmError, match=r"with_unknowns is 0.7: expected 0 with direct answers in digits"):
-        dataclasses.replace(TINY, data=dataclasses.replace(DATA, numbers="digits"))
+        dataclasses.replace(TINY, data=dataclasses.replace(DATA, numbers="digits"), written_down=0.0)
     with pytest.raises(calm.CalmError, match=r"one width, not 64 \(m_A\) and 24"):
         dataclasses.replace(TINY, augmenting_model=recipe.ModelSettings(width=64, feed_forward=48))

@@ -158,7 +158,8 @@ def train_anchor(
     vocabulary = tokenizer.get_vocab()
 
     def draw(rng: random.Random, step: int) -> list[Line]:
-        return [arithmetic_line(task, rng, recipe.with_unknowns) for _ in range(recipe.anchor_training.rows)]
+        unknown, written = recipe.with_unknowns, recipe.written_down
+        return [arithmetic_line(task, rng, unknown, written) for _ in range(recipe.anchor_training.rows)]
 
     rng = random.Random(f"validation of m_B {seed}")
     # both kinds of lines: with unknown strings, the reductions must still be right

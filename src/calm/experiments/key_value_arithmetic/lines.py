@@ -63,7 +63,7 @@ def substitution_line(task: Task, rng: random.Random, keys: Sequence[str]) -> Li
     return line.add([*expression.substituted(task.values).words(), "<end>"], True)
 
 
-def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Line:
+def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float, written_down: float = 0.0) -> Line:
     """NUM-MATH; in some lines operands are strings that mean nothing to the model.
 
     Each operand more is four times as likely: what is left after a reduction ranges wider than the numbers of the
@@ -77,6 +77,8 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
         task: the range of numbers and expressions; its keys are not used.
         rng: where chance comes from.
         with_unknowns: share of the lines in which operands may be meaningless strings.
+        written_down: share of the lines that ask KV-SUBS's question, where answers are direct: the expression again,
+            with what the strings are worth.
     """
     fewest, most = task.settings.operands
     counts = range(fewest, most + 1)
@@ -91,6 +93,8 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float) -> Lin
             line.add([numbers.operators[position - 1]] if position else [], False).add(words_of(operand), False)
             if isinstance(operand, str):
                 line.worth[len(line.words) - 1] = str(number)
+        if rng.random() < written_down:
+            return line.add([task.question("KV-SUBS")], False).add([*numbers.words(), "<end>"], True)
         return line.add([task.question("NUM-MATH")], False).add([*steps[-1].words(), "<end>"], True)
     line = Line().add([*asked.words(), "="], False)
     if asked != numbers:

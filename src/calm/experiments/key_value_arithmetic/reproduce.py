@@ -18,13 +18,14 @@ from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAG
 from calm.experiments.methods import intervals
 from calm.experiments.results import METHODS, Asked, Cell, Curve, Results, Row, Training, made_here
 
-SEEDS = {"demo": (0,), "cpu": (1, 2, 3), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
-"""Those of `cpu` leave out 0, whose keys its recipe was found with."""
+SEEDS = {"demo": (0,), "cpu": (4, 5, 6), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
+"""Those of `cpu` leave out 0, whose keys its recipe was found with, and 1 to 3, which an earlier one was judged by."""
 
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
     "than the paper's direct answer.",
-    "direct": "The answer is the result alone, as in the paper. D_C has no KV-SUBS, and m_B knows no such question.",
+    "direct": "The answer is the result alone, as in the paper. D_C has no KV-SUBS; m_B has learned to write "
+    "down numbers that it is told inside, of which m_A knows nothing.",
 }
 
 __all__ = ["PRESETS", "reproduce"]

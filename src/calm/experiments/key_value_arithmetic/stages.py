@@ -137,7 +137,7 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
             without |= {"augmenting_model", "augmenting_training", "shared_embeddings"}
             without |= {"glossary_entries", "glossary_share"}
         elif not recipe.shared_embeddings:
-            without |= {"anchor_model", "anchor_training", "with_unknowns", "superposition"}
+            without |= {"anchor_model", "anchor_training", "with_unknowns", "written_down", "superposition"}
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
     return fingerprint(stage.name, seed, settings)
 
