@@ -53,7 +53,7 @@ PRESETS = {
             learning_rates=FEW_RATES,
             max_length=160,
             # An hour has no room for the others.
-            methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "full_on_DC", "mixed_logits"),
+            methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "mixed_logits"),
         ),
     ),
     "gpu": Preset(

@@ -57,7 +57,7 @@ PRESETS = {
             max_length=160,
             batch=32,
             # An hour has no room for the others.
-            methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "full_on_DC", "mixed_logits"),
+            methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "mixed_logits"),
         ),
     ),
     "gpu": Preset(
