@@ -259,6 +259,7 @@ def test_pipeline(words: PreTrainedTokenizerFast) -> None:
 
 
 def test_pipeline_from_a_folder(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # some weights write <eos>, which a pipeline leaves out
     factories.base("llama").save_pretrained(tmp_path / "base")
     words.save_pretrained(tmp_path / "base")
     model = factories.perturb(calm.compose(tmp_path / "base", tmp_path / "base", 2))
