@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from calm.experiments.checkpoints import SMOLLM2_135M
 from calm.experiments.dictionary.data import DataSettings, describe, load
-from calm.experiments.methods import table
-from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.examples import Data
+from calm.experiments.methods.languages import Preset, results_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Asked, Results, made_here
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One size of the experiment.
-
-    Attributes:
-        languages: of the dictionaries. Learning rates are searched with the first seed of each.
-        seeds: of the models and the order of examples.
-        data: how a dictionary is split.
-        methods: models and lengths of training.
-    """
-
-    languages: tuple[str, ...]
-    seeds: tuple[int, ...]
-    data: DataSettings
-    methods: Settings
-
+from calm.experiments.results import Asked, Results
 
 SPLIT = 0
 """Seed of the split, which is the same for all seeds, so that they answer the same questions."""
 
-PRESETS = {
+PRESETS: dict[str, Preset[DataSettings]] = {
     "cpu": Preset(
         languages=("cym",),
         seeds=(0,),
@@ -98,28 +80,11 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
     return reproduce_preset(preset, PRESETS[preset], asked, folder, console)
 
 
-def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
+def reproduce_preset(name: str, preset: Preset[DataSettings], asked: Asked, folder: Path, console: Console) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    own, seeds, languages = preset, asked.seeds or preset.seeds, asked.languages or preset.languages
-    preset = dataclasses.replace(preset, seeds=seeds, languages=languages)
-    data, described = {}, {}
-    for language in languages:  # all of them before any is trained
-        data[language] = load(language, preset.data, SPLIT, folder / "data")
-        described[language] = describe(language, preset.data, SPLIT, folder / "data")
-    fields = {}
-    for language in languages:
-        outcomes = run_seeds(data[language], preset.methods, seeds, folder, console, language)
-        fields[language] = table.fields(data[language], outcomes)
-    return Results(
-        domain="dictionary",
-        preset=name,
-        variant=asked.variant(own.seeds, own.languages),
-        command=asked.command("dictionary", name),
-        settings={**dataclasses.asdict(preset), "data_made": described},
-        seeds=seeds,
-        parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
-        notes=(*NOTES, *preset.methods.notes()),
-        seconds=seconds_of(folder, seeds, languages),
-        **table.together(fields),
-        **made_here(),
-    )
+
+    def prepare(language: str) -> tuple[Data, dict[str, Any]]:
+        settings = language, preset.data, SPLIT, folder / "data"
+        return load(*settings), describe(*settings)
+
+    return results_of("dictionary", name, preset, asked, prepare, NOTES, folder, console)

@@ -24,9 +24,9 @@ SEEDS = {"demo": (0,), "cpu": (4, 5, 6), "tiny": (0,), "gpu": (0, 1, 2), "paper"
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
     "than the paper's direct answer.",
-    "direct": "The answer is the result alone, as in the paper. D_C has no KV-SUBS; m_B has learned to write "
-    "down numbers that it is told inside, of which m_A knows nothing.",
+    "direct": "The answer is the result alone, as in the paper. D_C has no KV-SUBS.",
 }
+WRITTEN_DOWN = "m_B was trained, alone, to use numbers that it is told inside and to write them down when asked."
 
 __all__ = ["PRESETS", "reproduce"]
 
@@ -113,6 +113,7 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
         examples={"KV-MATH": _examples(first)},
         notes=(
             NOTES[recipe.data.answer],
+            *([WRITTEN_DOWN] if recipe.written_down else []),
             f"{recipe.data.keys:,} keys; D_C spans {len(task.composition_keys)} of them, and the expressions of the "
             "table are over the others. Each seed draws its own keys, values and models.",
             f"m_B fine-tuned on all of m_A's data takes {recipe.steps_on_all:,} steps of "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -12,33 +12,15 @@ from calm.experiments.low_resource import hub
 from calm.experiments.low_resource.catalogues import DESKTOP
 from calm.experiments.low_resource.data import DataSettings, describe, load
 from calm.experiments.low_resource.hub import HubSettings
-from calm.experiments.methods import table
-from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.examples import Data
+from calm.experiments.methods.languages import Preset, results_of
 from calm.experiments.methods.settings import FEW_RATES, SMOLLM2_CUT, Fit, Settings
-from calm.experiments.results import Asked, Results, made_here
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """One size of the experiment.
-
-    Attributes:
-        languages: rows of the table. Learning rates are searched with the first seed of each.
-        seeds: of the models and the order of examples.
-        data: how Debian's messages are split, or which data sets of a hub to take.
-        methods: models and lengths of training.
-    """
-
-    languages: tuple[str, ...]
-    seeds: tuple[int, ...]
-    data: DataSettings | HubSettings
-    methods: Settings
-
+from calm.experiments.results import Asked, Results
 
 SPLIT = 0
 """Seed of the split, which is the same for all seeds, so that they answer the same messages."""
 
-PRESETS = {
+PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
     "cpu": Preset(
         languages=("cy",),
         seeds=(0,),
@@ -121,31 +103,15 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
     return reproduce_preset(preset, PRESETS[preset], asked, folder, console)
 
 
-def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, console: Console) -> Results:
+def reproduce_preset(
+    name: str, preset: Preset[DataSettings | HubSettings], asked: Asked, folder: Path, console: Console
+) -> Results:
     """As `reproduce`, with the sizes themselves."""
-    own, seeds, languages = preset, asked.seeds or preset.seeds, asked.languages or preset.languages
-    preset = dataclasses.replace(preset, seeds=seeds, languages=languages)
-    data, described = {}, {}
-    for language in languages:  # all of them before any is trained
+
+    def prepare(language: str) -> tuple[Data, dict[str, Any]]:
         if isinstance(preset.data, HubSettings):
-            data[language] = hub.load(language, preset.data, SPLIT)
-        else:
-            data[language] = load(language, preset.data, SPLIT, folder / "data")
-            described[language] = describe(language, preset.data, SPLIT, folder / "data")
-    fields = {}
-    for language in languages:
-        outcomes = run_seeds(data[language], preset.methods, seeds, folder, console, language)
-        fields[language] = table.fields(data[language], outcomes)
-    return Results(
-        domain="low_resource",
-        preset=name,
-        variant=asked.variant(own.seeds, own.languages),
-        command=asked.command("low_resource", name),
-        settings={**dataclasses.asdict(preset), "data_made": described},
-        seeds=seeds,
-        parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
-        notes=(*NOTES, *preset.methods.notes()),
-        seconds=seconds_of(folder, seeds, languages),
-        **table.together(fields),
-        **made_here(),
-    )
+            return hub.load(language, preset.data, SPLIT), {}
+        settings = language, preset.data, SPLIT, folder / "data"
+        return load(*settings), describe(*settings)
+
+    return results_of("low_resource", name, preset, asked, prepare, NOTES, folder, console)

@@ -1,0 +1,79 @@
+"""From several languages to results: all of their data first, then every method on each, a row a language."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+
+from calm.experiments.methods import table
+from calm.experiments.methods.examples import Data
+from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.settings import Settings
+from calm.experiments.results import Asked, Results, made_here
+
+DataSettings = TypeVar("DataSettings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset(Generic[DataSettings]):
+    """One size of an experiment that has a row for each language.
+
+    Attributes:
+        languages: rows of the table. Learning rates are searched with the first seed of each.
+        seeds: of the models and the order of examples.
+        data: how each language's data is split, or which data sets of a hub to take.
+        methods: models and lengths of training.
+    """
+
+    languages: tuple[str, ...]
+    seeds: tuple[int, ...]
+    data: DataSettings
+    methods: Settings
+
+
+def results_of(
+    domain: str,
+    name: str,
+    preset: Preset[Any],
+    asked: Asked,
+    prepare: Callable[[str], tuple[Data, dict[str, Any]]],
+    notes: Sequence[str],
+    folder: Path,
+    console: Console,
+) -> Results:
+    """Run what is not there yet of a preset.
+
+    Args:
+        domain: its name.
+        name: of the preset.
+        preset: its sizes.
+        asked: languages and seeds instead of the preset's.
+        prepare: a language's data, and the same in figures. It is asked for every language before any model is trained.
+        notes: what a reader has to know of the domain.
+        folder: where models and outcomes are kept.
+        console: is told what is done.
+    """
+    seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
+    prepared = {language: prepare(language) for language in languages}
+    fields = {}
+    for language, (data, _) in prepared.items():
+        outcomes = run_seeds(data, preset.methods, seeds, folder, console, language)
+        fields[language] = table.fields(data, outcomes)
+    settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages))
+    return Results(
+        domain=domain,
+        preset=name,
+        variant=asked.variant(preset.seeds, preset.languages),
+        command=asked.command(domain, name),
+        settings={**settings, "data_made": {language: made for language, (_, made) in prepared.items()}},
+        seeds=seeds,
+        parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
+        notes=(*notes, *preset.methods.notes()),
+        seconds=seconds_of(folder, seeds, languages),
+        **table.together(fields),
+        **made_here(),
+    )
