@@ -35,7 +35,8 @@ def results(**changed) -> Results:
             "cy": {
                 "m_A": cell(3.0),  # better
                 "m_B": cell(23.0, None),  # better, one run
-                "lora": cell(0.5),  # not clearly
+                "random_m_A": cell(0.2),  # not clearly
+                "lora": cell(0.5),  # nor this
                 "full_on_all": cell(-7.0),  # worse
                 "mixed_logits": cell(-1.0, None),  # not better, one run
             }
@@ -94,10 +95,11 @@ def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
 def test_where_composition_does_not_help_is_what_the_intervals_say():
     sentences = list(report.no_help(results()))
     assert [re.search(r": (the composed model .*? than .*?) \(", s).group(1) for s in sentences[:3]] == [
-        f"the composed model is not clearly better than {METHODS['lora']}",
+        f"the composed model is not clearly better than {METHODS['random_m_A']}",
         f"the composed model is worse than {METHODS['full_on_all']}",
         f"the composed model is not better than {METHODS['mixed_logits']}",
     ]
+    assert sentences[0].endswith(f"; {METHODS['lora']} (0.50 [-0.50, 1.50]).")  # one sentence for one verdict
     assert "from 40.00 to 44.00 (+10.0%)" in sentences[3]
     assert len(sentences) == 4
     assert "on the same examples" not in sentences[3]

@@ -114,8 +114,8 @@ def test_where_it_always_helps_the_report_says_so_and_not_that_nothing_was_run(t
 def test_what_cannot_be_said_is_said(tmp_path):
     differences = {"cy": {"m_A": cell(-3), "m_B": cell(20, None)}, "br": {"m_A": cell(0.2), "m_B": cell(9)}}
     where = section(text_of(tmp_path, results(differences, seeds=(0,))), "Where composition does not help")
-    run = "(low_resource, preset cpu): the composed model is"
-    assert f"**Welsh to English** {run} worse than {METHODS['m_A']} (-3.00 [-4.00, -2.00] chrF)." in where
+    run = "(low_resource, preset cpu; chrF): the composed model is"
+    assert f"**Welsh to English** {run} worse than {METHODS['m_A']} (-3.00 [-4.00, -2.00])." in where
     assert f"**Breton to English** {run} not clearly better than {METHODS['m_A']}" in where
     missing = re.search(r"not compared, because not run: (.*)\.", where).group(1)
     compared = ("m_A", "m_B", "composed")

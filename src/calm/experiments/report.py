@@ -78,17 +78,18 @@ def newest(results_dir: Path) -> list[Results]:
 
 
 def no_help(results: Results) -> Iterator[str]:
-    """One sentence for each row and method that the composed model is not clearly better than."""
+    """One sentence for each row and each verdict of `verdict` there, which names the methods that it holds for."""
     where = f"{results.domain}, preset {results.name}"
     for name, cells in results.differences.items():
         row = results.rows[name]
+        rivals: dict[str, list[str]] = {}
         for method in methods_of({name: cells}):
             found = verdict(cells[method], row.higher_is_better)
             if found:
-                yield (
-                    f"**{escape(row.title)}** ({where}): {found} than {METHODS[method]} "
-                    f"({shown(cells[method])} {row.metric}{'' if row.higher_is_better else ', lower is better'})."
-                )
+                rivals.setdefault(found, []).append(f"{METHODS[method]} ({shown(cells[method])})")
+        for found, named in rivals.items():
+            unit = row.metric + ("" if row.higher_is_better else ", lower is better")
+            yield f"**{escape(row.title)}** ({where}; {unit}): {found} than {'; '.join(named)}."
     for name, cells in results.preservation.items():
         row = results.rows[name]
         if "composed" in cells and "m_B" in cells:
