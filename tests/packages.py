@@ -1,4 +1,4 @@
-"""Data as a user would put it there by hand: two books, a dictionary, and data sets of a hub as folders."""
+"""Data as a user would put it there by hand: three books, a dictionary, and data sets of a hub as folders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)
 REGULAR_VERBS = re.findall(
     r"\w+",
     """add allow answer ask bake belong call change clean close cook cover cry dance enjoy fail fill finish follow
-    gather guess happen help hope jump kick laugh learn like listen live look move need open paint play pull push rain
-    reach rest roll save serve start stay stop talk thank touch turn use visit wait walk want wash watch work""",
+    gather guess happen help hope jump kick laugh explain like listen live look move need open paint play pull push rain
+    reach rest roll save serve start remain stop talk thank touch turn use visit wait walk want wash watch work""",
 )
 IRREGULAR_VERBS = re.findall(
-    r"\w+", "begin break bring buy choose come drink drive eat fall find fly give go hold know lose run see sing"
+    r"\w+", "begin break bring buy choose come drink drive eat fall find arise give go hold know lose run see sing"
 )
 
 
@@ -37,7 +37,18 @@ def write_books(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             texts = [" ".join(rng.choices(WORDS, k=30)) + "." for _ in range(5)]
             path.write_text("".join(f"<p>{text}</p><pre>code {text}</pre>" for text in texts))
+    path = folder / "jargon-text/usr/share/doc/jargon-text/jargon.txt.gz"
+    path.parent.mkdir(parents=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for number in range(300):
+            words = rng.choices(WORDS, k=30)
+            lines = f"Say {{{' '.join(words[:15])}}}\n   {' '.join(words[15:])}.\n"
+            file.write(f"   :{words[0]}: /say/, n.\n\n   {number % 3}. {lines}\n   See {lines}\n")
     return folder
+
+
+BOOKS = ("debian-handbook", "debian-reference-en", "jargon-text")
+"""Their folders."""
 
 
 def write_dictionary(folder: Path, code: str = "xyz", lines: Sequence[str] = ()) -> None:
@@ -53,7 +64,7 @@ def write_dictionary(folder: Path, code: str = "xyz", lines: Sequence[str] = ())
         lines += ["ambi /a/ <v>", "1. try", "2. taste", "twice /a/ <n>", "cup", "twice /a/ <n>", "bowl"]
         lines += ["same /a/ <n>", "same", "phrase /a/ <v>", "get up"]
         lines += ["leak /a/ <a>", "walked", "another /a/ <v>", "fell"]  # what is asked for, as a meaning
-        lines += ["unknown /a/ <v>", "qwertify", "cutter /a/ <v>", "cut"]
+        lines += ["unknown /a/ <v>", "qwertify", "cutter /a/ <v>", "cut", "dreamer /a/ <v>", "dream"]
     place = folder / f"dict-freedict-{code}-eng/usr/share/dictd"
     place.mkdir(parents=True)
     with gzip.open(place / f"freedict-{code}-eng.dict.dz", "wt", encoding="utf-8") as file:

@@ -177,7 +177,7 @@ def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatc
     monkeypatch.setitem(recipe.PRESETS, "tiny", TINY)
     monkeypatch.setattr(reproduce, "BASELINES", reproduce.BASELINES[:1])
     monkeypatch.setattr(
-        reproduce, "CURVES", [stage for stage in stages.CURVES if stage.name in ("connections 1", "m_A 0.5")]
+        reproduce, "CURVES", [stage for stage in stages.CURVES if stage.name in ("connections 1", "m_A 0.2")]
     )
     results = reproduce.reproduce("tiny", Asked((0,)), tmp_path, Console(file=io.StringIO()))
     models = {
@@ -187,7 +187,7 @@ def test_m_A_shares_the_anchors_embeddings_and_waits_for_it(tmp_path, monkeypatc
             "augmenting",
             "ablations/vanilla_augmenting",
             "ablations/random/augmenting",
-            "curves/m_A-0.5/augmenting",
+            "curves/m_A-0.2/augmenting",
         )
     }
     embeddings = models["anchor"].get_input_embeddings().weight

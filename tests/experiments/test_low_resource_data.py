@@ -142,10 +142,20 @@ def test_near_duplicates_are_numbers_word_order_and_small_changes(folder):
     assert clusters(pairs) == [[0, 1, 2], [3]]
 
 
-def test_code_blocks_are_no_prose(folder):
+def test_near_duplicates_in_translation_are_near_duplicates(folder):
+    quesnel, pease = Pair("Quesnel", "Maes Awyr Quesnel"), Pair("Pease", "Maes Awyr Pease")
+    assert clusters([quesnel, Pair("Quite different", "Rhywbeth arall"), pease]) == [[0, 2], [1]]
+    assert leaks([quesnel], [pease]) == [(quesnel, pease)]
+
+
+def test_what_is_measured_on_is_of_another_book_than_what_is_trained_on(folder):
     prose = english.load(0, folder, preserved=20)
-    assert len(prose.preserved) == 20
-    assert not any(text.startswith("code") for text in (*prose.general, *prose.preserved))
+    assert len(set(prose.preserved)) == 20 and len(prose.general) == 600
+    assert not any(text.startswith("code") for text in prose.general), "code blocks are no prose"
+    assert all(text.startswith("Say ") and text.endswith(".") and "{" not in text for text in prose.preserved)
+    assert english.load(0, folder, preserved=20) == prose != english.load(1, folder, preserved=20)
+    with pytest.raises(CalmError, match="600 paragraphs of English prose to train on and 300 to measure on: expected"):
+        english.load(0, folder, preserved=301)
 
 
 def test_too_few_messages_and_packages_that_are_not_there_are_explained(folder, tmp_path, monkeypatch):

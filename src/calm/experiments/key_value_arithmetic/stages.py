@@ -75,7 +75,7 @@ CURVES = (
     ),
     *(
         Stage(f"m_A {share:g}", f"curves/m_A-{share:g}", ("m_B",), ("augmenting_steps", share))
-        for share in (0.3, 0.5, 0.7)
+        for share in (0.1, 0.2, 0.3)
     ),
 )
 

@@ -13,7 +13,7 @@ from calm.errors import CalmError
 from calm.experiments import english, preservation
 from calm.experiments.low_resource import catalogues
 from calm.experiments.low_resource.catalogues import Pair
-from calm.experiments.low_resource.duplicates import SIMILAR, clusters, similar, template
+from calm.experiments.low_resource.duplicates import SIMILAR, clusters, similar
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf
 
@@ -88,9 +88,9 @@ def describe(language: str, settings: DataSettings, seed: int, folder: str | os.
         `language`; `package`, `version`, `packages`, and how many `messages` were left out for each reason, as
         `catalogues.read` counts them; `clusters` and the `largest_cluster`; the threshold `similar`, in percent;
         the sizes `specialist`, `composition`, `development`, `test`; `unused`, the others of the clusters that are
-        tested; `random_split_leaks`, how many of as many test messages would have had a near-duplicate, or their
-        translation, in the rest if messages had been drawn at random; `english`, where the prose is from; and how many
-        examples each of the `preserved_tests` has.
+        tested; `random_split_leaks`, how many of as many test messages would have had a near-duplicate in the rest, in
+        English or in translation, if messages had been drawn at random; `english`, where the prose is from; and how
+        many examples each of the `preserved_tests` has.
     """
     return _prepare(language, settings, seed, Path(folder))[1]
 
@@ -101,13 +101,11 @@ def title(language: str) -> str:
 
 
 def leaks(held_out: Sequence[Pair], trained: Sequence[Pair]) -> list[tuple[Pair, Pair]]:
-    """Each held-out pair that has a near-duplicate, or its translation, among the trained ones, with one of these."""
+    """Each held-out pair with a near-duplicate, in English or in translation, among the trained ones, with one such."""
     found: dict[int, int] = {}
-    by_translation = {template(pair.translation): index for index, pair in enumerate(trained)}
-    for index, pair in enumerate(held_out):
-        if template(pair.translation) in by_translation:
-            found[index] = by_translation[template(pair.translation)]
     for index, other in similar([pair.english for pair in held_out], [pair.english for pair in trained]):
+        found.setdefault(index, other)
+    for index, other in similar([pair.translation for pair in held_out], [pair.translation for pair in trained]):
         found.setdefault(index, other)
     return [(held_out[index], trained[other]) for index, other in sorted(found.items())]
 

@@ -21,7 +21,7 @@ _ROWS = 256
 
 
 def clusters(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Put together whatever is connected by near-duplicates in English, or by the same translation.
+    """Put together whatever is connected by near-duplicates, in English or in translation.
 
     Returns:
         Indices into `pairs`, the clusters and what is in them in the order of `pairs`.
@@ -34,12 +34,9 @@ def clusters(pairs: Sequence[Pair]) -> list[list[int]]:
             index = parents[index]
         return index
 
-    first: dict[str, int] = {}
-    for index, pair in enumerate(pairs):
-        parents[root(index)] = root(first.setdefault(template(pair.translation), index))
-    english = [pair.english for pair in pairs]
-    for one, other in similar(english, english):
-        parents[root(one)] = root(other)
+    for side in ([pair.english for pair in pairs], [pair.translation for pair in pairs]):
+        for one, other in similar(side, side):
+            parents[root(one)] = root(other)
     members = defaultdict(list)
     for index in range(len(pairs)):
         members[root(index)].append(index)

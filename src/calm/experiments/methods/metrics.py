@@ -34,10 +34,10 @@ class _Sacrebleu:
 
 
 class Chrf(_Sacrebleu):
-    """chrF (Popović 2015): character n-grams up to 6, no words, beta 2, as in the paper's section 4.2."""
+    """chrF2 (Popović 2016): character n-grams up to 6, no words, beta 2, sacrebleu's default. The paper has chrF1."""
 
     def __init__(self) -> None:
-        super().__init__("chrF", CHRF())
+        super().__init__("chrF2", CHRF())
 
 
 class Bleu(_Sacrebleu):

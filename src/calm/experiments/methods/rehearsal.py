@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.errors import CalmError
+from calm.experiments.methods.scoring import without_defaults
 
 TOKENS = 40
 """Length of a text at most, about that of a short example with its answer."""
@@ -42,9 +43,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: in
     )
     set_seed(seed)
     texts: list[str] = []
-    # generate() takes what a config leaves out from the model's own: a temperature, penalties
-    of_model, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+    with without_defaults(model):
         for _ in range(_ROUNDS * -(-number // batch)):
             if len(texts) >= number:
                 break
@@ -52,8 +51,6 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: in
             written = model.generate(begun, attention_mask=torch.ones_like(begun), generation_config=config)
             decoded = tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
             texts += [text for text in decoded if len(text.split()) > 1]
-    finally:
-        model.generation_config = of_model
     if len(texts) < number:
         raise CalmError(
             f"the anchor wrote {len(texts)} texts of two words or more where {number} were asked for: it ends its "

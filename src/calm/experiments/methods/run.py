@@ -21,7 +21,7 @@ from calm.data import Row, load_tokenizer
 from calm.experiments.methods import bases, rehearsal, scoring, training
 from calm.experiments.methods.examples import Data, Example
 from calm.experiments.methods.mixing import WEIGHTS
-from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
+from calm.experiments.methods.settings import BEYOND, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
 from calm.experiments.steps import fingerprint, once, read_json, write_json
 
@@ -138,7 +138,7 @@ class _Run:
     def _make_bases(self) -> None:
         settings = self.settings
         vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
-        vanilla += [settings.max_length, *(["vocabulary kept"] if self.is_cut else [])]
+        vanilla += [settings.max_length, settings.dtype, *(["vocabulary kept"] if self.is_cut else [])]
         self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
         specialist: list[Any] = [settings.specialist]
         if isinstance(settings.specialist, Fit):
@@ -199,8 +199,10 @@ class _Run:
             if method == "full_on_all":
                 depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)
-            trained = fingerprint(depends_on, self.settings.steps_of(method), rate)
-            return self._once(path, [trained, self.asked], lambda: self._evaluated(method, rate, searched, trained))
+            trained, asked = fingerprint(depends_on, self.settings.steps_of(method), rate), self.asked
+            return self._once(
+                path, [trained, searched, asked], lambda: self._evaluated(method, rate, searched, trained)
+            )
         if method in ("m_A", "mixed_logits"):
             depends_on += [self.bases]
         if method == "mixed_logits":
@@ -237,12 +239,20 @@ class _Run:
                 model, _ = self._train(method, rate, self.settings.search_steps, Path(folder))
                 return {"nll": self._development_nll(scoring.logits_of(model))}
 
-        searched = {}
-        for rate in candidates:
+        def nll(rate: float) -> float:
             settings = [*depends_on, self.settings.search_steps, rate, fingerprint(self.data.development)]
             path = self.folder / "search" / f"{method}-{rate:g}.json"
-            searched[rate] = self._once(path, settings, lambda rate=rate: trial(rate))["nll"]  # type: ignore[misc]
-        return _best(searched), {f"{rate:g}": nll for rate, nll in searched.items()}
+            return float(self._once(path, settings, lambda: trial(rate))["nll"])
+
+        if len(candidates) == 1:
+            return candidates[0], {}
+        searched = {rate: nll(rate) for rate in candidates}
+        for _ in range(BEYOND):
+            rate = _beyond(searched)
+            if rate is None:
+                break
+            searched[rate] = nll(rate)
+        return _best(searched), {f"{rate:g}": found for rate, found in sorted(searched.items())}
 
     def _evaluated(self, method: str, rate: float, searched: Mapping[str, float], trained_as: str) -> Outcome:
         folder = self.folder / method
@@ -356,3 +366,11 @@ def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) ->
 def _best(searched: Mapping[float, float]) -> float:
     """What had the lowest loss; one that is not a number is none."""
     return min(searched, key=lambda tried: searched[tried] if math.isfinite(searched[tried]) else math.inf)
+
+
+def _beyond(searched: Mapping[float, float]) -> float | None:
+    """The next rate to try, a step beyond the end of those that were; None if the best one lies between others."""
+    rates, best = sorted(searched), _best(searched)
+    if rates[0] < best < rates[-1]:
+        return None
+    return float(f"{best * best / rates[1 if best == rates[0] else -2]:.1g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -90,16 +91,27 @@ def answers(
         )
         inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
         processors = LogitsProcessorList([MixedLogits(*mix, inputs["attention_mask"])] if mix else [])
-        written = model.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=processors,
-            tokenizer=tokenizer,
-        )
+        with without_defaults(model):
+            written = model.generate(
+                **inputs, generation_config=config, logits_processor=processors, tokenizer=tokenizer
+            )
         texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             given[index] = until(text, task.stop)
     return given
+
+
+@contextmanager
+def without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` take what a config leaves out from transformers and not from the model.
+
+    A penalty that one checkpoint comes with would hold for some methods and not for others.
+    """
+    of_model, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = of_model
 
 
 def until(text: str, stop: Sequence[str]) -> str:

@@ -14,12 +14,12 @@ TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora",
 
 RATES: dict[str, tuple[float, ...]] = {
     "composition": (1e-4, 3e-4, 1e-3),
-    "lora": (3e-4, 6e-4, 1.2e-3),
+    "lora": (3e-4, 1e-3, 3e-3),
     "full": (3e-5, 1e-4, 3e-4),
 }
-"""Learning rates to try for an anchor of some 100M parameters."""
-FEW_RATES: dict[str, tuple[float, ...]] = {"composition": (1e-4, 3e-4), "lora": (3e-4, 1e-3), "full": (2e-5, 1e-4)}
-"""The same where time is short."""
+"""Learning rates to try first for an anchor of some 100M parameters."""
+BEYOND = 3
+"""How many more are tried at most, beyond the end that was the best of these."""
 BATCHES = 4
 """In how many batches, sorted by length, a training's step is cut, for all methods alike."""
 SMOLLM2_CUT = (0, 1, 2, 3, 28, 29)
@@ -64,7 +64,8 @@ class Settings:
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
         search_steps: Steps of each trial in the search for a learning rate.
-        learning_rates: Those that are tried, by "composition", "lora" and "full".
+        learning_rates: Those that are tried first, by "composition", "lora" and "full". Where the highest or the lowest
+            is the best one, up to `BEYOND` more follow on its side. A single one is taken without a search.
         max_length: Tokens of an example at most.
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,10 +59,10 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
     for name, texts in data.preserved.items():
         of_texts = {method: [np.asarray(outcomes[s][method]["nll"][name]) for s in seeds] for method in methods}
         found["rows"][f"{name} perplexity"] = _row(Perplexity(), len(texts), name)
-        _preserve(found, f"{name} perplexity", of_texts, Perplexity().value)
+        _preserve(found, f"{name} perplexity", of_texts, Perplexity())
     for row, task in data.preserved_tests.items():
         found["rows"][row] = _row(task.metric, len(task.examples), task.title)
-        _preserve(found, row, _statistics(outcomes, row, task, task.metric), task.metric.value)
+        _preserve(found, row, _statistics(outcomes, row, task, task.metric), task.metric)
     found["training"] = {
         method: Training(**outcomes[seeds[0]][method]["training"])
         for method in methods
@@ -101,11 +102,14 @@ def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> 
     }
 
 
-def _preserve(found: dict[str, Any], row: str, statistics: Statistics, value: intervals.Value) -> None:
+def _preserve(found: dict[str, Any], row: str, statistics: Statistics, metric: Metric | Perplexity) -> None:
     """One row of preservation, and what each method changes of m_B's number there."""
-    found["preservation"][row] = {method: intervals.cell(of_seeds, value) for method, of_seeds in statistics.items()}
+    bounds = (0.0, math.inf) if isinstance(metric, Perplexity) else intervals.PERCENT
+    found["preservation"][row] = {
+        method: intervals.cell(of_seeds, metric.value, bounds) for method, of_seeds in statistics.items()
+    }
     found["preservation_changes"][row] = {
-        method: intervals.difference(of_seeds, statistics["m_B"], value)
+        method: intervals.difference(of_seeds, statistics["m_B"], metric.value, bounds)
         for method, of_seeds in statistics.items()
         if method != "m_B" and "m_B" in statistics
     }
