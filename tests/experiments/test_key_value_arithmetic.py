@@ -114,6 +114,29 @@ def test_examples_are_distinct_and_held_out(task):
     assert seen and not seen & set(task.composition_keys)
 
 
+@pytest.mark.parametrize("answer", ["restate", "direct"])
+def test_what_is_asked_in_numbers_was_in_no_training_line(answer):
+    task = Task.draw(dataclasses.replace(SETTINGS, answer=answer), 0)
+    asked = {prompt.removesuffix(" =") for prompt, _ in task.examples("NUM-MATH", (), 500, 0)}
+    rng = random.Random(0)
+    lines = [arithmetic_line(task, rng, 0.5, 0.3 * (answer == "direct")) for _ in range(3000)]
+    lines += [composition_line(task, rng, 0.3) for _ in range(3000)]
+
+    def in_numbers(line):
+        words = [line.worth.get(at, word) for at, word in enumerate(line.words)]
+        text = " ".join(words).replace(" <end>", "")
+        for key in sorted(keys_in(line, task), key=len, reverse=True):
+            if key in task.values:  # and not a string that means nothing
+                text = text.replace(key.replace("-", " "), str(task.values[key]))
+        return {part.strip() for part in re.split("[=:]", text)}
+
+    seen = set().union(*map(in_numbers, lines))
+    assert len(asked) == 500 and len(seen) > 4000
+    assert not asked & seen
+    drawn = {task.expression(rng, None).text() for _ in range(6000)}
+    assert len(asked & drawn) > 50, "drawn at random, many of them would have been there"
+
+
 def test_too_few_expressions_is_an_error():
     task = Task.draw(DataSettings(values=(1, 2), operands=(1, 1)), 0)
     with pytest.raises(calm.CalmError, match="fewer than 10 different"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -237,10 +238,13 @@ def _of_run(results: Results, again: str) -> list[str]:
 
 
 def _curve(curve: Curve) -> list[list[str]]:
-    points = {name: dict(line) for name, line in curve.points.items()}
-    xs = sorted({x for line in points.values() for x in line})
-    header = [escape(curve.x), *(escape(label(name)) for name in points)]
-    return [header, *([f"{x:g}", *(_maybe(line.get(x)) for line in points.values())] for x in xs)]
+    header = [escape(curve.x), *(escape(label(name)) for name in curve.points)]
+    rows = []
+    for x in sorted({x for line in curve.points.values() for x, _ in line}):
+        # measured, not chosen, an x can occur more than once
+        cells = [[cell for at, cell in line if at == x] for line in curve.points.values()]
+        rows += [[f"{x:g}", *map(_maybe, row)] for row in itertools.zip_longest(*cells)]
+    return [header, *rows]
 
 
 def _maybe(cell: Cell | None) -> str:

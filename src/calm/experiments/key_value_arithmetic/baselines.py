@@ -21,13 +21,10 @@ from calm.experiments.key_value_arithmetic.lines import (
     substitution_line,
 )
 from calm.experiments.key_value_arithmetic.mixing import Mixed
-from calm.experiments.key_value_arithmetic.recipe import Recipe
+from calm.experiments.key_value_arithmetic.recipe import RATES, Recipe
 from calm.experiments.key_value_arithmetic.training import Report, Trained, exact_match, fit, trainable
 from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.training import with_lora
-
-RATES = {"lora": (1e-3, 3e-3, 1e-2), "full_on_DC": (3e-4, 1e-3, 3e-3), "full_on_all": (3e-4, 1e-3, 3e-3)}
-"""Learning rates that are tried, each for a quarter of the steps."""
 
 
 def train_baseline(

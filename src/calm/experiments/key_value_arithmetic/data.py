@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,8 @@ class DataSettings:
         answer: "restate" answers with one reduction at a time, KV-MATH after restating the expression in numbers;
             "direct" with the result alone, as in the paper (KV-SUBS is then asked for with ":").
         composition_share: share of the keys that the composition may see; evaluation uses the others.
+        held_out_expressions: share of the expressions in numbers that nothing is trained on and NUM-MATH asks for: a
+            model that has seen them all would not have to calculate.
 
     Raises:
         CalmError: a setting that no data can be built from.
@@ -64,6 +67,7 @@ class DataSettings:
     numbers: Literal["whole", "digits"] = "whole"
     answer: Literal["restate", "direct"] = "restate"
     composition_share: float = 0.2
+    held_out_expressions: float = 0.1
 
     def __post_init__(self) -> None:
         low, high = self.values
@@ -76,6 +80,7 @@ class DataSettings:
             "numbers": (self.numbers in ("whole", "digits"), "'whole' or 'digits'"),
             "answer": (self.answer in ("restate", "direct"), "'restate' or 'direct'"),
             "composition_share": (0 < self.composition_share < 1, "between 0 and 1"),
+            "held_out_expressions": (0 < self.held_out_expressions < 1, "between 0 and 1"),
             "unique_values": (
                 not self.unique_values or high - low + 1 >= self.keys,
                 f"False, or at least {self.keys} values for {self.keys} keys",
@@ -206,6 +211,20 @@ class Task:
         drawn: Sequence[Operand] = numbers if keys is None else rng.sample(keys, count)
         return Expression(tuple(drawn), tuple(rng.choices(self.settings.operators, k=count - 1)))
 
+    def trained_expression(
+        self, rng: random.Random, keys: Sequence[str] | None, operands: int | None = None
+    ) -> Expression:
+        """As `expression`, but none that in numbers is held out, nor one that is when a part of it is reduced."""
+        while True:
+            drawn = self.expression(rng, keys, operands)
+            if not any(map(self.is_held_out, drawn.substituted(self.values).reductions())):
+                return drawn
+
+    def is_held_out(self, expression: Expression) -> bool:
+        """Whether an expression in numbers is one that nothing is trained on; the same ones for every task."""
+        drawn = int.from_bytes(hashlib.sha256(expression.text().encode()).digest()[:4], "big") / 2**32
+        return bool(expression.operators) and drawn < self.settings.held_out_expressions
+
     def prompt(self, name: TaskName, expression: Expression) -> str:
         """The text that asks for an answer."""
         return f"{expression.text()} {self.question(name)}"
@@ -231,16 +250,18 @@ class Task:
 
         Args:
             name: the task.
-            keys: which keys may occur (NUM-MATH has none).
+            keys: which keys may occur (NUM-MATH has none, and only expressions that are held out).
             count: how many.
             seed: the same seed draws the same examples.
         """
         rng = random.Random(f"key-value examples {name} {seed}")
         drawn: dict[Expression, None] = {}
-        for _ in range(100 * count):
+        for _ in range(round(100 * count / self.settings.held_out_expressions)):
             if len(drawn) == count:
                 return [(self.prompt(name, e), self.answer(name, e)) for e in drawn]
-            drawn[self.expression(rng, None if name == "NUM-MATH" else keys)] = None
+            expression = self.expression(rng, None if name == "NUM-MATH" else keys)
+            if name != "NUM-MATH" or self.is_held_out(expression):
+                drawn[expression] = None
         raise CalmError(f"{name} has fewer than {count} different expressions; ask for fewer, or widen DataSettings.")
 
 

@@ -82,7 +82,7 @@ def arithmetic_line(task: Task, rng: random.Random, with_unknowns: float, writte
     """
     fewest, most = task.settings.operands
     counts = range(fewest, most + 1)
-    numbers = asked = task.expression(rng, None, rng.choices(counts, [4**count for count in counts])[0])
+    numbers = asked = task.trained_expression(rng, None, rng.choices(counts, [4**count for count in counts])[0])
     if rng.random() < with_unknowns:
         mixed = tuple(random_key(rng, task.settings) if rng.random() < 0.5 else n for n in numbers.operands)
         asked = Expression(mixed, numbers.operators)
@@ -115,7 +115,7 @@ def composition_line(task: Task, rng: random.Random, numeric: float) -> Line:
     """
     if rng.random() < numeric:
         return arithmetic_line(task, rng, with_unknowns=0.0)
-    expression = task.expression(rng, task.composition_keys)
+    expression = task.trained_expression(rng, task.composition_keys)
     steps = expression.substituted(task.values).reductions()
     line = Line().add([*expression.words(), task.question("KV-MATH")], False)
     return line.add([*joined(steps if task.settings.answer == "restate" else steps[-1:]), "<end>"], True)

@@ -22,8 +22,9 @@ from calm.experiments.key_value_arithmetic.evaluate import (
     percent_right,
 )
 from calm.experiments.key_value_arithmetic.mixing import Mixed
-from calm.experiments.key_value_arithmetic.recipe import Recipe
+from calm.experiments.key_value_arithmetic.recipe import RATES, Recipe
 from calm.experiments.key_value_arithmetic.training import Report, Trained, trainable
+from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.steps import fingerprint, write_json
 
 RESULT_FILE = "stage.json"
@@ -139,7 +140,8 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
         elif not recipe.shared_embeddings:
             without |= {"anchor_model", "anchor_training", "with_unknowns", "written_down", "superposition"}
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
-    return fingerprint(stage.name, seed, settings)
+    tried = WEIGHTS if stage.name == "mixed_logits" else RATES.get(stage.name)
+    return fingerprint(stage.name, seed, settings, tried)
 
 
 def kept(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult | None:
