@@ -41,6 +41,8 @@ def test_the_last_word_of_a_line_is_asked_for_after_the_function_so_far():
     )
     many = tuple(function._replace(file=f"{number // 9}.py") for number in range(18))
     assert len(python_words(many).examples) == 6  # three of each file
+    with pytest.raises(CalmError, match="needs the sources of Python's standard library"):
+        python_words((function._replace(body="pass"),))
 
 
 def test_the_standard_library_has_enough_lines_and_no_two_alike():

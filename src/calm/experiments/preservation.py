@@ -62,6 +62,9 @@ def python_words(functions: tuple[Function, ...] | None = None) -> TaskSet:
     Args:
         functions: those of the standard library's modules if not given, which are on every machine; they depend on
             Python's version. Read until there are 120 examples, at most three of a file.
+
+    Raises:
+        CalmError: If there is none.
     """
     counts = Counter[str]()
     examples: list[Example] = []
@@ -72,6 +75,11 @@ def python_words(functions: tuple[Function, ...] | None = None) -> TaskSet:
             counts[function.file] += 1
         if len(examples) == _EXAMPLES:
             break
+    if not examples:
+        raise CalmError(
+            f"no function with a line that ends in a word of 4 to 12 signs is in {sysconfig.get_path('stdlib')!r}"
+            ": this task needs the sources of Python's standard library, which this installation lacks"
+        )
     return TaskSet("Python, last word of a line", tuple(examples), FirstWord(), _NEW_TOKENS)
 
 

@@ -114,13 +114,17 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
     seeds, allow_code_execution = asked.seeds or preset.seeds, asked.allow_code_execution
     if isinstance(preset.data, HubSettings):
         data, made = hub.load(preset.data, SPLIT, allow_code_execution)
-        problems, kept_whole = "HumanEval and MBPP", "repositories"
+        problems, kept_whole, tokens = "HumanEval and MBPP", "repositories", preset.data.program_tokens
     else:
         settings = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
         data, made = load(settings, SPLIT, folder / "data"), describe(settings, SPLIT, folder / "data")
-        problems, kept_whole = "HumanEval", "files"
+        problems, kept_whole, tokens = "HumanEval", "files", preset.data.human_eval_tokens
     outcomes = run_seeds(data, preset.methods, seeds, folder, console)
-    left_out = () if allow_code_execution else (f"Left out, since no code that a model wrote was to run: {problems}.",)
+    about_problems = (
+        f"An answer to {problems} ends after {tokens} tokens, which some need more than."
+        if allow_code_execution
+        else f"Left out, since no code that a model wrote was to run: {problems}."
+    )
     return Results(
         domain="code",
         preset=name,
@@ -137,7 +141,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
             "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted; every "
             "other method without.",
-            *left_out,
+            about_problems,
         ),
         seconds=seconds_of(folder, seeds),
         **table.fields(data, outcomes),

@@ -9,7 +9,6 @@ from typing import Literal
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.data import DataSettings
 
-
 RATES = {"lora": (1e-3, 3e-3, 1e-2), "full_on_DC": (3e-4, 1e-3, 3e-3), "full_on_all": (3e-4, 1e-3, 3e-3)}
 """Learning rates that the baselines try, each for a quarter of the steps."""
 

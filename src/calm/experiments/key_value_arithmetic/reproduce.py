@@ -12,7 +12,7 @@ from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic import stages, workers
-from calm.experiments.key_value_arithmetic.data import TASKS, Task
+from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Task
 from calm.experiments.key_value_arithmetic.recipe import PRESETS, Recipe
 from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult
 from calm.experiments.methods import intervals
@@ -114,8 +114,12 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
         notes=(
             NOTES[recipe.data.answer],
             *([WRITTEN_DOWN] if recipe.written_down else []),
+            _about(recipe.data),
             f"{recipe.data.keys:,} keys; D_C spans {len(task.composition_keys)} of them, and the expressions of the "
-            "table are over the others. Each seed draws its own keys, values and models.",
+            "table are over the others. Each seed draws its own keys, values and models. What is trained on D_C "
+            "without m_A cannot know what a key of the others is worth: such rows show what guessing gives.",
+            f"NUM-MATH asks for {recipe.data.held_out_expressions:.0%} of all expressions, which no model saw in "
+            "training, in numbers or over keys.",
             f"m_B fine-tuned on all of m_A's data takes {recipe.steps_on_all:,} steps of "
             f"{recipe.composition_training.rows} lines, every other method {recipe.composition_training.steps:,}. Half "
             f"of them are m_A's, {recipe.steps_on_all * recipe.composition_training.rows // 2:,} in all; m_A itself "
@@ -127,6 +131,16 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
         ),
         seconds=sum(result.seconds for of_seed in finished.values() for result in of_seed.values()),
         **made_here(),
+    )
+
+
+def _about(data: DataSettings) -> str:
+    fewest, most = data.operands
+    operands = f"{most}" if fewest == most else f"{fewest} to {most}"
+    values = f"{data.values[0]:,} to {data.values[1]:,}, " + ("each once" if data.unique_values else "many keys alike")
+    return (
+        f"Expressions have {operands} operands and {', '.join(data.operators)}; keys are worth {values}. The paper has "
+        "3 to 6 operands, products, too, and 25,000 keys with a value each."
     )
 
 
