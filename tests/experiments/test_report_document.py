@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments import charts, report
+from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
 from calm.experiments.tables import escape, pipes, print_results, verdict
 
@@ -185,6 +187,24 @@ def test_a_run_names_its_command_machine_cost_and_plots(tmp_path):
     assert len(linked) == 4 and all((tmp_path / link).is_file() for link in linked)
     charts.save_charts(results(variant="seed3"), tmp_path / "low_resource")
     assert len(list(tmp_path.glob("low_resource/*.png"))) == 8  # neither run's overwrite the other's
+
+
+def test_a_run_of_other_settings_than_the_presets_is_called_outdated(tmp_path):
+    preset = low_resource.PRESETS["cpu"]
+    asked = dataclasses.asdict(dataclasses.replace(preset, seeds=(7,), languages=("br",))) | {"data_made": {}}
+    assert "outdated" not in text_of(tmp_path, results(settings=asked))
+    weaker = dataclasses.replace(
+        preset.methods, steps=1, specialist=dataclasses.replace(preset.methods.specialist, rows=4)
+    )
+    then = dataclasses.asdict(dataclasses.replace(preset, methods=weaker))
+    said = "- **outdated**: 2 settings of the preset were others then (methods.specialist.rows, methods.steps);"
+    assert said in text_of(tmp_path, results(settings=then))
+
+
+def test_an_x_that_was_measured_twice_has_two_rows(tmp_path):
+    curve = Curve(title="Quality", x="m_A", y="%", points={"composed": ((100, cell(2)), (100, cell(4)))})
+    text = text_of(tmp_path, results(curves={"quality": curve}))
+    assert "| 100 | 2.00 [1.00, 3.00] |\n| 100 | 4.00 [3.00, 5.00] |" in text
 
 
 def test_tables_are_whole_whatever_examples_hold(tmp_path):

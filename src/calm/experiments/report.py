@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import itertools
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from calm.errors import CalmError
 from calm.experiments import charts, paper
@@ -213,6 +217,7 @@ def _of_run(results: Results, again: str) -> list[str]:
         f"- seeds: {_seeds(results)}",
         f"- sizes: {_sizes(results)}",
         f"- all of it: [{stem}.json]({stem}.json)",
+        *_outdated(results),
         "",
         markdown(results.table, results),
         "",
@@ -235,6 +240,33 @@ def _of_run(results: Results, again: str) -> list[str]:
         lines += _examples(name, examples)
     lines += [f"- {note}" for note in results.notes]
     return [*lines, ""]
+
+
+def _outdated(results: Results) -> list[str]:
+    """A warning where the command would not make these numbers any more."""
+    presets = importlib.import_module(f"calm.experiments.{results.domain}.reproduce").PRESETS
+    if not results.settings or results.preset not in presets:
+        return []
+    now = dict(_settings(json.loads(json.dumps(dataclasses.asdict(presets[results.preset])))))
+    then = dict(_settings(json.loads(json.dumps(results.settings))))
+    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if not changed:
+        return []
+    return [
+        f"- **outdated**: {len(changed)} settings of the preset were others then ({', '.join(changed[:8])}"
+        f"{', ...' if len(changed) > 8 else ''}); the command makes other numbers now"
+    ]
+
+
+def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values, but of what a command chooses and of figures of the data."""
+    for name, value in tree.items():
+        if not above and name in ("seeds", "languages", "data_made"):
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _curve(curve: Curve) -> list[list[str]]:
