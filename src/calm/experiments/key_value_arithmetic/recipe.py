@@ -201,13 +201,14 @@ PRESETS = {
         composition_training=TrainingSettings(steps=600, rows=64, learning_rate=6e-3),
         steps_on_all=2000,  # as many lines of m_A's data as m_A has
     ),
-    # Direct answers, as in the paper. How: docs/dev/LOG.md, "an m_B that writes down what it is told".
+    # Direct answers to three operands, the paper's fewest. How: docs/dev/LOG.md, "an m_B that writes down what it is
+    # told" and "three operands".
     "cpu": Recipe(
-        data=DataSettings(syllables_per_key=(2, 2), operands=(2, 2), answer="direct"),
+        data=DataSettings(syllables_per_key=(2, 2), operands=(3, 3), answer="direct"),
         augmenting_model=ModelSettings(width=96, feed_forward=384),
         augmenting_training=TrainingSettings(steps=1000, rows=96, learning_rate=5e-3),
         anchor_model=ModelSettings(width=96, feed_forward=384),
-        anchor_training=TrainingSettings(steps=2000, rows=192, learning_rate=6e-3, weight_decay=0.1),
+        anchor_training=TrainingSettings(steps=5000, rows=192, learning_rate=6e-3, weight_decay=0.1),
         composition_training=TrainingSettings(steps=1000, rows=64, learning_rate=2e-3, weight_decay=0.1),
         steps_on_all=3000,  # as many lines of m_A's data as m_A has
         connections=((2, 0), (2, 1), (2, 2)),

@@ -18,8 +18,8 @@ from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAG
 from calm.experiments.methods import intervals
 from calm.experiments.results import METHODS, Asked, Cell, Curve, Results, Row, Training, made_here
 
-SEEDS = {"demo": (0,), "cpu": (4, 5, 6), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
-"""Those of `cpu` leave out 0, whose keys its recipe was found with, and 1 to 3, which an earlier one was judged by."""
+SEEDS = {"demo": (0,), "cpu": (6,), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
+"""Those of `cpu` leave out 0, whose keys its recipe was found with, and 1 to 5, which earlier ones were judged by."""
 
 NOTES = {
     "restate": "The answer to KV-MATH restates the values and then solves (10 + 12 - 4 = 22 - 4 = 18), which is easier "
