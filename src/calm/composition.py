@@ -208,9 +208,10 @@ def _reference(
         "revision": source.revision if source else None,
         "fingerprint": fingerprints.fingerprint(model) if model is not None else {},
     }
-    if model is not None and quantization is not None:  # the same weights come of it in the same dtype only
-        dtype = str(model.dtype).removeprefix("torch.")
-        reference["loaded_with"] = {"quantization_config": quantization, "dtype": dtype}
+    if model is not None:  # rounded or quantized, the same weights come of it in the same dtype only
+        reference["dtype"] = fingerprints.precision_of(model)
+        if quantization is not None:
+            reference["loaded_with"] = {"quantization_config": quantization}
     return reference
 
 

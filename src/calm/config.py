@@ -29,7 +29,8 @@ class CalmConfig(PreTrainedConfig):
             `"normalized"` (the same without gate and units) or `"paper"` (the paper's formula to the letter).
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
-        anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`, `fingerprint`.
+        anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`; their `fingerprint`,
+            and the `dtype` that they were composed in.
         augmenting_references: The same for each augmenting model, by name.
         format_version: Version of the checkpoint format.
 

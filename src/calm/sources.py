@@ -242,8 +242,8 @@ def load_bases(
         anchor: The anchor, or where it is now.
         augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
         verify: Compare configurations and fingerprints.
-        load_kwargs: For `from_pretrained` of every base. A base that was quantized while it was loaded is so again,
-            in the same dtype, unless they say otherwise.
+        load_kwargs: For `from_pretrained` of every base. Each is loaded in the dtype that it was composed in, and
+            quantized again if it was quantized while it was loaded, unless they say otherwise.
 
     Returns:
         The anchor, and the truncated augmenting models by name.
@@ -280,10 +280,9 @@ def load_bases(
             base, source = anchor_model, None
         models[name] = _take(role, base, source, expected, verify, depth, **_as_recorded(reference, load_kwargs))
     if verify:
-        check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
+        check_fingerprint(anchor_model, config.anchor_reference, "the anchor")
         for name, model in models.items():
-            recorded = config.augmenting_references.get(name, {}).get("fingerprint", {})
-            check_fingerprint(model, recorded, f"the augmenting model {name!r}")
+            check_fingerprint(model, config.augmenting_references.get(name, {}), f"the augmenting model {name!r}")
     return anchor_model, models
 
 
@@ -327,15 +326,19 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
     source = _find(role, where, reference)
     expected, arguments = config.augmenting_configs[name], _as_recorded(reference, load_kwargs)
     model = _take(role, None, source, expected, verify=True, **arguments)
-    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference.get("fingerprint", {}), role)
+    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference, role)
     return model
 
 
 def _as_recorded(reference: Mapping[str, Any], load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """How to load a base: as it was, where it was quantized, and otherwise as asked for."""
-    recorded = {} if "quantization_config" in load_kwargs else reference.get("loaded_with", {})
+    """How to load a base: in the dtype that it was composed in, and quantized as it was, unless asked otherwise."""
+    recorded = {"dtype": reference["dtype"]} if "dtype" in reference else {}
+    if "quantization_config" not in load_kwargs:
+        recorded |= reference.get("loaded_with", {})
     asked = {key: value for key, value in load_kwargs.items() if key != "dtype" or value not in (None, "auto")}
-    return {**load_kwargs, **recorded, **asked} if recorded else dict(load_kwargs)
+    if "torch_dtype" in asked:  # transformers' former name for it, which would lose against the recorded one
+        asked.setdefault("dtype", asked["torch_dtype"])
+    return {**load_kwargs, **recorded, **asked}
 
 
 def _take(

@@ -153,6 +153,12 @@ def test_generate_streams_and_batches_what_the_library_generates(composed: Path)
     assert printed == "\n---\n".join(row["completion"] for row in batch) + "\n"
 
 
+def test_what_was_composed_in_half_precision_generates(tmp_path: Path, tiny_bases: dict[str, str]):
+    """Over bases that are stored in float32."""
+    run("compose", *tiny_bases.values(), "--connections", 2, "--dtype", "bfloat16", "--out", tmp_path / "out")
+    run("generate", tmp_path / "out", "1+2=", "--max-new-tokens", 2)
+
+
 def test_generate_options(composed: Path):
     def generate(*options: Any) -> str:
         return json.loads(run("generate", composed, "1+2=", "--max-new-tokens", 8, "--json", *options).stdout)[0][

@@ -190,6 +190,48 @@ def test_loaded_in_another_dtype(pristine: Saved, dtype: torch.dtype) -> None:
     assert_identical(loaded(IDS).logits.float(), found)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_composed_in_another_dtype_than_stored(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Float32 bases composed in half precision are loaded in it again, or in float32, which rounds to the same."""
+    saved = Saved(tmp_path, dtype=dtype)
+    for load in (saved.load, lambda: saved.load(dtype="auto"), lambda: AutoModelForCausalLM.from_pretrained(saved.out)):
+        loaded = load()
+        assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+        check_same_logits(loaded, saved.model)
+    loaded = saved.load(dtype=torch.float32)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert saved.load(torch_dtype=torch.float32).dtype == torch.float32
+    by_hand = AutoModelForCausalLM.from_pretrained(saved.anchor)
+    assert {weight.dtype for weight in saved.load(anchor=by_hand).anchor.parameters()} == {torch.float32}
+    assert sources.load_part(loaded.config, "augmenting", dtype="auto").dtype == dtype
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    check_refused(lambda: saved.load(dtype=other), "the anchor", f"composed in {str(dtype)[6:]}", f"dtype={dtype}")
+    weights = load_file(saved.anchor / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 0.5
+    save_file(weights, saved.anchor / "model.safetensors", {"format": "pt"})
+    for wrong in ("auto", torch.float32):
+        check_refused(lambda wrong=wrong: saved.load(dtype=wrong), "the anchor", "trained against", "the right")
+
+
+def test_bases_stored_in_half_precision(tmp_path: Path) -> None:
+    """Composed in float32, they are loaded in float32 again."""
+    for part, base in (("anchor", factories.base("llama")), ("augmenting", factories.base("gpt2", 24, 4, 2, seed=1))):
+        base.bfloat16().save_pretrained(tmp_path / part)
+    model = factories.perturb(calm.compose(tmp_path / "anchor", tmp_path / "augmenting", 2, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "out")
+    check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+def test_references_without_a_dtype(saved: Saved) -> None:
+    """Of older checkpoints: loaded as stored, or as asked for."""
+    values = json.loads((saved.out / "config.json").read_text())
+    for reference in (values["anchor_reference"], *values["augmenting_references"].values()):
+        assert reference.pop("dtype") == "float32"
+    (saved.out / "config.json").write_text(json.dumps(values))
+    check_same_logits(saved.load(), saved.model)
+    assert saved.load(dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_changed_weight_is_refused_in_any_dtype(saved: Saved, part: str, dtype: torch.dtype) -> None:

@@ -119,7 +119,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if kept_before:
         for name, reference in augmenting_outputs.references(kept_dirs["training"]).items():
             # what only a loaded model tells; where it lies may have changed since
-            told = {key: reference[key] for key in ("fingerprint", "loaded_with") if key in reference}
+            told = {key: reference[key] for key in ("fingerprint", "dtype", "loaded_with") if key in reference}
             model.config.augmenting_references[name] |= told
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
