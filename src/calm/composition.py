@@ -51,8 +51,9 @@ def compose(
         attend: `"causal"`, or `"prompt"` for the paper's ablation of the augmenting model as an encoder.
         load_augmenting: False leaves the augmenting models where they are, for training on outputs that were kept:
             `forward` has to be given `augmenting_outputs`.
-        anchor_tokenizer: The tokenizer of an anchor given as a loaded model.
-        augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models.
+        anchor_tokenizer: The tokenizer of an anchor given as a loaded model; by default the one in the folder (or
+            cached repository) that the model came from.
+        augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models, likewise.
         load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `quantization_config`,
             `revision`, `token`, ...). A base that is quantized while it is loaded will be so again with the saved
             composition.
@@ -89,21 +90,20 @@ def compose(
             "own arguments are connections, num_heads, attention, attend and the tokenizers."
         )
     hub_kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
-    if (
-        anchor_tokenizer is None
-        and anchor_source is not None
-        and any(s != anchor_source for _, _, s in looked_at.values())
-    ):
-        anchor_tokenizer = sources.load_tokenizer(anchor_source, **hub_kwargs)
-    for name, (base, config, source) in looked_at.items():
-        if source is not None and source == anchor_source:
-            continue
+    others = {
+        name: (base, config, source)
+        for name, (base, config, source) in looked_at.items()
+        if (base is not anchor if source is None else source != anchor_source)
+    }
+    if others and anchor_tokenizer is None:
+        anchor_tokenizer = _tokenizer(anchor, anchor_source, hub_kwargs)
+    for name, (base, config, source) in others.items():
         if isinstance(augmenting_tokenizer, Mapping):
             tokenizer = augmenting_tokenizer.get(name)
         else:
             tokenizer = augmenting_tokenizer
-        if tokenizer is None and source is not None:
-            tokenizer = sources.load_tokenizer(source, **hub_kwargs)
+        if tokenizer is None:
+            tokenizer = _tokenizer(base, source, hub_kwargs)
         sources.check_same_tokenizer(
             anchor_tokenizer, tokenizer, anchor_config, config, (_name(anchor, anchor_source), _name(base, source))
         )
@@ -165,6 +165,15 @@ def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any,
         raise UnsupportedModelError(f"The {role} is itself a composed model; compose its bases together instead.")
     backbones.check_supported(config, role)
     return base, config, source
+
+
+def _tokenizer(base: Any, source: Source | None, hub_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a base's weights; of a loaded model only if the place that it came from is at hand."""
+    if source is not None:
+        return sources.load_tokenizer(source, **hub_kwargs)
+    if not base.name_or_path:
+        return None
+    return sources.load_tokenizer(Source(base.name_or_path), local_files_only=True, trust_remote_code=False)
 
 
 def _quantization(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +23,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from calm.backbones import computation_of, decoder_of, freeze, truncate_config, truncated
 from calm.config import CalmConfig, depth_of, text_config, width_of
 from calm.errors import CheckpointError, TokenizerMismatchError
 from calm.fingerprints import check_fingerprint
+
+logger = logging.getLogger(__name__)
 
 HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
 
@@ -159,12 +163,12 @@ def _advice(source: Source, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
@@ -196,7 +200,7 @@ def check_same_tokenizer(
     augmenting_config: PreTrainedConfig,
     names: tuple[str, str],
 ) -> None:
-    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes.
+    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes, and warn.
 
     Args:
         anchor: The anchor's tokenizer, if known.
@@ -226,6 +230,12 @@ def check_same_tokenizer(
             f"tokenizers seem to differ. {advice} If they do share one (only padding the embedding differently), pass "
             "anchor_tokenizer= and augmenting_tokenizer=."
         )
+    where = "either" if anchor is None and augmenting is None else names[0 if anchor is None else 1]
+    logger.warning(
+        "The anchor %s and the augmenting model %s both have %s tokens, which is all that could be compared: no "
+        "tokenizer was found beside %s. If theirs may differ, pass anchor_tokenizer= and augmenting_tokenizer=.",
+        *(*names, ours, where),
+    )
 
 
 def load_bases(
