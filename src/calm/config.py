@@ -33,6 +33,8 @@ class CalmConfig(PreTrainedConfig):
             and the `dtype` that they were composed in.
         augmenting_references: The same for each augmenting model, by name.
         format_version: Version of the checkpoint format.
+        asked_of_bases: Kernels (`attn_implementation`, `experts_implementation`) that were passed to an Auto class and
+            are for loading the bases; not saved.
 
     Raises:
         CheckpointError: If the format is newer than this library's, or if a value is of the wrong type.
@@ -71,6 +73,8 @@ class CalmConfig(PreTrainedConfig):
             )
         self.augmenting_configs = dict(self.augmenting_configs or {})
         self.connections = list(self.connections or [])
+        asked = {key: kwargs.get(key) for key in ("attn_implementation", "experts_implementation")}
+        self.asked_of_bases = {key: value for key, value in asked.items() if value is not None}
         self.anchor_reference = dict(self.anchor_reference or {})
         self.augmenting_references = dict(self.augmenting_references or {})
         super().__post_init__(**kwargs)
@@ -132,6 +136,7 @@ class CalmConfig(PreTrainedConfig):
         """The configuration as plain JSON values, nested configurations included."""
         output = super().to_dict()
         output["augmenting_configs"] = {name: c.to_dict() for name, c in self.augmenting_configs.items()}
+        output.pop("asked_of_bases", None)  # how it is loaded this time
         return output
 
 

@@ -796,7 +796,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         name = os.fspath(pretrained_model_name_or_path)
         if not isinstance(config, CalmConfig):
             config = checkpoint.read_config(name, **hub_kwargs)
-        base_kwargs = kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
+        base_kwargs = config.asked_of_bases | kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
         anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)

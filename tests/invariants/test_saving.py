@@ -135,6 +135,17 @@ def test_composed_of_loaded_models(anchor: str, tmp_path: Path) -> None:
     )
 
 
+def test_the_auto_class_passes_the_attention_on(pristine: Saved, tmp_path: Path) -> None:
+    """To all bases; it is no part of the configuration, which is saved and taken again without it."""
+    for asked in ("eager", "sdpa"):
+        loaded = AutoModelForCausalLM.from_pretrained(pristine.out, attn_implementation=asked)
+        for base in (loaded.anchor, *loaded.augmenting.values()):
+            assert base.config._attn_implementation == asked
+        loaded.save_pretrained(tmp_path)
+        assert "asked_of_bases" not in (tmp_path / "config.json").read_text()
+        check_same_logits(pristine.load(config=loaded.config, attn_implementation="sdpa"), pristine.model)
+
+
 def test_a_single_augmenting_model_needs_no_name_at_loading(tmp_path: Path) -> None:
     mix = Mix()
     model = mix.build()
