@@ -28,6 +28,7 @@ from calm.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+FILES = ("README.md", "config.json", "generation_config.json", WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME)
 CONNECTIONS_PREFIX = "connections."
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -691,7 +691,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
-            push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
+            push_to_hub: Upload what was saved, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
             kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
@@ -719,7 +719,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         config.dtype = next(iter(self.connections.parameters())).dtype
         checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
+            self.push_to_hub(repo_id, folder=save_directory, **kwargs)
 
     def _gathered_connections(self) -> dict[str, Tensor]:
         with gathered(self.connections):
@@ -730,6 +731,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self,
         repo_id: str,
         *,
+        folder: str | os.PathLike[str] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -738,8 +740,12 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
     ) -> Any:
         """Upload the composition with its model card (which bases, which connections, how many parameters).
 
+        A card that is in the repository already stays as it is.
+
         Args:
             repo_id: `OWNER/NAME`; made if missing.
+            folder: Where `save_pretrained` has saved it; by default it is saved for this, which is for every process
+                where FSDP shards the connections.
             private: Whether a new repository is private.
             token: Access token; that of `hf auth login` by default.
             revision: Branch.
@@ -751,11 +757,14 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            if folder is None:
+                self.save_pretrained(folder := temporary)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
+                allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
+                ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
