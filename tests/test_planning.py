@@ -287,6 +287,15 @@ def test_the_plan_of_folders_reads_no_weights(tiny_bases: dict[str, str], tmp_pa
     assert (planned.connections.parameters, planned.total_parameters) == model.get_nb_trainable_parameters()
 
 
+def test_scaled_positions_are_planned_with() -> None:
+    scaled = config("llama")
+    scaled.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0}
+    scaled.standardize_rope_params()
+    assert plan(scaled, scaled, 2, sequence_length=2 * CONTEXT).sequence_length == 2 * CONTEXT
+    with pytest.raises(calm.CalmError, match=f"the context of the anchor is {2 * CONTEXT} tokens"):
+        plan(scaled, scaled, 2, sequence_length=2 * CONTEXT + 1)
+
+
 def test_one_base_in_both_roles_is_counted_once(tiny_bases: dict[str, str]) -> None:
     folder = tiny_bases["anchor"]
     loaded = base("llama")

@@ -155,12 +155,6 @@ def width_of(config: PreTrainedConfig) -> int:
     return text_config(config).hidden_size
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Longest sequence the model is made for, in tokens; `None` where the configuration states no limit."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def _attention_heads(config: PreTrainedConfig) -> int:
     heads = getattr(text_config(config), "num_attention_heads", None)
     if not isinstance(heads, int):

@@ -35,7 +35,7 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, context_of, width_of
+from calm.config import CalmConfig, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
@@ -127,17 +127,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self._switched_off: frozenset[int] = frozenset()  # connections, by their index
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
-        contexts: list[tuple[int, str]] = [
-            (limit, name)
-            for name, base in (
-                ("the anchor", config.anchor_config),
-                *((f"the augmenting model {name!r}", base) for name, base in config.augmenting_configs.items()),
-            )
-            if (limit := context_of(base)) is not None
-        ]
-        self.context_length: int | None
-        self._context_of: str
-        self.context_length, self._context_of = min(contexts) if contexts else (None, "")
+        contexts = config.anchor_config, config.augmenting_configs
+        self.context_length, self._context_of = backbones.smallest_context(*contexts)
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
