@@ -288,6 +288,8 @@ def describe_reference(reference: Mapping[str, Any], model_type: str) -> str:
         parts.insert(1, f"file `{reference['gguf_file']}`")
     if reference.get("revision"):
         parts.insert(1, f"at `{reference['revision']}`")
+    if reference.get("adapter"):
+        parts.append("with an adapter, given by hand")
     if quantization := reference.get("loaded_with", {}).get("quantization_config"):
         parts.append(f"quantized when loaded ({quantization['quant_method']})")
     return " ".join(parts)

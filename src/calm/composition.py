@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -149,9 +148,7 @@ def compose(
 
 def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig, Source | None]:
     """Tell a loaded model from a name, and check that its architecture can be composed."""
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(base, peft.PeftModel):
-        base = base.get_base_model()
+    base = sources.unwrapped(base)
     if isinstance(base, PreTrainedModel):
         source, config = None, base.config
     elif isinstance(base, str | os.PathLike):
@@ -221,6 +218,8 @@ def _reference(
         reference["dtype"] = fingerprints.precision_of(model)
         if quantization is not None:
             reference["loaded_with"] = {"quantization_config": quantization}
+        if source is None and sources.has_adapter(base):  # a name says nothing of it
+            reference["adapter"] = True
     return reference
 
 

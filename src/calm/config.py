@@ -30,7 +30,7 @@ class CalmConfig(PreTrainedConfig):
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
         anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`; their `fingerprint`,
-            and the `dtype` that they were composed in.
+            and the `dtype` that they were composed in; `adapter` if there was one on them.
         augmenting_references: The same for each augmenting model, by name.
         format_version: Version of the checkpoint format.
         asked_of_bases: Kernels (`attn_implementation`, `experts_implementation`) that were passed to an Auto class and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from calm.backbones import computation_of, decoder_of, freeze, truncate_config, truncated
 from calm.config import CalmConfig, depth_of, text_config, width_of
-from calm.errors import CheckpointError, TokenizerMismatchError
+from calm.errors import CalmError, CheckpointError, TokenizerMismatchError
 from calm.fingerprints import check_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,21 @@ def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def unwrapped(base: Any) -> Any:
+    """The model that PEFT has put an adapter into, with the adapter's layers; anything else as it is."""
+    peft = sys.modules.get("peft")
+    return base.get_base_model() if peft is not None and isinstance(base, peft.PeftModel) else base
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether there are layers of PEFT's in a model."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def check_same_tokenizer(
     anchor: PreTrainedTokenizerBase | None,
     augmenting: PreTrainedTokenizerBase | None,
@@ -259,12 +275,15 @@ def load_bases(
         The anchor, and the truncated augmenting models by name.
 
     Raises:
+        CalmError: If one given by hand is neither a model nor a name.
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
+    anchor = unwrapped(anchor)
     given: dict[str, Any] = {}
     wanted = config.augmenting_configs
     if augmenting is not None:
-        given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
+        by_name = augmenting if isinstance(augmenting, Mapping) else {"": augmenting}
+        given = {name: unwrapped(base) for name, base in by_name.items()}
         wanted = wanted if given else {}
         if "" in given and len(config.augmenting_configs) == 1:
             given = {next(iter(config.augmenting_configs)): given[""]}
@@ -371,10 +390,20 @@ def _take(
 
 
 def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
-    if base is not None:
-        return Source.parse(base)
-    name = reference.get("name_or_path")
     argument = "anchor=" if role == "the anchor" else "augmenting="
+    if isinstance(base, str | os.PathLike):
+        return Source.parse(base)
+    if base is not None:
+        raise CalmError(
+            f"{argument} is given a {type(base).__name__} for {role}: expected a transformers model, or a hub name, "
+            "folder or GGUF file."
+        )
+    name = reference.get("name_or_path")
+    if reference.get("adapter"):
+        raise CheckpointError(
+            f"{role} had an adapter (PEFT) when this composition was made, which no reference names: load "
+            f"{name or 'the model'!r} with its adapter, and pass {argument} with it."
+        )
     if not name:
         raise CheckpointError(
             f"{role} was given as a loaded model when this composition was made, so there is no reference to load it "

@@ -318,6 +318,11 @@ def test_wrong_bases(pristine: Saved, tmp_path: Path) -> None:
     wider.save_pretrained(tmp_path)
     check_refused(lambda: pristine.load(anchor=tmp_path), "the anchor", "width", "48", "32")
     check_refused(lambda: pristine.load(anchor=tmp_path / "no"), "no such folder")
+    for part in ("anchor", "augmenting"):
+        with pytest.raises(
+            calm.CalmError, match=rf"{part}= is given a int for the {part}.*expected a transformers model"
+        ):
+            pristine.load(**{part: 3})
 
 
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])
