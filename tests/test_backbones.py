@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import factories
@@ -11,7 +12,13 @@ import torch
 import transformers
 from factories import assert_identical
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 import calm
 from calm import (
@@ -234,6 +241,43 @@ def test_a_causal_bert_is_composed() -> None:
     changed[:, 6] = 2 + (IDS[:, 6] - 1) % 60
     with torch.no_grad():
         assert_identical(model(changed).logits[:, :6], model(IDS).logits[:, :6])
+
+
+class OwnConfig(transformers.LlamaConfig):
+    model_type = "own-architecture"
+
+
+class OwnForCausalLM(transformers.LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_an_architecture_with_code_of_its_own_is_refused_until_it_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved composition names the architecture, and the code would not be there when it is loaded."""
+    own = OwnForCausalLM(OwnConfig(**factories.config("llama").to_dict() | {"model_type": "own-architecture"})).eval()
+    remote = tmp_path / "remote"
+    own.save_pretrained(remote)
+    (remote / "own.py").write_text(
+        "import transformers\nclass OwnConfig(transformers.LlamaConfig):\n    model_type = 'own-architecture'\n"
+    )
+    values = json.loads((remote / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "own.OwnConfig"}
+    (remote / "config.json").write_text(json.dumps(values))
+    for base, kwargs in ((own, {}), (remote, {"trust_remote_code": True})):
+        for bases in ((base, factories.base("gpt2")), (factories.base("gpt2"), base)):
+            with pytest.raises(UnsupportedModelError, match=r"'own-architecture'.*trust_remote_code.*register"):
+                calm.compose(*bases, 2, **kwargs)
+
+    # what AutoConfig.register and AutoModelForCausalLM.register do, undone after the test
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "own-architecture", OwnConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, OwnConfig, OwnForCausalLM)
+    own.save_pretrained(tmp_path / "own")
+    model = factories.perturb(calm.compose(tmp_path / "own", factories.base("gpt2"), 2))
+    model.save_pretrained(tmp_path / "out")
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out", augmenting=factories.base("gpt2"))
+    with torch.no_grad():
+        assert_identical(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_unsupported_names_are_refused_from_their_configuration_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -98,6 +99,12 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
     text = text_config(config)
     reasons = UNSUPPORTED | (UNSUPPORTED_AS_ANCHOR if role == "anchor" else {})
     reason = reasons.get(config.model_type) or reasons.get(text.model_type)
+    if reason is None and config.model_type not in CONFIG_MAPPING:
+        reason = (
+            "transformers knows it only by code from its repository (trust_remote_code), without which the saved "
+            "composition could not be read; register its classes with AutoConfig and AutoModelForCausalLM wherever it "
+            "is composed and loaded"
+        )
     if reason is None and config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoder-only models are supported"
     both_ways = getattr(text, "is_causal", True) is False or (
