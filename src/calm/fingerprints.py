@@ -24,7 +24,11 @@ def check_finite(model: nn.Module, name: str) -> None:
         CheckpointError: Naming the weight.
     """
     for key, weight in _weights(model).items():
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        if weight.itemsize == 1:  # of 8 bits torch can only be asked when they are widened
+            weight = weight.float()
+        if not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
             )

@@ -43,6 +43,8 @@ from calm.sharding import gathered, whole
 
 logger = logging.getLogger(__name__)
 
+_TRAINED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that connections can have
+
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 
@@ -119,7 +121,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 config.attention,
             )
             reference = next(anchor_layers[pair.anchor_layer].parameters())
-            dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
+            candidates = (reference, *self.anchor.parameters())  # codes, and floats of 8 bits, train nothing
+            dtype = next((weight.dtype for weight in candidates if weight.dtype in _TRAINED), torch.float32)
             device = backbones.runs_on(self.anchor) if reference.is_meta else reference.device
             self.connections.append(connection.to(device=device, dtype=dtype))
 
