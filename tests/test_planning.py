@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import calm
-from calm import loss
+from calm import backbones, loss
 from calm.checkpoint import weights_bytes
 from calm.cli.plan import tables
 from calm.planning import Plan, plan
@@ -260,6 +260,12 @@ def test_augmenting_models_end_after_their_last_connected_layer() -> None:
     assert (short.layers, long.layers, short.layers_in_full) == (1, 4, 4)
     assert short.parameters < long.parameters and short.forward_flops * 3 < long.forward_flops
     assert short.cache_bytes * 4 == long.cache_bytes
+
+
+def test_augmenting_models_that_cannot_be_cut_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "_UNCUTTABLE", {"gpt2"})
+    whole = plan(config("llama"), config("gpt2"), [(0, 1)], sequence_length=16).augmenting["augmenting"]
+    assert (whole.layers, whole.layers_in_full) == (4, 4)
 
 
 def test_memory_adds_up_and_follows_the_dtype() -> None:

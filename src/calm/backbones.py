@@ -348,11 +348,6 @@ def runs_on(model: PreTrainedModel) -> torch.device:
     return torch.device(next((place for place in places.values() if place not in ("cpu", "disk")), "cpu"))
 
 
-def cache_argument(model: nn.Module) -> str:
-    """The name under which a model's forward takes its cache."""
-    return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache_params"
-
-
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """The names of a model's forward parameters, `**` for arbitrary further ones."""
     parameters = inspect.signature(model.forward).parameters.values()

@@ -75,6 +75,8 @@ def compose(
                 f"The augmenting model's name {name!r}: expected letters, digits and underscores, and no word that "
                 "torch.nn.ModuleDict uses."
             )
+        if name in ("anchor", "composed"):  # what commands call the other parts (`--part`)
+            raise CalmError(f"The augmenting model's name {name!r} means another part of a composition: give another.")
 
     anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", load_kwargs)
     if isinstance(anchor, PreTrainedModel) and not anchor.can_generate():

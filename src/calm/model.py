@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 _TRAINED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that connections can have
 
-HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
-
 
 @dataclass
 class _Pass:
@@ -780,27 +778,41 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         Args:
             pretrained_model_name_or_path: Folder or hub name of the composition.
             model_args: None are accepted.
-            config: The composition's configuration, if already read.
+            config: The composition's configuration, a `CalmConfig`, if already read.
             anchor: The anchor, or where it is now, instead of the recorded reference.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights or configurations are not those trained against.
-            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
-                (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
+            kwargs: `revision` and `subfolder` for the composition; those that concern finding files (`token`,
+                `cache_dir`, `force_download`, `local_files_only`) for it and the bases; everything else (`dtype`,
+                `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 
         Returns:
             The composed model in evaluation mode, connections in the anchor's dtype.
 
         Raises:
+            CalmError: If an argument is none that a composition is loaded with.
             CheckpointError: If the composition or a base is missing, damaged, of a newer format, or not the right one.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        if model_args:
+            raise CalmError(f"from_pretrained() got {model_args!r} after the name: pass arguments by their names.")
+        if kwargs.pop("output_loading_info", False):
+            raise CalmError(
+                "output_loading_info=True: there is nothing to tell, since a composition that lacks weights or has "
+                "others is refused. Leave it out."
+            )
+        if config is not None and not isinstance(config, CalmConfig):
+            raise CalmError(
+                f"config is a {type(config).__name__}: expected the composition's CalmConfig. Leave it out."
+            )
         kwargs.pop("adapter_kwargs", None)
+        hub_kwargs = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
+        hub_kwargs |= {key: kwargs[key] for key in sources.HUB_KWARGS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
-        if not isinstance(config, CalmConfig):
+        if config is None:
             config = checkpoint.read_config(name, **hub_kwargs)
-        base_kwargs = config.asked_of_bases | kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
-        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
+        kwargs = config.asked_of_bases | kwargs
+        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **kwargs)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
         weights = checkpoint.read_weights(name, expected, **hub_kwargs)

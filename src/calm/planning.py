@@ -353,7 +353,7 @@ def _count(
     return Plan(
         anchor=part("anchor", config.anchor_config, depth_of(config.anchor_config)),
         augmenting={
-            name: part(f"augmenting.{name}", base, config.augmenting_depth(name))
+            name: part(f"augmenting.{name}", base, backbones.kept_depth(base, config.augmenting_depth(name)))
             for name, base in config.augmenting_configs.items()
         },
         connections=part("connections", None, len(model.connections)),

@@ -34,7 +34,7 @@ from calm.fingerprints import check_fingerprint
 
 logger = logging.getLogger(__name__)
 
-HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
+HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only")  # what concerns finding files
 
 
 class _IncompleteError(CheckpointError):
@@ -90,9 +90,8 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     Raises:
         CheckpointError: If there is none, or its architecture is unknown to the installed transformers.
     """
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
-        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
+        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **_finding(load_kwargs))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(
             f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
@@ -157,6 +156,11 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
     return model
 
 
+def _finding(load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that configurations and tokenizers are found and read with."""
+    return {key: load_kwargs[key] for key in (*HUB_KWARGS, "trust_remote_code") if key in load_kwargs}
+
+
 def _advice(source: Source, error: Exception) -> str:
     missing = source.gguf_file is not None and isinstance(error, ImportError)
     return "\nInstall what reads GGUF files: pip install 'calm-lm[gguf]'" if missing else ""
@@ -178,8 +182,7 @@ def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBas
     Raises:
         CheckpointError: If reading it from a GGUF file takes a package that is not installed.
     """
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
-    arguments = source.arguments() | hub_kwargs
+    arguments = source.arguments() | _finding(load_kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:

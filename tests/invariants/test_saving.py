@@ -18,6 +18,7 @@ import factories
 import pytest
 import strategies
 import torch
+from bases import cache_as
 from factories import EOS, Mix, assert_identical
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,6 +145,31 @@ def test_the_auto_class_passes_the_attention_on(pristine: Saved, tmp_path: Path)
         loaded.save_pretrained(tmp_path)
         assert "asked_of_bases" not in (tmp_path / "config.json").read_text()
         check_same_logits(pristine.load(config=loaded.config, attn_implementation="sdpa"), pristine.model)
+
+
+def test_what_concerns_finding_files_is_for_the_bases_too(saved: Saved, tmp_path: Path) -> None:
+    """A composition on a hub of bases on a hub, all of them in a cache that is not the usual one."""
+    saved.edit_config(
+        anchor_reference=saved.model.config.anchor_reference | {"name_or_path": "me/anchor"},
+        augmenting_references={
+            "augmenting": saved.model.config.augmenting_references["augmenting"] | {"name_or_path": "me/augmenting"}
+        },
+    )
+    for name, folder in (("out", saved.out), ("anchor", saved.anchor), ("augmenting", saved.augmenting)):
+        cache_as(f"me/{name}", folder, tmp_path / "cache")
+    for loader in (CalmForCausalLM, AutoModelForCausalLM):
+        loaded = loader.from_pretrained("me/out", cache_dir=tmp_path / "cache", local_files_only=True)
+        check_same_logits(loaded, saved.model)
+
+
+def test_arguments_that_loading_does_not_know_are_refused(pristine: Saved) -> None:
+    with pytest.raises(calm.CalmError, match=r"\('x',\) after the name: pass arguments by their names"):
+        CalmForCausalLM.from_pretrained(pristine.out, "x")
+    with pytest.raises(calm.CalmError, match=r"output_loading_info=True.*Leave it out"):
+        pristine.load(output_loading_info=True)
+    with pytest.raises(calm.CalmError, match=r"config is a LlamaConfig: expected the composition's CalmConfig"):
+        pristine.load(config=factories.config("llama"))
+    check_same_logits(pristine.load(output_loading_info=False, config=pristine.model.config), pristine.model)
 
 
 def test_a_single_augmenting_model_needs_no_name_at_loading(tmp_path: Path) -> None:
