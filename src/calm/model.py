@@ -754,7 +754,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 self.save_pretrained(folder := temporary)
             return api.upload_folder(
                 repo_id=repo_id,
-                folder_path=folder,
+                folder_path=os.fspath(folder),
                 allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
                 ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
                 revision=revision,
@@ -806,7 +806,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 f"config is a {type(config).__name__}: expected the composition's CalmConfig. Leave it out."
             )
         kwargs.pop("adapter_kwargs", None)
-        hub_kwargs = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
+        hub_kwargs: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         hub_kwargs |= {key: kwargs[key] for key in sources.HUB_KWARGS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
         if config is None:
