@@ -72,6 +72,9 @@ def test_a_rounded_base_is_told_by_the_dtype_that_it_was_composed_in() -> None:
         fingerprints.check_fingerprint(factories.base("llama").half(), reference, "it")
     with pytest.raises(CheckpointError, match=r"Load the right base, or"):
         fingerprints.check_fingerprint(factories.base("llama", seed=1), reference, "it")
+    whole = {"fingerprint": fingerprints.fingerprint(factories.base("llama")), "dtype": "float32"}
+    with pytest.raises(CheckpointError, match=r"in float16, recorded \w+\)\. Load the right base, or"):
+        fingerprints.check_fingerprint(factories.base("llama", seed=1).half(), whole, "it")
     # from before there was a dtype in it: refused, but the error says what it takes
     with pytest.raises(CheckpointError, match=r"composed in bfloat16: load it with dtype=torch\.bfloat16"):
         fingerprints.check_fingerprint(factories.base("llama"), {"fingerprint": rounded}, "it")

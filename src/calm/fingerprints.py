@@ -160,11 +160,12 @@ def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str)
         return
     advice = "Load the right base, quantized and in the dtype as then" if quantized else "Load the right base"
     dtype = None if quantized else reference.get("dtype") or _rounded_to(weights, recorded)
-    if dtype is not None and dtype != key:
+    if dtype not in (None, "float32", key):  # composed in float32, a base is known in any of the three
         advice = f"It was composed in {dtype}: load it with dtype=torch.{dtype}, and the right one"
+    where = "as stored" if quantized else f"in {key}"
     raise CheckpointError(
-        f"The weights of {name} are not those that this composition was trained against (fingerprint {found} in "
-        f"{key}, recorded {recorded.get(key)}). {advice}, or pass verify_bases=False if the change is meant."
+        f"The weights of {name} are not those that this composition was trained against (fingerprint {found} {where}, "
+        f"recorded {recorded.get(key)}). {advice}, or pass verify_bases=False if the change is meant."
     )
 
 
