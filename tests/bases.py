@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -72,6 +73,14 @@ def save_base(
     if tokenizer:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def cache_as(name: str, folder: Path, cache: Path) -> None:
+    """Puts a folder into a cache of the hub's, as if it had been downloaded from the repository of that name."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import factories
@@ -11,7 +12,13 @@ import torch
 import transformers
 from factories import assert_identical
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 import calm
 from calm import (
@@ -104,6 +111,89 @@ def test_no_unique_list_of_layers_is_refused() -> None:
         backbones.layers_of(model)
 
 
+# -- contexts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", factories.CONFIGS)
+def test_the_context_that_a_configuration_states(architecture: str) -> None:
+    expected = {
+        "falcon": 2048,
+        "gpt_oss": 131_072,  # YaRN by default
+        "bloom": None,  # ALiBi states none, nor does recurrence
+        "mamba": None,
+    }.get(architecture, factories.CONTEXT)
+    assert backbones.context_of(factories.config(architecture)) == expected
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            256,
+        ),  # as Qwen2.5's card advises
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),  # scaled length stated
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "default"}, 64),
+        # Llama 3 states the length that is meant, which its factor would exceed
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            64,
+        ),
+    ],
+)
+def test_scaled_positions_reach_further(scaling: dict, context: int) -> None:
+    """And the composition as far as the anchor does by itself."""
+    config = factories.config("qwen2")
+    config.rope_parameters = {"rope_theta": 10_000.0, **scaling}
+    config.standardize_rope_params()
+    assert backbones.context_of(config) == context
+    torch.manual_seed(0)
+    anchor = AutoModelForCausalLM.from_config(config).eval()
+    model = calm.compose(anchor, factories.base("mamba"), 1)
+    assert model.context_length == context
+    ids = factories.tokens(1, context)
+    with torch.no_grad():
+        found = model(ids).logits
+        assert_identical(found, anchor(ids).logits)
+    with pytest.raises(CalmError, match=rf"{context + 1} tokens do not fit: the context of the anchor is {context}"):
+        model(factories.tokens(1, context + 1))
+
+
+def test_scaling_by_kind_of_layer_is_part_of_the_context() -> None:
+    config = factories.config("gemma3_text")
+    config.rope_parameters["full_attention"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0}
+    assert backbones.context_of(config) == factories.CONTEXT
+
+
+def test_positions_that_start_after_the_padding_token_are_fewer() -> None:
+    small = {"vocab_size": factories.VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(**small, intermediate_size=16, max_position_embeddings=34, is_decoder=True)
+    assert config.pad_token_id == 1
+    model = calm.compose(factories.base("llama"), AutoModelForCausalLM.from_config(config).eval(), 1)
+    assert model.context_length == 32
+    model(factories.tokens(1, 32))
+    with pytest.raises(
+        CalmError, match=r"33 tokens do not fit: the context of the augmenting model 'augmenting' is 32"
+    ):
+        model(factories.tokens(1, 33))
+
+
+def test_the_smallest_context_and_whose_it_is() -> None:
+    short, long, none = (factories.config(name) for name in ("llama", "falcon", "mamba"))
+    assert backbones.smallest_context(long, {"a": none, "b": short}) == (64, "the augmenting model 'b'")
+    assert backbones.smallest_context(short, {"a": long}) == (64, "the anchor")
+    assert backbones.smallest_context(none, {"a": none}) == (None, "")
+
+
 # -- what cannot be composed ------------------------------------------------------------------------------------------
 
 
@@ -151,6 +241,43 @@ def test_a_causal_bert_is_composed() -> None:
     changed[:, 6] = 2 + (IDS[:, 6] - 1) % 60
     with torch.no_grad():
         assert_identical(model(changed).logits[:, :6], model(IDS).logits[:, :6])
+
+
+class OwnConfig(transformers.LlamaConfig):
+    model_type = "own-architecture"
+
+
+class OwnForCausalLM(transformers.LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_an_architecture_with_code_of_its_own_is_refused_until_it_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved composition names the architecture, and the code would not be there when it is loaded."""
+    own = OwnForCausalLM(OwnConfig(**factories.config("llama").to_dict() | {"model_type": "own-architecture"})).eval()
+    remote = tmp_path / "remote"
+    own.save_pretrained(remote)
+    (remote / "own.py").write_text(
+        "import transformers\nclass OwnConfig(transformers.LlamaConfig):\n    model_type = 'own-architecture'\n"
+    )
+    values = json.loads((remote / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "own.OwnConfig"}
+    (remote / "config.json").write_text(json.dumps(values))
+    for base, kwargs in ((own, {}), (remote, {"trust_remote_code": True})):
+        for bases in ((base, factories.base("gpt2")), (factories.base("gpt2"), base)):
+            with pytest.raises(UnsupportedModelError, match=r"'own-architecture'.*trust_remote_code.*register"):
+                calm.compose(*bases, 2, **kwargs)
+
+    # what AutoConfig.register and AutoModelForCausalLM.register do, undone after the test
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "own-architecture", OwnConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, OwnConfig, OwnForCausalLM)
+    own.save_pretrained(tmp_path / "own")
+    model = factories.perturb(calm.compose(tmp_path / "own", factories.base("gpt2"), 2))
+    model.save_pretrained(tmp_path / "out")
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out", augmenting=factories.base("gpt2"))
+    with torch.no_grad():
+        assert_identical(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_unsupported_names_are_refused_from_their_configuration_alone(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import factories
 import pytest
 import yaml
 from factories import Mix
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load
 
 import calm
 from calm import checkpoint
@@ -86,11 +89,10 @@ def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "out", safe_serialization=True)
 
 
-@pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
-def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a hub that only writes down what it is sent."""
-    sent: dict[str, object] = {}
-    model = composition()
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a hub is sent that does no more than write it down, and the names of files that it `holds`."""
+    sent: dict[str, Any] = {"holds": set()}
 
     class Hub:
         def __init__(self, token: str | None = None) -> None:
@@ -100,12 +102,24 @@ def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             sent["created"] = (repo_id, kwargs)
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: object) -> str:
-            sent["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
+            return filename in sent["holds"]
+
+        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> str:
+            folder = Path(folder_path)
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            patterns = {key: kwargs.pop(key) for key in ("allow_patterns", "ignore_patterns")}
+            sent["files"] = {name: (folder / name).read_bytes() for name in filter_repo_objects(names, **patterns)}
             sent["uploaded"] = (repo_id, kwargs)
             return "commit"
 
     monkeypatch.setattr(calm.model, "HfApi", Hub)
+    return sent
+
+
+@pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
+def test_upload(through: str, tmp_path: Path, sent: dict[str, Any]) -> None:
+    model = composition()
     if through == "push_to_hub":
         answer = model.push_to_hub("mine", private=True, token="secret", commit_message="First", revision="dev")
         assert answer == "commit"
@@ -115,7 +129,7 @@ def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     else:
         model.save_pretrained(tmp_path / "mine", push_to_hub=True)
         assert sent["created"][0] == "mine" and sent["uploaded"][0] == "me/mine"
-    files: dict[str, bytes] = sent["files"]
+    files = sent["files"]
     assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     check_card(files["README.md"].decode(), model)
     ModelCard(files["README.md"].decode())
@@ -126,6 +140,35 @@ def test_upload(through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     ids = factories.tokens(2, 8)
     factories.assert_identical(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_card_on_the_hub_is_kept(tmp_path: Path, sent: dict[str, Any]) -> None:
+    sent["holds"] = {"README.md"}
+    model = Mix().shared()
+    model.push_to_hub("mine")
+    assert set(sent["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    assert set(sent["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_what_was_saved_is_what_is_uploaded(
+    tmp_path: Path, sent: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state dict and the shards of this save, without what training leaves beside them, and gathered once only."""
+    model = Mix().shared()
+    weights = {name: weight + 1 for name, weight in model.state_dict().items() if name.startswith("connections.")}
+    (tmp_path / "checkpoint-2").mkdir()
+    for beside in ("optimizer.pt", "checkpoint-2/model.safetensors"):
+        (tmp_path / beside).write_bytes(b"")
+    monkeypatch.setattr(model, "_gathered_connections", lambda: pytest.fail("only one process is here"))
+    model.save_pretrained(tmp_path, state_dict=weights, max_shard_size=10_000, push_to_hub=True, repo_id="mine")
+    card = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"}
+    shards = {name: content for name, content in sent["files"].items() if name not in card}
+    assert len(shards) > 1 and set(sent["files"]) == card | set(shards)
+    uploaded = {name: weight for content in shards.values() for name, weight in load(content).items()}
+    assert uploaded.keys() == weights.keys()
+    for name, weight in weights.items():
+        factories.assert_identical(uploaded[name], weight)
 
 
 def _augmenting() -> dict:

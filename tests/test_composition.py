@@ -385,6 +385,12 @@ def test_names_that_no_module_can_have_are_refused(name: object) -> None:
         calm.compose(factories.base("llama"), {name: factories.base("gpt2")}, 2)
 
 
+@pytest.mark.parametrize("name", ["anchor", "composed"])
+def test_names_that_mean_other_parts_are_refused(name: str) -> None:
+    with pytest.raises(CalmError, match=f"name '{name}' means another part"):
+        calm.compose(factories.base("llama"), {name: factories.base("gpt2")}, 2)
+
+
 @pytest.mark.parametrize("name", ["keys", "items", "values", "pop", "forward", "training", "class"])
 def test_names_that_modules_have_already(name: str) -> None:
     """Words that mean something else to a `ModuleDict` either work or are refused; they do not break later."""

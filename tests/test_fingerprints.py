@@ -41,21 +41,52 @@ def test_fingerprints_hold_in_lower_precision(dtype: torch.dtype) -> None:
     recorded = fingerprints.fingerprint(factories.base("llama"))
     assert len(set(recorded.values())) == 3
     model = factories.base("llama").to(dtype)
-    fingerprints.check_fingerprint(model, recorded, "it")
+    fingerprints.check_fingerprint(model, {"fingerprint": recorded}, "it")
     model.model.norm.float()  # mixed, as quantizing and some loaders leave it
     if dtype != torch.float32:
         model.model.norm.weight.data = model.model.norm.weight.data.to(torch.float32)
-    fingerprints.check_fingerprint(model, recorded, "it")
+    fingerprints.check_fingerprint(model, {"fingerprint": recorded}, "it")
     model.lm_head.weight.data[5, 5] += 0.5
     with pytest.raises(CheckpointError, match=r"it are not those.*verify_bases=False"):
-        fingerprints.check_fingerprint(model, recorded, "it")
+        fingerprints.check_fingerprint(model, {"fingerprint": recorded}, "it")
 
 
 def test_a_bfloat16_base_loaded_in_float32_is_the_same_base() -> None:
     recorded = fingerprints.fingerprint(factories.base("llama").bfloat16())
-    fingerprints.check_fingerprint(factories.base("llama").bfloat16().float(), recorded, "it")
+    fingerprints.check_fingerprint(factories.base("llama").bfloat16().float(), {"fingerprint": recorded}, "it")
     with pytest.raises(CheckpointError):
-        fingerprints.check_fingerprint(factories.base("llama"), recorded, "it")
+        fingerprints.check_fingerprint(factories.base("llama"), {"fingerprint": recorded}, "it")
+
+
+def test_a_rounded_base_is_told_by_the_dtype_that_it_was_composed_in() -> None:
+    """Float32 weights are the right ones if rounding them gives those recorded; another half precision is not."""
+    rounded = fingerprints.fingerprint(factories.base("llama").bfloat16())
+    reference = {"fingerprint": rounded, "dtype": "bfloat16"}
+    for model in (
+        factories.base("llama"),
+        factories.base("llama").bfloat16(),
+        factories.base("llama").bfloat16().half(),
+    ):
+        fingerprints.check_fingerprint(model, reference, "it")
+    with pytest.raises(CheckpointError, match=r"composed in bfloat16: load it with dtype=torch\.bfloat16"):
+        fingerprints.check_fingerprint(factories.base("llama").half(), reference, "it")
+    with pytest.raises(CheckpointError, match=r"Load the right base, or"):
+        fingerprints.check_fingerprint(factories.base("llama", seed=1), reference, "it")
+    whole = {"fingerprint": fingerprints.fingerprint(factories.base("llama")), "dtype": "float32"}
+    with pytest.raises(CheckpointError, match=r"in float16, recorded \w+\)\. Load the right base, or"):
+        fingerprints.check_fingerprint(factories.base("llama", seed=1).half(), whole, "it")
+    # from before there was a dtype in it: refused, but the error says what it takes
+    with pytest.raises(CheckpointError, match=r"composed in bfloat16: load it with dtype=torch\.bfloat16"):
+        fingerprints.check_fingerprint(factories.base("llama"), {"fingerprint": rounded}, "it")
+
+
+def test_the_precision_of_a_model() -> None:
+    model = factories.base("llama")
+    assert fingerprints.precision_of(model) == "float32"
+    assert fingerprints.precision_of(model.half()) == "float16"
+    model.bfloat16().model.norm.float()  # as some loaders leave it
+    model.model.embed_tokens.float()
+    assert fingerprints.precision_of(model) == "bfloat16"
 
 
 def test_fingerprints_do_not_change_from_release_to_release() -> None:
@@ -127,11 +158,11 @@ def test_buffers_count_when_they_are_saved() -> None:
         return made
 
     recorded = fingerprints.fingerprint(model(1, 1))
-    fingerprints.check_fingerprint(model(1, 2), recorded, "it")
-    fingerprints.check_fingerprint(model(1, 1).bfloat16(), recorded, "it")
+    fingerprints.check_fingerprint(model(1, 2), {"fingerprint": recorded}, "it")
+    fingerprints.check_fingerprint(model(1, 1).bfloat16(), {"fingerprint": recorded}, "it")
     for changed in (model(2, 1), model(2, 1).half()):
         with pytest.raises(CheckpointError):
-            fingerprints.check_fingerprint(changed, recorded, "it")
+            fingerprints.check_fingerprint(changed, {"fingerprint": recorded}, "it")
 
 
 def test_quantized_weights_have_one_fingerprint() -> None:
@@ -139,14 +170,14 @@ def test_quantized_weights_have_one_fingerprint() -> None:
     model.weight = nn.Parameter(torch.arange(16, dtype=torch.int8).view(4, 4), requires_grad=False)
     recorded = fingerprints.fingerprint(model)
     assert list(recorded) == ["stored"]
-    fingerprints.check_fingerprint(model, recorded, "it")
+    fingerprints.check_fingerprint(model, {"fingerprint": recorded}, "it")
     model.weight.data[0, 0] += 1
     with pytest.raises(CheckpointError):
-        fingerprints.check_fingerprint(model, recorded, "it")
+        fingerprints.check_fingerprint(model, {"fingerprint": recorded}, "it")
 
 
 def test_weights_that_are_not_there_have_no_fingerprint() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 4)
     assert fingerprints.fingerprint(model) == {}
-    fingerprints.check_fingerprint(model, {"float32": "x"}, "it")
+    fingerprints.check_fingerprint(model, {"fingerprint": {"float32": "x"}}, "it")

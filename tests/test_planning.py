@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import calm
-from calm import loss
+from calm import backbones, loss
 from calm.checkpoint import weights_bytes
 from calm.cli.plan import tables
 from calm.planning import Plan, plan
@@ -262,6 +262,12 @@ def test_augmenting_models_end_after_their_last_connected_layer() -> None:
     assert short.cache_bytes * 4 == long.cache_bytes
 
 
+def test_augmenting_models_that_cannot_be_cut_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "_UNCUTTABLE", {"gpt2"})
+    whole = plan(config("llama"), config("gpt2"), [(0, 1)], sequence_length=16).augmenting["augmenting"]
+    assert (whole.layers, whole.layers_in_full) == (4, 4)
+
+
 def test_memory_adds_up_and_follows_the_dtype() -> None:
     full, half = (plan_of(MIXES[0], dtype=dtype) for dtype in ("float32", "bfloat16"))
     trained = full.connections.weight_bytes
@@ -285,6 +291,15 @@ def test_the_plan_of_folders_reads_no_weights(tiny_bases: dict[str, str], tmp_pa
     planned = plan(str(folders["anchor"]), folders["augmenting"], 2, sequence_length=16, dtype="float32")
     model = calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], 2)
     assert (planned.connections.parameters, planned.total_parameters) == model.get_nb_trainable_parameters()
+
+
+def test_scaled_positions_are_planned_with() -> None:
+    scaled = config("llama")
+    scaled.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0}
+    scaled.standardize_rope_params()
+    assert plan(scaled, scaled, 2, sequence_length=2 * CONTEXT).sequence_length == 2 * CONTEXT
+    with pytest.raises(calm.CalmError, match=f"the context of the anchor is {2 * CONTEXT} tokens"):
+        plan(scaled, scaled, 2, sequence_length=2 * CONTEXT + 1)
 
 
 def test_one_base_in_both_roles_is_counted_once(tiny_bases: dict[str, str]) -> None:

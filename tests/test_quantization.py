@@ -181,3 +181,47 @@ def test_nan_in_a_scale_is_refused(bases: tuple[str, str], tmp_path: Path) -> No
     save_file(weights, anchor / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj.weight.* holds NaN"):
         calm.compose(anchor, bases[1], 2, quantization_config=quantization("int8"))
+
+
+class EightBitLinear(nn.Module):
+    """A linear layer as checkpoints in FP8 store it: 8-bit floats and a scale, multiplied when it is run."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 448
+        self.weight = nn.Parameter((linear.weight.detach() / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ (self.weight.to(hidden.dtype) * self.weight_scale_inv).T
+
+
+def in_eight_bits(folder: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, EightBitLinear(linear))
+    return model.eval()
+
+
+def test_bases_of_eight_bit_floats(bases: tuple[str, str], tmp_path: Path) -> None:
+    anchor, augmenting = map(in_eight_bits, bases)
+    ids = tokens(2, 9)
+    model = calm.compose(anchor, augmenting, 2)
+    assert {weight.dtype for weight in model.connections.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, anchor(ids).logits)
+    perturb(model).save_pretrained(tmp_path)
+    assert loss_and_gradients(model)[1].norm() > 0
+    again = dict(zip(("anchor", "augmenting"), map(in_eight_bits, bases), strict=True))
+    with torch.no_grad():
+        loaded = calm.CalmForCausalLM.from_pretrained(tmp_path, **again)
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    again["anchor"].model.layers[0].mlp.up_proj.weight.data.view(torch.uint8)[3, 4] ^= 1
+    with pytest.raises(CheckpointError, match="the anchor are not those"):
+        calm.CalmForCausalLM.from_pretrained(tmp_path, **again)
+    again["anchor"].model.layers[0].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(CheckpointError, match=r"up_proj.weight.* holds NaN"):
+        calm.compose(again["anchor"], augmenting, 2)

@@ -183,12 +183,45 @@ def test_a_padded_embedding_with_one_tokenizer(tmp_path: Path) -> None:
     anchor, padded = save(tmp_path / "a", "llama", words), save(tmp_path / "b", "gpt2", words, vocab=72)
     calm.compose(anchor, padded, 2)
     loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (anchor, padded)]
+    calm.compose(*loaded, 2)
+    for model in loaded:
+        model.name_or_path = ""
     with pytest.raises(TokenizerMismatchError, match=r"64 tokens.*72.*anchor_tokenizer="):
         calm.compose(*loaded, 2)
     calm.compose(*loaded, 2, anchor_tokenizer=words, augmenting_tokenizer=words)
     calm.compose(loaded[0], {"m": loaded[1]}, 2, anchor_tokenizer=words, augmenting_tokenizer={"m": words})
     with pytest.raises(TokenizerMismatchError):
         calm.compose(*loaded, 2, anchor_tokenizer=words, augmenting_tokenizer=factories.word_tokenizer(60, prefix="v"))
+
+
+def test_loaded_models_are_compared_by_the_tokenizers_where_they_came_from(tmp_path: Path) -> None:
+    words, others = factories.word_tokenizer(), factories.word_tokenizer(prefix="v")
+    paths = save(tmp_path / "a", "llama", words), save(tmp_path / "b", "gpt2", others)
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in paths]
+    for bases in ((models[0], models[1]), (models[0], paths[1]), (paths[0], models[1])):
+        with pytest.raises(TokenizerMismatchError, match="2 tokens have the same id"):
+            calm.compose(*bases, 2)
+    calm.compose(*models, 2, augmenting_tokenizer=words)
+
+
+def test_tokenizers_that_could_not_be_compared_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The repository that a loaded model came from is looked for among what is cached, and not on the network."""
+    with_one = save(tmp_path / "a", "llama", factories.word_tokenizer())
+    without = save(tmp_path / "b", "gpt2")
+    calm.compose(with_one, with_one, 2)
+    model = AutoModelForCausalLM.from_pretrained(with_one)
+    calm.compose(model, model, 2)
+    assert not caplog.records
+    nameless, cached = factories.base("gpt2"), factories.base("gpt2")
+    cached.name_or_path = "nobody/nothing-of-this-name"
+    for other in (without, nameless, cached):
+        caplog.clear()
+        calm.compose(with_one, other, 2)
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "64 tokens, which is all that could be compared" in message and str(with_one) in message
+    caplog.clear()
+    calm.compose(without, nameless, 2)
+    assert "no tokenizer was found beside either" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2", "mamba"])

@@ -7,11 +7,13 @@ import inspect
 import json
 import re
 import weakref
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -97,6 +99,12 @@ def check_supported(config: PreTrainedConfig, role: str) -> None:
     text = text_config(config)
     reasons = UNSUPPORTED | (UNSUPPORTED_AS_ANCHOR if role == "anchor" else {})
     reason = reasons.get(config.model_type) or reasons.get(text.model_type)
+    if reason is None and config.model_type not in CONFIG_MAPPING:
+        reason = (
+            "transformers knows it only by code from its repository (trust_remote_code), without which the saved "
+            "composition could not be read; register its classes with AutoConfig and AutoModelForCausalLM wherever it "
+            "is composed and loaded"
+        )
     if reason is None and config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoder-only models are supported"
     both_ways = getattr(text, "is_causal", True) is False or (
@@ -340,11 +348,6 @@ def runs_on(model: PreTrainedModel) -> torch.device:
     return torch.device(next((place for place in places.values() if place not in ("cpu", "disk")), "cpu"))
 
 
-def cache_argument(model: nn.Module) -> str:
-    """The name under which a model's forward takes its cache."""
-    return "past_key_values" if "past_key_values" in forward_parameters(model) else "cache_params"
-
-
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """The names of a model's forward parameters, `**` for arbitrary further ones."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -355,6 +358,40 @@ def position_offset(config: PreTrainedConfig) -> int:
     """The position of a model's first token, in the way it counts when it is given no positions."""
     text = text_config(config)
     return text.pad_token_id + 1 if text.model_type in _OFFSET_POSITIONS else 0
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Longest sequence the model is made for, in tokens; `None` where the configuration states no limit.
+
+    Scaled rotary positions reach further than `max_position_embeddings` where that states the length before scaling,
+    as it does in linear and dynamic scaling, and may in YaRN. Scaling by kind of layer (Gemma 3) is included in it.
+    """
+    text = text_config(config)
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor") or 1.0
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(limit * factor)
+    if rope.get("rope_type") == "yarn":
+        return max(limit, int((rope.get("original_max_position_embeddings") or limit) * factor))
+    return limit - position_offset(config)
+
+
+def smallest_context(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrainedConfig]) -> tuple[int | None, str]:
+    """The smallest context of several models in tokens, `None` where none states a limit, and whose it is.
+
+    Args:
+        anchor: The anchor's configuration.
+        augmenting: Those of the augmenting models, by name.
+
+    Returns:
+        The context, and what to call that model in an error.
+    """
+    bases = {"the anchor": anchor, **{f"the augmenting model {name!r}": base for name, base in augmenting.items()}}
+    contexts = [(limit, role) for role, base in bases.items() if (limit := context_of(base)) is not None]
+    return min(contexts, default=(None, ""))
 
 
 def check_documents_apart(anchor: PreTrainedModel, augmenting: nn.ModuleDict) -> None:

@@ -28,6 +28,7 @@ from calm.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+FILES = ("README.md", "config.json", "generation_config.json", WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME)
 CONNECTIONS_PREFIX = "connections."
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -287,6 +288,8 @@ def describe_reference(reference: Mapping[str, Any], model_type: str) -> str:
         parts.insert(1, f"file `{reference['gguf_file']}`")
     if reference.get("revision"):
         parts.insert(1, f"at `{reference['revision']}`")
+    if reference.get("adapter"):
+        parts.append("with an adapter, given by hand")
     if quantization := reference.get("loaded_with", {}).get("quantization_config"):
         parts.append(f"quantized when loaded ({quantization['quant_method']})")
     return " ".join(parts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -51,8 +50,9 @@ def compose(
         attend: `"causal"`, or `"prompt"` for the paper's ablation of the augmenting model as an encoder.
         load_augmenting: False leaves the augmenting models where they are, for training on outputs that were kept:
             `forward` has to be given `augmenting_outputs`.
-        anchor_tokenizer: The tokenizer of an anchor given as a loaded model.
-        augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models.
+        anchor_tokenizer: The tokenizer of an anchor given as a loaded model; by default the one in the folder (or
+            cached repository) that the model came from.
+        augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models, likewise.
         load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `quantization_config`,
             `revision`, `token`, ...). A base that is quantized while it is loaded will be so again with the saved
             composition.
@@ -75,6 +75,8 @@ def compose(
                 f"The augmenting model's name {name!r}: expected letters, digits and underscores, and no word that "
                 "torch.nn.ModuleDict uses."
             )
+        if name in ("anchor", "composed"):  # what commands call the other parts (`--part`)
+            raise CalmError(f"The augmenting model's name {name!r} means another part of a composition: give another.")
 
     anchor, anchor_config, anchor_source = _look_at(anchor, "anchor", load_kwargs)
     if isinstance(anchor, PreTrainedModel) and not anchor.can_generate():
@@ -89,21 +91,20 @@ def compose(
             "own arguments are connections, num_heads, attention, attend and the tokenizers."
         )
     hub_kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
-    if (
-        anchor_tokenizer is None
-        and anchor_source is not None
-        and any(s != anchor_source for _, _, s in looked_at.values())
-    ):
-        anchor_tokenizer = sources.load_tokenizer(anchor_source, **hub_kwargs)
-    for name, (base, config, source) in looked_at.items():
-        if source is not None and source == anchor_source:
-            continue
+    others = {
+        name: (base, config, source)
+        for name, (base, config, source) in looked_at.items()
+        if (base is not anchor if source is None else source != anchor_source)
+    }
+    if others and anchor_tokenizer is None:
+        anchor_tokenizer = _tokenizer(anchor, anchor_source, hub_kwargs)
+    for name, (base, config, source) in others.items():
         if isinstance(augmenting_tokenizer, Mapping):
             tokenizer = augmenting_tokenizer.get(name)
         else:
             tokenizer = augmenting_tokenizer
-        if tokenizer is None and source is not None:
-            tokenizer = sources.load_tokenizer(source, **hub_kwargs)
+        if tokenizer is None:
+            tokenizer = _tokenizer(base, source, hub_kwargs)
         sources.check_same_tokenizer(
             anchor_tokenizer, tokenizer, anchor_config, config, (_name(anchor, anchor_source), _name(base, source))
         )
@@ -149,9 +150,7 @@ def compose(
 
 def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig, Source | None]:
     """Tell a loaded model from a name, and check that its architecture can be composed."""
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(base, peft.PeftModel):
-        base = base.get_base_model()
+    base = sources.unwrapped(base)
     if isinstance(base, PreTrainedModel):
         source, config = None, base.config
     elif isinstance(base, str | os.PathLike):
@@ -165,6 +164,15 @@ def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any,
         raise UnsupportedModelError(f"The {role} is itself a composed model; compose its bases together instead.")
     backbones.check_supported(config, role)
     return base, config, source
+
+
+def _tokenizer(base: Any, source: Source | None, hub_kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a base's weights; of a loaded model only if the place that it came from is at hand."""
+    if source is not None:
+        return sources.load_tokenizer(source, **hub_kwargs)
+    if not base.name_or_path:
+        return None
+    return sources.load_tokenizer(Source(base.name_or_path), local_files_only=True, trust_remote_code=False)
 
 
 def _quantization(
@@ -208,9 +216,12 @@ def _reference(
         "revision": source.revision if source else None,
         "fingerprint": fingerprints.fingerprint(model) if model is not None else {},
     }
-    if model is not None and quantization is not None:  # the same weights come of it in the same dtype only
-        dtype = str(model.dtype).removeprefix("torch.")
-        reference["loaded_with"] = {"quantization_config": quantization, "dtype": dtype}
+    if model is not None:  # rounded or quantized, the same weights come of it in the same dtype only
+        reference["dtype"] = fingerprints.precision_of(model)
+        if quantization is not None:
+            reference["loaded_with"] = {"quantization_config": quantization}
+        if source is None and sources.has_adapter(base):  # a name says nothing of it
+            reference["adapter"] = True
     return reference
 
 

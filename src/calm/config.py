@@ -29,9 +29,12 @@ class CalmConfig(PreTrainedConfig):
             `"normalized"` (the same without gate and units) or `"paper"` (the paper's formula to the letter).
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
-        anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`, `fingerprint`.
+        anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`; their `fingerprint`,
+            and the `dtype` that they were composed in; `adapter` if there was one on them.
         augmenting_references: The same for each augmenting model, by name.
         format_version: Version of the checkpoint format.
+        asked_of_bases: Kernels (`attn_implementation`, `experts_implementation`) that were passed to an Auto class and
+            are for loading the bases; not saved.
 
     Raises:
         CheckpointError: If the format is newer than this library's, or if a value is of the wrong type.
@@ -70,6 +73,8 @@ class CalmConfig(PreTrainedConfig):
             )
         self.augmenting_configs = dict(self.augmenting_configs or {})
         self.connections = list(self.connections or [])
+        asked = {key: kwargs.get(key) for key in ("attn_implementation", "experts_implementation")}
+        self.asked_of_bases = {key: value for key, value in asked.items() if value is not None}
         self.anchor_reference = dict(self.anchor_reference or {})
         self.augmenting_references = dict(self.augmenting_references or {})
         super().__post_init__(**kwargs)
@@ -131,6 +136,7 @@ class CalmConfig(PreTrainedConfig):
         """The configuration as plain JSON values, nested configurations included."""
         output = super().to_dict()
         output["augmenting_configs"] = {name: c.to_dict() for name, c in self.augmenting_configs.items()}
+        output.pop("asked_of_bases", None)  # how it is loaded this time
         return output
 
 
@@ -147,12 +153,6 @@ def depth_of(config: PreTrainedConfig) -> int:
 def width_of(config: PreTrainedConfig) -> int:
     """Width of a decoder layer's output."""
     return text_config(config).hidden_size
-
-
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Longest sequence the model is made for, in tokens; `None` where the configuration states no limit."""
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _attention_heads(config: PreTrainedConfig) -> int:

@@ -24,7 +24,11 @@ def check_finite(model: nn.Module, name: str) -> None:
         CheckpointError: Naming the weight.
     """
     for key, weight in _weights(model).items():
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        if weight.itemsize == 1:  # of 8 bits torch can only be asked when they are widened
+            weight = weight.float()
+        if not torch.isfinite(weight).all():
             raise CheckpointError(
                 f"The weight {key!r} of {name} holds NaN or infinite values: the base is damaged, load it anew."
             )
@@ -49,6 +53,16 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     if _is_quantized(model):
         return {"stored": _digest(weights, None)}
     return {name: _digest(weights, dtype) for name, dtype in FINGERPRINT_DTYPES.items()}
+
+
+def precision_of(model: nn.Module) -> str:
+    """The name of the dtype that a model was loaded in: of mixed ones, as some loaders leave them, the lowest.
+
+    Of a quantized model it is that of its first floats, the embeddings; codes, too, may be stored as floats.
+    """
+    names = {dtype: name for name, dtype in FINGERPRINT_DTYPES.items()}
+    found = [names[weight.dtype] for weight in model.parameters() if weight.dtype in names] or ["float32"]
+    return found[0] if _is_quantized(model) else max(found, key=list(names.values()).index)
 
 
 def _is_quantized(model: nn.Module) -> bool:
@@ -113,18 +127,21 @@ def weight_names(model: nn.Module) -> set[str]:
     return set(_weights(model))
 
 
-def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> None:
+def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str) -> None:
     """Refuse a base that is not the one a composition was trained against.
+
+    Weights in float32 are compared in the dtype that the composition was made in, where they may have been rounded.
 
     Args:
         model: The base as loaded.
-        recorded: From the checkpoint's reference; nothing is checked when it is empty.
+        reference: From the checkpoint; nothing is checked when it has no `fingerprint`.
         name: What to call the base in the error.
 
     Raises:
         CheckpointError: If its weights differ.
     """
     weights = _weights(model)
+    recorded: Mapping[str, str] = reference.get("fingerprint", {})
     if not recorded or any(weight.is_meta for weight in weights.values()):
         return
     quantized = _is_quantized(model)
@@ -135,12 +152,24 @@ def check_fingerprint(model: nn.Module, recorded: dict[str, str], name: str) -> 
             "verify_bases=False if the change is meant."
         )
     # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
-    dtypes = {weight.dtype for weight in model.parameters()}
-    key = "stored" if quantized else [k for k, dtype in FINGERPRINT_DTYPES.items() if dtype in dtypes][-1]
+    key = "stored" if quantized else precision_of(model)
+    if key == "float32":
+        key = reference.get("dtype", key)
     found = _digest(weights, FINGERPRINT_DTYPES.get(key))
-    if found != recorded.get(key):
-        raise CheckpointError(
-            f"The weights of {name} are not those that this composition was trained against (fingerprint {found}, "
-            f"recorded {recorded.get(key)}). Load the right base, quantized and in the dtype as then if it is "
-            "quantized, or pass verify_bases=False if the change is meant."
-        )
+    if found == recorded.get(key):
+        return
+    advice = "Load the right base, quantized and in the dtype as then" if quantized else "Load the right base"
+    dtype = None if quantized else reference.get("dtype") or _rounded_to(weights, recorded)
+    if dtype not in (None, "float32", key):  # composed in float32, a base is known in any of the three
+        advice = f"It was composed in {dtype}: load it with dtype=torch.{dtype}, and the right one"
+    where = "as stored" if quantized else f"in {key}"
+    raise CheckpointError(
+        f"The weights of {name} are not those that this composition was trained against (fingerprint {found} {where}, "
+        f"recorded {recorded.get(key)}). {advice}, or pass verify_bases=False if the change is meant."
+    )
+
+
+def _rounded_to(weights: Mapping[str, Tensor], recorded: Mapping[str, str]) -> str | None:
+    """The dtype in which weights are those of a fingerprint, for references from before they named one."""
+    dtypes = {name: dtype for name, dtype in FINGERPRINT_DTYPES.items() if name in recorded}
+    return next((name for name, dtype in dtypes.items() if _digest(weights, dtype) == recorded[name]), None)

@@ -35,7 +35,7 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, context_of, width_of
+from calm.config import CalmConfig, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
@@ -43,7 +43,7 @@ from calm.sharding import gathered, whole
 
 logger = logging.getLogger(__name__)
 
-HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
+_TRAINED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that connections can have
 
 
 @dataclass
@@ -119,7 +119,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 config.attention,
             )
             reference = next(anchor_layers[pair.anchor_layer].parameters())
-            dtype = reference.dtype if reference.dtype.is_floating_point else self.anchor.dtype
+            candidates = (reference, *self.anchor.parameters())  # codes, and floats of 8 bits, train nothing
+            dtype = next((weight.dtype for weight in candidates if weight.dtype in _TRAINED), torch.float32)
             device = backbones.runs_on(self.anchor) if reference.is_meta else reference.device
             self.connections.append(connection.to(device=device, dtype=dtype))
 
@@ -127,17 +128,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self._switched_off: frozenset[int] = frozenset()  # connections, by their index
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
-        contexts: list[tuple[int, str]] = [
-            (limit, name)
-            for name, base in (
-                ("the anchor", config.anchor_config),
-                *((f"the augmenting model {name!r}", base) for name, base in config.augmenting_configs.items()),
-            )
-            if (limit := context_of(base)) is not None
-        ]
-        self.context_length: int | None
-        self._context_of: str
-        self.context_length, self._context_of = min(contexts) if contexts else (None, "")
+        contexts = config.anchor_config, config.augmenting_configs
+        self.context_length, self._context_of = backbones.smallest_context(*contexts)
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
@@ -691,7 +683,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
-            push_to_hub: Upload afterwards, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
+            push_to_hub: Upload what was saved, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
             kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
@@ -719,7 +711,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         config.dtype = next(iter(self.connections.parameters())).dtype
         checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
+            self.push_to_hub(repo_id, folder=save_directory, **kwargs)
 
     def _gathered_connections(self) -> dict[str, Tensor]:
         with gathered(self.connections):
@@ -730,6 +723,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self,
         repo_id: str,
         *,
+        folder: str | os.PathLike[str] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -738,8 +732,12 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
     ) -> Any:
         """Upload the composition with its model card (which bases, which connections, how many parameters).
 
+        A card that is in the repository already stays as it is.
+
         Args:
             repo_id: `OWNER/NAME`; made if missing.
+            folder: Where `save_pretrained` has saved it; by default it is saved for this, which is for every process
+                where FSDP shards the connections.
             private: Whether a new repository is private.
             token: Access token; that of `hf auth login` by default.
             revision: Branch.
@@ -751,11 +749,14 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            if folder is None:
+                self.save_pretrained(folder := temporary)
             return api.upload_folder(
                 repo_id=repo_id,
-                folder_path=folder,
+                folder_path=os.fspath(folder),
+                allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
+                ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
@@ -777,27 +778,41 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         Args:
             pretrained_model_name_or_path: Folder or hub name of the composition.
             model_args: None are accepted.
-            config: The composition's configuration, if already read.
+            config: The composition's configuration, a `CalmConfig`, if already read.
             anchor: The anchor, or where it is now, instead of the recorded reference.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights or configurations are not those trained against.
-            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...) for the composition; everything else
-                (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
+            kwargs: `revision` and `subfolder` for the composition; those that concern finding files (`token`,
+                `cache_dir`, `force_download`, `local_files_only`) for it and the bases; everything else (`dtype`,
+                `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 
         Returns:
             The composed model in evaluation mode, connections in the anchor's dtype.
 
         Raises:
+            CalmError: If an argument is none that a composition is loaded with.
             CheckpointError: If the composition or a base is missing, damaged, of a newer format, or not the right one.
         """
-        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        if model_args:
+            raise CalmError(f"from_pretrained() got {model_args!r} after the name: pass arguments by their names.")
+        if kwargs.pop("output_loading_info", False):
+            raise CalmError(
+                "output_loading_info=True: there is nothing to tell, since a composition that lacks weights or has "
+                "others is refused. Leave it out."
+            )
+        if config is not None and not isinstance(config, CalmConfig):
+            raise CalmError(
+                f"config is a {type(config).__name__}: expected the composition's CalmConfig. Leave it out."
+            )
         kwargs.pop("adapter_kwargs", None)
+        hub_kwargs: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
+        hub_kwargs |= {key: kwargs[key] for key in sources.HUB_KWARGS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
-        if not isinstance(config, CalmConfig):
+        if config is None:
             config = checkpoint.read_config(name, **hub_kwargs)
-        base_kwargs = kwargs | ({"token": hub_kwargs["token"]} if "token" in hub_kwargs else {})
-        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **base_kwargs)
+        kwargs = config.asked_of_bases | kwargs
+        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **kwargs)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
         weights = checkpoint.read_weights(name, expected, **hub_kwargs)

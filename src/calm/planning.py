@@ -30,7 +30,7 @@ from transformers import (
 from calm import backbones, checkpoint, sources
 from calm.calibration import DTYPES, Calibration
 from calm.composition import compose
-from calm.config import context_of, depth_of, width_of
+from calm.config import depth_of, width_of
 from calm.connections import LayerPair
 from calm.errors import CalmError, UnsupportedModelError
 from calm.model import CalmForCausalLM
@@ -263,13 +263,11 @@ def _without_memory(auto_class: Any, base: Any, source: Source | None, role: str
 
 
 def _check_length(model: CalmForCausalLM, length: int) -> None:
-    for name, config in (("the anchor", model.config.anchor_config), *model.config.augmenting_configs.items()):
-        context = context_of(config)
-        if context is not None and length > context:
-            raise CalmError(
-                f"sequence_length={length}: the context of {name} is {context} tokens, and the smallest context of "
-                "the composed models counts."
-            )
+    if model.context_length is not None and length > model.context_length:
+        raise CalmError(
+            f"sequence_length={length}: the context of {model._context_of} is {model.context_length} tokens, and the "
+            "smallest context of the composed models counts."
+        )
 
 
 # -- counting -----------------------------------------------------------------------------------------------------
@@ -355,7 +353,7 @@ def _count(
     return Plan(
         anchor=part("anchor", config.anchor_config, depth_of(config.anchor_config)),
         augmenting={
-            name: part(f"augmenting.{name}", base, config.augmenting_depth(name))
+            name: part(f"augmenting.{name}", base, backbones.kept_depth(base, config.augmenting_depth(name)))
             for name, base in config.augmenting_configs.items()
         },
         connections=part("connections", None, len(model.connections)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +24,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from calm.backbones import computation_of, decoder_of, freeze, truncate_config, truncated
 from calm.config import CalmConfig, depth_of, text_config, width_of
-from calm.errors import CheckpointError, TokenizerMismatchError
+from calm.errors import CalmError, CheckpointError, TokenizerMismatchError
 from calm.fingerprints import check_fingerprint
 
-HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only", "trust_remote_code")
+logger = logging.getLogger(__name__)
+
+HUB_KWARGS = ("token", "cache_dir", "force_download", "local_files_only")  # what concerns finding files
 
 
 class _IncompleteError(CheckpointError):
@@ -85,9 +90,8 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
     Raises:
         CheckpointError: If there is none, or its architecture is unknown to the installed transformers.
     """
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
     try:
-        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **hub_kwargs)
+        return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **_finding(load_kwargs))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(
             f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
@@ -152,6 +156,11 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
     return model
 
 
+def _finding(load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that configurations and tokenizers are found and read with."""
+    return {key: load_kwargs[key] for key in (*HUB_KWARGS, "trust_remote_code") if key in load_kwargs}
+
+
 def _advice(source: Source, error: Exception) -> str:
     missing = source.gguf_file is not None and isinstance(error, ImportError)
     return "\nInstall what reads GGUF files: pip install 'calm-lm[gguf]'" if missing else ""
@@ -159,12 +168,12 @@ def _advice(source: Source, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBase | None:
@@ -173,8 +182,7 @@ def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBas
     Raises:
         CheckpointError: If reading it from a GGUF file takes a package that is not installed.
     """
-    hub_kwargs = {key: load_kwargs[key] for key in HUB_KWARGS if key in load_kwargs}
-    arguments = source.arguments() | hub_kwargs
+    arguments = source.arguments() | _finding(load_kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **arguments)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -189,6 +197,21 @@ def load_tokenizer(source: Source, **load_kwargs: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def unwrapped(base: Any) -> Any:
+    """The model that PEFT has put an adapter into, with the adapter's layers; anything else as it is."""
+    peft = sys.modules.get("peft")
+    return base.get_base_model() if peft is not None and isinstance(base, peft.PeftModel) else base
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether there are layers of PEFT's in a model."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def check_same_tokenizer(
     anchor: PreTrainedTokenizerBase | None,
     augmenting: PreTrainedTokenizerBase | None,
@@ -196,7 +219,7 @@ def check_same_tokenizer(
     augmenting_config: PreTrainedConfig,
     names: tuple[str, str],
 ) -> None:
-    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes.
+    """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes, and warn.
 
     Args:
         anchor: The anchor's tokenizer, if known.
@@ -226,6 +249,12 @@ def check_same_tokenizer(
             f"tokenizers seem to differ. {advice} If they do share one (only padding the embedding differently), pass "
             "anchor_tokenizer= and augmenting_tokenizer=."
         )
+    where = "either" if anchor is None and augmenting is None else names[0 if anchor is None else 1]
+    logger.warning(
+        "The anchor %s and the augmenting model %s both have %s tokens, which is all that could be compared: no "
+        "tokenizer was found beside %s. If theirs may differ, pass anchor_tokenizer= and augmenting_tokenizer=.",
+        *(*names, ours, where),
+    )
 
 
 def load_bases(
@@ -242,19 +271,22 @@ def load_bases(
         anchor: The anchor, or where it is now.
         augmenting: The augmenting model(s), or where they are now: one, or by name. With `{}` none is loaded.
         verify: Compare configurations and fingerprints.
-        load_kwargs: For `from_pretrained` of every base. A base that was quantized while it was loaded is so again,
-            in the same dtype, unless they say otherwise.
+        load_kwargs: For `from_pretrained` of every base. Each is loaded in the dtype that it was composed in, and
+            quantized again if it was quantized while it was loaded, unless they say otherwise.
 
     Returns:
         The anchor, and the truncated augmenting models by name.
 
     Raises:
+        CalmError: If one given by hand is neither a model nor a name.
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
+    anchor = unwrapped(anchor)
     given: dict[str, Any] = {}
     wanted = config.augmenting_configs
     if augmenting is not None:
-        given = dict(augmenting) if isinstance(augmenting, Mapping) else {"": augmenting}
+        by_name = augmenting if isinstance(augmenting, Mapping) else {"": augmenting}
+        given = {name: unwrapped(base) for name, base in by_name.items()}
         wanted = wanted if given else {}
         if "" in given and len(config.augmenting_configs) == 1:
             given = {next(iter(config.augmenting_configs)): given[""]}
@@ -280,10 +312,9 @@ def load_bases(
             base, source = anchor_model, None
         models[name] = _take(role, base, source, expected, verify, depth, **_as_recorded(reference, load_kwargs))
     if verify:
-        check_fingerprint(anchor_model, config.anchor_reference.get("fingerprint", {}), "the anchor")
+        check_fingerprint(anchor_model, config.anchor_reference, "the anchor")
         for name, model in models.items():
-            recorded = config.augmenting_references.get(name, {}).get("fingerprint", {})
-            check_fingerprint(model, recorded, f"the augmenting model {name!r}")
+            check_fingerprint(model, config.augmenting_references.get(name, {}), f"the augmenting model {name!r}")
     return anchor_model, models
 
 
@@ -327,15 +358,19 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
     source = _find(role, where, reference)
     expected, arguments = config.augmenting_configs[name], _as_recorded(reference, load_kwargs)
     model = _take(role, None, source, expected, verify=True, **arguments)
-    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference.get("fingerprint", {}), role)
+    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference, role)
     return model
 
 
 def _as_recorded(reference: Mapping[str, Any], load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """How to load a base: as it was, where it was quantized, and otherwise as asked for."""
-    recorded = {} if "quantization_config" in load_kwargs else reference.get("loaded_with", {})
+    """How to load a base: in the dtype that it was composed in, and quantized as it was, unless asked otherwise."""
+    recorded = {"dtype": reference["dtype"]} if "dtype" in reference else {}
+    if "quantization_config" not in load_kwargs:
+        recorded |= reference.get("loaded_with", {})
     asked = {key: value for key, value in load_kwargs.items() if key != "dtype" or value not in (None, "auto")}
-    return {**load_kwargs, **recorded, **asked} if recorded else dict(load_kwargs)
+    if "torch_dtype" in asked:  # transformers' former name for it, which would lose against the recorded one
+        asked.setdefault("dtype", asked["torch_dtype"])
+    return {**load_kwargs, **recorded, **asked}
 
 
 def _take(
@@ -358,10 +393,20 @@ def _take(
 
 
 def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
-    if base is not None:
-        return Source.parse(base)
-    name = reference.get("name_or_path")
     argument = "anchor=" if role == "the anchor" else "augmenting="
+    if isinstance(base, str | os.PathLike):
+        return Source.parse(base)
+    if base is not None:
+        raise CalmError(
+            f"{argument} is given a {type(base).__name__} for {role}: expected a transformers model, or a hub name, "
+            "folder or GGUF file."
+        )
+    name = reference.get("name_or_path")
+    if reference.get("adapter"):
+        raise CheckpointError(
+            f"{role} had an adapter (PEFT) when this composition was made, which no reference names: load "
+            f"{name or 'the model'!r} with its adapter, and pass {argument} with it."
+        )
     if not name:
         raise CheckpointError(
             f"{role} was given as a loaded model when this composition was made, so there is no reference to load it "

@@ -88,7 +88,8 @@ def _cached(model: nn.Module) -> float:
     ids = tokens()
     expected = logits_of(model, ids)
     composed = isinstance(model, calm.CalmForCausalLM)
-    caches = {} if composed else {backbones.cache_argument(model): DynamicCache(config=model.config)}
+    argument = "past_key_values" if "past_key_values" in backbones.forward_parameters(model) else "cache_params"
+    caches = {} if composed else {argument: DynamicCache(config=model.config)}
     bounds = [0, *range(LENGTH // 2, LENGTH + 1)]
     found = []
     for start, end in itertools.pairwise(bounds):

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
-from bases import byte_tokenizer, sums, write_jsonl
+from bases import byte_tokenizer, cache_as, sums, write_jsonl
 from factories import open_gates
 from typer.testing import CliRunner, Result
 
@@ -153,6 +154,12 @@ def test_generate_streams_and_batches_what_the_library_generates(composed: Path)
     assert printed == "\n---\n".join(row["completion"] for row in batch) + "\n"
 
 
+def test_what_was_composed_in_half_precision_generates(tmp_path: Path, tiny_bases: dict[str, str]):
+    """Over bases that are stored in float32."""
+    run("compose", *tiny_bases.values(), "--connections", 2, "--dtype", "bfloat16", "--out", tmp_path / "out")
+    run("generate", tmp_path / "out", "1+2=", "--max-new-tokens", 2)
+
+
 def test_generate_options(composed: Path):
     def generate(*options: Any) -> str:
         return json.loads(run("generate", composed, "1+2=", "--max-new-tokens", 8, "--json", *options).stdout)[0][
@@ -286,6 +293,14 @@ def test_inspect_reads_the_files_only(tmp_path: Path, tiny_bases: dict[str, str]
     os.truncate(tmp_path / "out" / "model.safetensors", 100)
     assert "corrupted" in run("inspect", tmp_path / "out", code=1).stderr
     assert "no composition" in run("inspect", tmp_path / "nowhere", code=1).stderr
+
+
+def test_inspect_finds_the_weights_of_a_hub_name(composed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    count = json.loads(run("inspect", composed, "--json").stdout)["composition_parameters"]
+    cache_as("me/composed", composed, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert json.loads(run("inspect", "me/composed", "--json").stdout)["composition_parameters"] == count > 0
 
 
 def test_inspect_shows_the_training(recipe: Path):

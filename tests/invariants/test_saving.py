@@ -18,6 +18,7 @@ import factories
 import pytest
 import strategies
 import torch
+from bases import cache_as
 from factories import EOS, Mix, assert_identical
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,6 +136,42 @@ def test_composed_of_loaded_models(anchor: str, tmp_path: Path) -> None:
     )
 
 
+def test_the_auto_class_passes_the_attention_on(pristine: Saved, tmp_path: Path) -> None:
+    """To all bases; it is no part of the configuration, which is saved and taken again without it."""
+    for asked in ("eager", "sdpa"):
+        loaded = AutoModelForCausalLM.from_pretrained(pristine.out, attn_implementation=asked)
+        for base in (loaded.anchor, *loaded.augmenting.values()):
+            assert base.config._attn_implementation == asked
+        loaded.save_pretrained(tmp_path)
+        assert "asked_of_bases" not in (tmp_path / "config.json").read_text()
+        check_same_logits(pristine.load(config=loaded.config, attn_implementation="sdpa"), pristine.model)
+
+
+def test_what_concerns_finding_files_is_for_the_bases_too(saved: Saved, tmp_path: Path) -> None:
+    """A composition on a hub of bases on a hub, all of them in a cache that is not the usual one."""
+    saved.edit_config(
+        anchor_reference=saved.model.config.anchor_reference | {"name_or_path": "me/anchor"},
+        augmenting_references={
+            "augmenting": saved.model.config.augmenting_references["augmenting"] | {"name_or_path": "me/augmenting"}
+        },
+    )
+    for name, folder in (("out", saved.out), ("anchor", saved.anchor), ("augmenting", saved.augmenting)):
+        cache_as(f"me/{name}", folder, tmp_path / "cache")
+    for loader in (CalmForCausalLM, AutoModelForCausalLM):
+        loaded = loader.from_pretrained("me/out", cache_dir=tmp_path / "cache", local_files_only=True)
+        check_same_logits(loaded, saved.model)
+
+
+def test_arguments_that_loading_does_not_know_are_refused(pristine: Saved) -> None:
+    with pytest.raises(calm.CalmError, match=r"\('x',\) after the name: pass arguments by their names"):
+        CalmForCausalLM.from_pretrained(pristine.out, "x")
+    with pytest.raises(calm.CalmError, match=r"output_loading_info=True.*Leave it out"):
+        pristine.load(output_loading_info=True)
+    with pytest.raises(calm.CalmError, match=r"config is a LlamaConfig: expected the composition's CalmConfig"):
+        pristine.load(config=factories.config("llama"))
+    check_same_logits(pristine.load(output_loading_info=False, config=pristine.model.config), pristine.model)
+
+
 def test_a_single_augmenting_model_needs_no_name_at_loading(tmp_path: Path) -> None:
     mix = Mix()
     model = mix.build()
@@ -188,6 +225,48 @@ def test_loaded_in_another_dtype(pristine: Saved, dtype: torch.dtype) -> None:
     ]
     loaded = pristine.load(anchor=by_hand[0], augmenting=by_hand[1], dtype=dtype)
     assert_identical(loaded(IDS).logits.float(), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_composed_in_another_dtype_than_stored(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Float32 bases composed in half precision are loaded in it again, or in float32, which rounds to the same."""
+    saved = Saved(tmp_path, dtype=dtype)
+    for load in (saved.load, lambda: saved.load(dtype="auto"), lambda: AutoModelForCausalLM.from_pretrained(saved.out)):
+        loaded = load()
+        assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+        check_same_logits(loaded, saved.model)
+    loaded = saved.load(dtype=torch.float32)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert saved.load(torch_dtype=torch.float32).dtype == torch.float32
+    by_hand = AutoModelForCausalLM.from_pretrained(saved.anchor)
+    assert {weight.dtype for weight in saved.load(anchor=by_hand).anchor.parameters()} == {torch.float32}
+    assert sources.load_part(loaded.config, "augmenting", dtype="auto").dtype == dtype
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[dtype]
+    check_refused(lambda: saved.load(dtype=other), "the anchor", f"composed in {str(dtype)[6:]}", f"dtype={dtype}")
+    weights = load_file(saved.anchor / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 0.5
+    save_file(weights, saved.anchor / "model.safetensors", {"format": "pt"})
+    for wrong in ("auto", torch.float32):
+        check_refused(lambda wrong=wrong: saved.load(dtype=wrong), "the anchor", "trained against", "the right")
+
+
+def test_bases_stored_in_half_precision(tmp_path: Path) -> None:
+    """Composed in float32, they are loaded in float32 again."""
+    for part, base in (("anchor", factories.base("llama")), ("augmenting", factories.base("gpt2", 24, 4, 2, seed=1))):
+        base.bfloat16().save_pretrained(tmp_path / part)
+    model = factories.perturb(calm.compose(tmp_path / "anchor", tmp_path / "augmenting", 2, dtype=torch.float32))
+    model.save_pretrained(tmp_path / "out")
+    check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+def test_references_without_a_dtype(saved: Saved) -> None:
+    """Of older checkpoints: loaded as stored, or as asked for."""
+    values = json.loads((saved.out / "config.json").read_text())
+    for reference in (values["anchor_reference"], *values["augmenting_references"].values()):
+        assert reference.pop("dtype") == "float32"
+    (saved.out / "config.json").write_text(json.dumps(values))
+    check_same_logits(saved.load(), saved.model)
+    assert saved.load(dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])
@@ -265,6 +344,11 @@ def test_wrong_bases(pristine: Saved, tmp_path: Path) -> None:
     wider.save_pretrained(tmp_path)
     check_refused(lambda: pristine.load(anchor=tmp_path), "the anchor", "width", "48", "32")
     check_refused(lambda: pristine.load(anchor=tmp_path / "no"), "no such folder")
+    for part in ("anchor", "augmenting"):
+        with pytest.raises(
+            calm.CalmError, match=rf"{part}= is given a int for the {part}.*expected a transformers model"
+        ):
+            pristine.load(**{part: 3})
 
 
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])

@@ -17,7 +17,7 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import calm
@@ -170,6 +170,31 @@ def test_the_composition_is_not_saved_without_what_peft_trained_of_it(composed: 
     with pytest.raises(calm.CheckpointError, match="save the PeftModel"):
         adapted.get_base_model().save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["anchor", "augmenting"])
+def test_bases_that_have_an_adapter_before_they_are_composed(composed: str, tmp_path: Path, part: str) -> None:
+    """They are given again with it, PEFT's model or the one within; what their name says is not enough."""
+    folders = {name: Path(composed).parent / name for name in ("anchor", "augmenting")}
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(2)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders[part]), lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = factories.perturb(calm.compose(**{**folders, part: adapted}, connections=[(0, 1), (1, 2)]))
+    assert not torch.equal(model(IDS).logits, load(composed)(IDS).logits)
+    model.save_pretrained(tmp_path / "out")
+    assert "with an adapter" in (tmp_path / "out" / "README.md").read_text()
+
+    with pytest.raises(calm.CheckpointError, match=rf"{part}.*had an adapter.*{folders[part]}.*pass {part}= with it"):
+        load(tmp_path / "out")
+    with pytest.raises(calm.CheckpointError, match=rf"weights of the {part}"):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "out", **{part: folders[part]})
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[part]), tmp_path / "adapter")
+    within = AutoModelForCausalLM.from_pretrained(folders[part])
+    within.load_adapter(tmp_path / "adapter")
+    for given in (again, within):
+        loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out", **{part: given}).eval()
+        assert_identical(loaded(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])

@@ -39,7 +39,7 @@ def inspect(
     if prompt is None:
         if output is not None:
             raise typer.BadParameter("--output is for what --prompt writes: give a --prompt, or leave it out")
-        _show_files(Path(model), as_json)
+        _show_files(model, as_json)
         return
     from calm.inspection import report
 
@@ -62,11 +62,11 @@ def inspect(
         console.print(f"{one['page']} shows the rest.\n", markup=False, soft_wrap=True)
 
 
-def _show_files(path: Path, as_json: bool) -> None:
+def _show_files(model: str, as_json: bool) -> None:
     from calm.checkpoint import describe_reference, read_config
 
-    config = read_config(path)
-    log = path / "training_log.json"
+    config = read_config(model)
+    log = Path(model, "training_log.json")
     summary: dict[str, Any] = {
         "anchor": describe_reference(config.anchor_reference, config.anchor_config.model_type),
         "augmenting": {
@@ -77,7 +77,7 @@ def _show_files(path: Path, as_json: bool) -> None:
         "num_heads": config.num_heads,
         "attention": config.attention,
         "attend": config.attend,
-        "composition_parameters": _count_parameters(path),
+        "composition_parameters": _count_parameters(model),
         "training": json.loads(log.read_text())["result"] if log.exists() else None,
     }
     if as_json:
@@ -96,11 +96,13 @@ def _show_files(path: Path, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
-def _count_parameters(path: Path) -> int:
+def _count_parameters(model: str) -> int:
     from safetensors import SafetensorError, safe_open
 
+    from calm.checkpoint import weight_files
+
     count = 0
-    for file in sorted(path.glob("model*.safetensors")):
+    for file in weight_files(model):
         try:
             with safe_open(file, framework="np") as weights:
                 count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118

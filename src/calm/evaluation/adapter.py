@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.config import context_of
+from calm.backbones import context_of
 from calm.errors import CalmError
 from calm.model import CalmForCausalLM
 

@@ -18,8 +18,8 @@ from transformers.integrations import get_available_reporting_integrations, is_f
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 import calm
-from calm.backbones import check_documents_apart
-from calm.config import CalmConfig, context_of, depth_of
+from calm.backbones import check_documents_apart, smallest_context
+from calm.config import CalmConfig, depth_of
 from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
@@ -119,7 +119,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if kept_before:
         for name, reference in augmenting_outputs.references(kept_dirs["training"]).items():
             # what only a loaded model tells; where it lies may have changed since
-            told = {key: reference[key] for key in ("fingerprint", "loaded_with") if key in reference}
+            told = {key: reference[key] for key in ("fingerprint", "dtype", "loaded_with") if key in reference}
             model.config.augmenting_references[name] |= told
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
@@ -265,13 +265,11 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     Returns:
         Rows to train on, rows to evaluate on, and how many examples the former hold.
     """
-    bases = [
-        recipe.anchor,
-        *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values()),
-    ]
-    contexts = [context_of(load_config(Source.parse(base))) for base in bases]
-    max_length = min([recipe.data.max_length, *(context for context in contexts if context is not None)])
+    augmenting = {"augmenting": recipe.augmenting} if isinstance(recipe.augmenting, str) else recipe.augmenting
+    anchor, *others = (load_config(Source.parse(base)) for base in (recipe.anchor, *augmenting.values()))
+    context, _ = smallest_context(anchor, dict(zip(augmenting, others, strict=True)))
     data = recipe.data
+    max_length = data.max_length if context is None else min(data.max_length, context)
 
     def load(source: str, split: str) -> list[Row]:
         return load_examples(

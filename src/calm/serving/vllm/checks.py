@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from calm import backbones, sources
-from calm.config import CalmConfig, context_of, text_config
+from calm.config import CalmConfig, text_config
 from calm.errors import CalmError, CheckpointError, UnsupportedModelError
 from calm.serving.vllm import plugin
 from calm.sources import Source
@@ -113,7 +113,7 @@ def _check_base(role: str, base: PreTrainedConfig, vllm_config: Any) -> None:
             f"{role} has {heads} attention heads ({shared} for keys and values), which tensor_parallel_size={ranks} "
             "does not divide. Take a number that divides those of all models, or 1."
         )
-    limit, wanted = context_of(base), vllm_config.model_config.max_model_len
+    limit, wanted = backbones.context_of(base), vllm_config.model_config.max_model_len
     if limit is not None and wanted > limit:
         raise CalmError(
             f"max_model_len={wanted} is beyond the context of {role}, {limit} tokens. Pass --max-model-len {limit} (in "
