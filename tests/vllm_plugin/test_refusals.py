@@ -198,7 +198,17 @@ def test_a_backend_without_slopes(saved: Callable[[Mix], Path], monkeypatch: pyt
 
 
 def test_bfloat16_bases_are_the_ones_composed(tmp_path: Path) -> None:
-    """The fingerprint is compared in bfloat16, whatever a composition was made in."""
     engine.save(PLAIN, tmp_path, torch.bfloat16)
     with engine.serving(tmp_path / "composed"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bases_that_were_rounded_when_they_were_composed(
+    dtype: torch.dtype, saved: Callable[[Mix], Path], tmp_path: Path
+) -> None:
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    composed = calm.compose(str(folder / "anchor"), {"m0": str(folder / "m0")}, 1, dtype=dtype)
+    composed.save_pretrained(folder / "composed")
+    with engine.serving(folder / "composed"):
         pass

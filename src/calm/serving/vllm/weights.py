@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
@@ -37,6 +37,8 @@ class BaseWeights:
         source: For vLLM's loader.
         depth: Number of layers that are kept.
         recorded: The fingerprint's digests by dtype name.
+        compared_in: Of these, the one to compare: float16 if the composition was made in it, since that may have
+            rounded otherwise; bfloat16 if it was made in anything else, which then comes to the same.
         names: What the fingerprint is made of, by names as in transformers' model.
         base_prefix: What transformers calls the decoder within a model with a head.
     """
@@ -46,6 +48,7 @@ class BaseWeights:
     source: DefaultModelLoader.Source
     depth: int
     recorded: dict[str, str]
+    compared_in: Literal["float16", "bfloat16"]
     names: set[str]
     base_prefix: str
 
@@ -76,6 +79,7 @@ class BaseWeights:
             ),
             model.config.get_text_config().num_hidden_layers,
             reference.get("fingerprint", {}) if get_tensor_model_parallel_rank() == 0 else {},  # once is enough
+            "float16" if reference.get("dtype") == "float16" else "bfloat16",
             fingerprints.weight_names(model),
             f"{model.base_model_prefix}.",
         )
@@ -83,8 +87,8 @@ class BaseWeights:
     def taken(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Those that the model has, without the prefix; when all are through, their fingerprint is checked.
 
-        In bfloat16, since that is the same whatever the composition was made in. A checkpoint whose weights have other
-        names than the model's in transformers (merged experts, say) is not checked, and a warning says so.
+        A checkpoint whose weights have other names than the model's in transformers (merged experts, say) is not
+        checked, and a warning says so.
 
         Args:
             weights: All of the base, prefixed.
@@ -101,7 +105,7 @@ class BaseWeights:
             variants = (name, self.base_prefix + name, name.removeprefix(self.base_prefix))
             known = next((variant for variant in variants if variant in self.names), None)
             if known is not None and self.recorded:
-                parts[known] = fingerprints.sums_of(known, weight, torch.bfloat16)
+                parts[known] = fingerprints.sums_of(known, weight, fingerprints.FINGERPRINT_DTYPES[self.compared_in])
             yield name, weight
         self._check(parts)
 
@@ -110,7 +114,7 @@ class BaseWeights:
             return
         if parts.keys() != self.names:
             logger.warning("The weights of %s have other names than in transformers: not compared.", self.role)
-        elif fingerprints.combine(parts) != self.recorded.get("bfloat16"):
+        elif fingerprints.combine(parts) != self.recorded.get(self.compared_in):
             raise CheckpointError(
                 f"The weights of {self.role} in {self.source.model_or_path!r} are not those that this composition was "
                 "trained against. Put the right ones there."
