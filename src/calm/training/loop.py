@@ -152,17 +152,15 @@ class CompositionTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As the Trainer; FSDP's connections are loaded before they are sharded."""
-        if not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Load the best model, which is a composition, sharded or not."""
+        """Load a composition's weights as they were saved, in float32, into the connections, sharded or not."""
         connections = self.accelerator.unwrap_model(self.model).connections
         with sharding.gathered(connections):
             expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
-            weights = read_weights(str(self.state.best_model_checkpoint), expected)
+            weights = read_weights(resume_from_checkpoint, expected)
         sharding.load(connections, {key.removeprefix(CONNECTIONS_PREFIX): value for key, value in weights.items()})
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""

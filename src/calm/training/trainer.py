@@ -360,22 +360,21 @@ def _load_model(
 
     What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
     """
-    if checkpoint is not None:
+    if checkpoint is not None:  # its weights, rounded here to the bases' dtype, are read again by the Trainer
         model = calm.CalmForCausalLM.from_pretrained(
             checkpoint, augmenting=None if load_augmenting else {}, **load_kwargs
         )
-        model.connections.float()
-        return model
-    model = calm.compose(
-        recipe.anchor,
-        recipe.augmenting,
-        recipe.connections,
-        num_heads=recipe.num_heads,
-        attention=recipe.attention,
-        attend=recipe.attend,
-        load_augmenting=load_augmenting,
-        **load_kwargs,
-    )
+    else:
+        model = calm.compose(
+            recipe.anchor,
+            recipe.augmenting,
+            recipe.connections,
+            num_heads=recipe.num_heads,
+            attention=recipe.attention,
+            attend=recipe.attend,
+            load_augmenting=load_augmenting,
+            **load_kwargs,
+        )
     model.connections.float()
     return model
 
