@@ -276,31 +276,52 @@ class LogBeforeSaving(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """Save a checkpoint and end the training after the current optimiser step, once `requested`."""
+    """Save a checkpoint and end the training after the current optimiser step, once `requested` of any process.
 
-    requested = False
+    Attributes:
+        requested: Set from outside, at any moment, in this process.
+        stopped: Whether all processes have ended the training for it, after the same step.
+    """
+
+    requested = stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the Trainer after each optimiser step."""
-        if self.requested:
+        self.stopped = self.requested
+        if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
+            flag = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(flag)
+        if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
 
 @contextmanager
 def saves_on_interrupt(callback: SaveAndStop) -> Iterator[None]:
-    """Within this context the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
-    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    """Within this context the first Ctrl-C or SIGTERM asks for a checkpoint and a stop; a second Ctrl-C stops at once.
+
+    SIGTERM may come twice of its own: from SLURM, and from torchrun, which passes on what it got itself.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
 
     def request(signum: int, frame: FrameType | None) -> None:
         callback.requested = True
-        signal.signal(signal.SIGINT, previous)
-        logger.warning("Ctrl-C: saving a checkpoint after this step (Ctrl-C again stops at once, without saving)")
+        if signum == signal.SIGINT:
+            signal.signal(signum, previous[signum])
+        logger.warning(
+            "%s: saving a checkpoint after this step (Ctrl-C%s stops at once, without saving)",
+            *(("Ctrl-C", " again") if signum == signal.SIGINT else ("SIGTERM", "")),
+        )
 
-    previous = signal.signal(signal.SIGINT, request)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # ignored: Ctrl-C by a job in the background of a shell; None: handled by something other than Python
+    taken = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    for number in taken:
+        signal.signal(number, request)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number in taken:
+            signal.signal(number, previous[number])

@@ -74,7 +74,7 @@ class TrainingResult:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C in training, after a checkpoint was saved; the message says where."""
+    """Ctrl-C or SIGTERM in training, after a checkpoint was saved; the message says where."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
@@ -92,7 +92,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         CalmError: If the data cannot be used, if the models do not fit together, if `output_dir` already holds
             checkpoints (without `resume`) or none (with it), if a checkpoint cannot be written, or if the loss is not
             a finite number.
-        TrainingInterrupted: After Ctrl-C, with a checkpoint saved.
+        TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
@@ -142,7 +142,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     with saves_on_interrupt(on_interrupt):
         output = trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
-    if on_interrupt.requested and state.global_step < state.max_steps:
+    if on_interrupt.stopped and state.global_step < state.max_steps:
         raise TrainingInterrupted(
             f"interrupted at step {state.global_step} of {state.max_steps}; "
             f"{output_dir / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'} holds everything to resume from"
