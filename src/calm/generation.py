@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedConfig
 
 from calm import backbones
 from calm.cache import CalmCache
@@ -32,6 +32,21 @@ NO_DEFAULTS: dict[str, None] = dict.fromkeys(
 )
 """Arguments of `generate` without which a model's own generation settings would change which tokens are likely, or end
 an answer early: many instruction-tuned models bring a repetition penalty."""
+
+
+class KnownTokens(LogitsProcessor):
+    """Rules out what one of the composed models has no embedding for, and no tokenizer a text.
+
+    Args:
+        count: How many tokens all models have.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[batch, vocabulary]` with `-inf` for the other tokens."""
+        return nn.functional.pad(scores[:, : self.count], (0, scores.shape[1] - self.count), value=float("-inf"))
 
 
 class CompositionGeneration(GenerationMixin):
@@ -113,6 +128,11 @@ class CompositionGeneration(GenerationMixin):
             cache.prompt_length = length if given is None else given
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        if self.known_tokens is not None:  # before those that are given, which may choose a token themselves
+            logits_processor = LogitsProcessorList([KnownTokens(self.known_tokens), *(logits_processor or ())])
+        return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
 
     def _check_static_cache(self) -> None:
         for base in (self.anchor, *self.augmenting.values()):

@@ -35,7 +35,7 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, context_of, width_of
+from calm.config import CalmConfig, context_of, text_config, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
@@ -82,6 +82,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             `release_augmenting()`.
         connections: `nn.ModuleList` of `Connection`, in the order of `config.layer_pairs`.
         context_length: The smallest context of the composed models in tokens, `None` where none states a limit.
+        known_tokens: The smallest vocabulary of the composed models where they differ (models of one tokenizer may pad
+            their embeddings differently), else `None`. `generate` produces no larger ids.
     """
 
     config_class = CalmConfig
@@ -138,6 +140,12 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self.context_length: int | None
         self._context_of: str
         self.context_length, self._context_of = min(contexts) if contexts else (None, "")
+        sizes = {
+            size
+            for base in (config.anchor_config, *config.augmenting_configs.values())
+            if (size := getattr(text_config(base), "vocab_size", None)) is not None
+        }
+        self.known_tokens: int | None = min(sizes) if len(sizes) > 1 else None
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
@@ -224,8 +232,9 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
 
         Raises:
             CalmError: On empty input, embeddings instead of tokens, a mask that is not two-dimensional, a cache that
-                is not a `CalmCache`, more tokens than the smaller of the models' contexts, kept outputs that do not
-                fit the input, or augmenting models that are needed and were not loaded.
+                is not a `CalmCache`, tokens that one of the models does not have, more tokens than the smaller of the
+                models' contexts, kept outputs that do not fit the input, or augmenting models that are needed and were
+                not loaded.
         """
         if self._disabled:
             return self._forward_anchor_alone(
@@ -496,6 +505,14 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 f"input_ids has shape {tuple(input_ids.shape)}: expected at least one token a row. An empty prompt "
                 "needs a beginning-of-sequence token."
             )
+        if self.known_tokens is not None and not is_tracing(input_ids):  # else no need to wait for the device
+            largest = int(input_ids.max())
+            if largest >= self.known_tokens:
+                raise CalmError(
+                    f"input_ids hold {largest}: expected ids below {self.known_tokens}, the smallest vocabulary of the "
+                    "composed models. Larger ones are padding of the others' embeddings; a tokenizer that all of them "
+                    "share gives none of these."
+                )
         if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
             raise CalmError(
                 f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
