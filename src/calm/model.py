@@ -342,7 +342,9 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 "composition with them."
             )
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            past = cache.get_seq_length() if cache is not None else 0  # the mask may be longer than past and length
+            columns = torch.arange(input_ids.shape[1], device=attention_mask.device) + past
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
         state = _thread.running = _Pass(self)
         try:
             for name, model in self.augmenting.items():
