@@ -18,7 +18,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a composition from a recipe. Ctrl-C (or SIGTERM) saves a checkpoint first; --resume goes on exactly where it was."""
+    """Train a composition from a recipe. Ctrl-C saves a checkpoint first; --resume goes on exactly where it was."""
     from calm.training.recipe import load_recipe
 
     checked = load_recipe(recipe)

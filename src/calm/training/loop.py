@@ -309,7 +309,7 @@ def saves_on_interrupt(callback: SaveAndStop) -> Iterator[None]:
     def request(signum: int, frame: FrameType | None) -> None:
         callback.requested = True
         if signum == signal.SIGINT:
-            signal.signal(signum, previous[signum])
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
         logger.warning(
             "%s: saving a checkpoint after this step (Ctrl-C%s stops at once, without saving)",
             *(("Ctrl-C", " again") if signum == signal.SIGINT else ("SIGTERM", "")),
