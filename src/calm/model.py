@@ -473,7 +473,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         if state is None or state.alignment is None:
             return None
         hidden = backbones.residual_of(output, self.anchor.config)
-        alignment = state.alignment.to(hidden.device).last(hidden.shape[1])
+        alignment = state.alignment.to(hidden.device)
         pairs = self._pairs
         # all connections of a layer ask with the same hidden state, so that their order does not matter
         injections = []
