@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from calm import backbones
 from calm.cache import CalmCache
@@ -53,9 +62,16 @@ class CompositionGeneration(GenerationMixin):
     """What `CalmForCausalLM` changes of transformers' generation: its cache, and what cannot work says so."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`."""
+        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`.
+
+        The settings are those of this model's `generation_config`, either way.
+        """
         if self._disabled:
-            return self.anchor.generate(*args, **kwargs)
+            anchor = self.anchor
+            if anchor.generation_config != self.generation_config:  # set here, as composed models have them saved
+                anchor = copy.copy(anchor)  # the same modules
+                anchor.generation_config = self.generation_config
+            return anchor.generate(*args, **kwargs)
         input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if isinstance(input_ids, Tensor):
             self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
@@ -132,7 +148,13 @@ class CompositionGeneration(GenerationMixin):
     def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
         if self.known_tokens is not None:  # before those that are given, which may choose a token themselves
             logits_processor = LogitsProcessorList([KnownTokens(self.known_tokens), *(logits_processor or ())])
-        return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
+        processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
+        if self.config.attend == "prompt":  # guidance asks the model itself, and without a cache for all tokens anew
+            negative = kwargs.get("negative_prompt_ids")
+            for processor in processors:
+                if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                    processor.model = partial(self, prompt_length=1 if negative is None else negative.shape[1])
+        return processors
 
     def _check_static_cache(self) -> None:
         for base in (self.anchor, *self.augmenting.values()):
