@@ -430,6 +430,16 @@ def test_activation_checkpointing(anchor: str, attend: str) -> None:
     assert not model.is_gradient_checkpointing
 
 
+def test_activation_checkpointing_keeps_no_cache() -> None:
+    model = Mix(augmenting=("llama",)).build().train()
+    expected = model(IDS, labels=IDS)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = model(IDS, labels=IDS, use_cache=True)
+    assert found.past_key_values is None
+    found.loss.backward()
+    assert_same(found.logits, expected.logits)
+
+
 def test_nothing_is_back_propagated_below_the_first_connection() -> None:
     """Not even where a trainer asks the inputs for gradients, as it does with checkpointing and with adapters."""
     model = Mix(connections=(((1, 2),),)).build().train()

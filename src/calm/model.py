@@ -60,7 +60,8 @@ def _key(augmenting: str, layer: int) -> str:
     return f"{augmenting}.{layer}"
 
 
-# Hooks have no argument for it. One for each thread, so that several may run one model at the same time.
+# Hooks have no argument for it. One for each thread, so that several may run one model at the same time, under the same
+# switches: those of `composition_disabled()` and its like are the model's, and hold for all threads.
 _thread = threading.local()
 
 
@@ -216,7 +217,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 cache, positions that restart mark packed documents, which do not see one another.
             past_key_values: The cache of earlier tokens.
             labels: Int64 `[batch, length]`, -100 where no loss is wanted.
-            use_cache: Return a cache; by default outside of training and without labels.
+            use_cache: Return a cache; by default outside of training and without labels, and in no case while training
+                with activation checkpointing.
             logits_to_keep: Compute logits for the last so many positions only (0: all).
             prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
                 `[batch]`. By default what precedes the first label, or the whole input of the first call.
@@ -253,8 +255,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         if use_cache is None:
             use_cache = not self.training and labels is None and augmenting_outputs is None
         cache = past_key_values
-        if cache is None and use_cache:
-            cache = self._new_cache()
+        if cache is None and use_cache and not (self.training and self.is_gradient_checkpointing):
+            cache = self._new_cache()  # activation checkpointing would fill it a second time in the backward pass
         length = input_ids.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int):
@@ -576,12 +578,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         return self
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        if enable and not version.parse(transformers.__version__) >= version.parse("5.23"):
-            raise CalmError(
-                f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
-                f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
-                "pass. Upgrade transformers (which needs Python 3.11), or train without it."
-            )
+        if enable:
+            check_activation_checkpointing()
         function = kwargs.get("gradient_checkpointing_func")
         if enable and isinstance(function, partial) and function.keywords.get("use_reentrant", True):
             raise CalmError(
@@ -642,7 +640,10 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
 
     @contextmanager
     def composition_disabled(self) -> Iterator[CalmForCausalLM]:
-        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model."""
+        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model.
+
+        For all threads that run the model, as the other switches: they have to take turns, as those of `calm serve` do.
+        """
         before, self._disabled = self._disabled, True
         try:
             yield self
@@ -827,6 +828,20 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
+
+
+def check_activation_checkpointing() -> None:
+    """Refuse activation checkpointing with a transformers that gets it wrong.
+
+    Raises:
+        CalmError: Naming the version.
+    """
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        raise CalmError(
+            f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
+            f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
+            "pass. Upgrade transformers (which needs Python 3.11), or train without it."
+        )
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:

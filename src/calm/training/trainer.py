@@ -23,6 +23,7 @@ from calm.config import CalmConfig, context_of, depth_of
 from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
+from calm.model import check_activation_checkpointing
 from calm.sources import Source, load_config
 from calm.training import augmenting_outputs
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
@@ -265,11 +266,7 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     Returns:
         Rows to train on, rows to evaluate on, and how many examples the former hold.
     """
-    bases = [
-        recipe.anchor,
-        *([recipe.augmenting] if isinstance(recipe.augmenting, str) else recipe.augmenting.values()),
-    ]
-    contexts = [context_of(load_config(Source.parse(base))) for base in bases]
+    contexts = [context_of(load_config(Source.parse(base))) for base in recipe.bases]
     max_length = min([recipe.data.max_length, *(context for context in contexts if context is not None)])
     data = recipe.data
 
@@ -292,7 +289,7 @@ def _kept_dirs(recipe: Recipe, output_dir: Path, data: dict[str, list[Row] | Non
     if recipe.data.augmenting_outputs != "disk":
         return {}
     directory = Path(recipe.data.augmenting_outputs_dir or output_dir / "augmenting_outputs").absolute()
-    augmenting = {"augmenting": recipe.augmenting} if isinstance(recipe.augmenting, str) else recipe.augmenting
+    augmenting = recipe.augmenting_by_name
     depths = {name: depth_of(load_config(Source.parse(base))) for name, base in augmenting.items()}
     pairs = choose_pairs(recipe.connections, depths, depth_of(load_config(Source.parse(recipe.anchor))))
     layers = {name: sorted({p.augmenting_layer for p in pairs if p.augmenting == name}) for name in augmenting}
@@ -382,6 +379,8 @@ def _load_model(
 def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe in the words of the transformers Trainer."""
     training, evaluates = recipe.training, recipe.data.eval is not None
+    if training.activation_checkpointing:
+        check_activation_checkpointing()
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=training.epochs or 3.0,
@@ -409,7 +408,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         seed=training.seed,
         bf16=training.bf16,
         fp16=training.fp16,
-        **({"activation_checkpointing": True} if training.activation_checkpointing else {}),  # 5.23 and later know it
+        **({"activation_checkpointing": True} if training.activation_checkpointing else {}),  # new in 5.23
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # those of frozen models do not change
