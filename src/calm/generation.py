@@ -151,9 +151,10 @@ class CompositionGeneration(GenerationMixin):
         processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
         if self.config.attend == "prompt":  # guidance asks the model itself, and without a cache for all tokens anew
             negative = kwargs.get("negative_prompt_ids")
+            length = 1 if negative is None else negative.shape[1]
             for processor in processors:
                 if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                    processor.model = partial(self, prompt_length=1 if negative is None else negative.shape[1])
+                    processor.model = partial(processor.model, prompt_length=length)
         return processors
 
     def _check_static_cache(self) -> None:
