@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,11 +26,16 @@ def peak_of_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: 
     states = [value for state in optimizer.state.values() for value in state.values()]
     kept = [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *model.buffers(), *states)]
     storages = {storage.data_ptr(): storage.nbytes() for t in kept if (storage := t.untyped_storage())}
+    return sum(storages.values()) + most_held(lambda: update(loss_of(model, ids), optimizer))
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most that something takes beside what is there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        update(loss_of(model, ids), optimizer)
+        run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return sum(storages.values()) + max(held)
+    return max(held)
 
 
 def main(kind: str, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import memory
 import numpy as np
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_long_rows_in_pieces(attention: str, length: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(calm.alignment, "BLOCK", 4)
     for piece, expected in zip(found(align_causal(length, slopes, CPU)), whole, strict=True):
         torch.testing.assert_close(piece, expected)
+
+
+def test_left_padding_needs_no_bias_of_whole_rows() -> None:
+    """One padding token in a batch of long rows: about the memory of rows without any."""
+    connection = random_connection(6, 32, 8, "gated", 0).requires_grad_(False)
+    hidden, context = torch.randn(4, 1024, 32), torch.randn(4, 1024, 6)
+    slopes, mask = alibi_slopes(8), torch.ones(4, 1024)
+    mask[0, 0] = 0
+
+    def padded() -> Tensor:
+        visible = visible_same_tokenizer(1024, 0, None, CPU)
+        return connection(hidden, context, align(visible, 1024, mask, slopes=slopes))
+
+    with torch.no_grad():
+        plain = memory.most_held(lambda: connection(hidden, context, align_causal(1024, slopes, CPU)))
+        assert memory.most_held(padded) < 2 * plain
+        torch.testing.assert_close(padded()[1:], connection(hidden, context, align_causal(1024, slopes, CPU))[1:])
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

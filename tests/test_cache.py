@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import factories
 import pytest
 import torch
@@ -81,6 +84,24 @@ def test_reset_of_a_static_cache(mix: Mix) -> None:
     assert int(cache.get_seq_length()) == 0
     ids = factories.tokens(3, 7, seed=4)
     assert_same(next_logits(model, cache, ids), from_scratch(model, ids, 7))
+
+
+@pytest.mark.parametrize(
+    ("static", "empty"),
+    [(False, lambda cache: cache.reset()), (True, lambda cache: cache.reset()), (False, lambda cache: cache.crop(-3))],
+    ids=["reset", "reset-static", "crop"],
+)
+def test_an_emptied_cache_forgets_how_long_the_prompt_was(static: bool, empty: Callable[[Any], None]) -> None:
+    model = MIXES[1].shared()
+    cache = model._new_cache(20 if static else None)
+    ids = factories.tokens(3, 7, seed=4)
+    with torch.no_grad():
+        model(IDS[:, :3], past_key_values=cache)
+        empty(cache)
+        assert_same(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+        last = model(IDS[:, 8:9], past_key_values=cache).logits
+        whole = torch.cat([ids, IDS[:, 8:9]], 1)
+        assert_same(last, model(whole, use_cache=False, prompt_length=7).logits[:, -1:])
 
 
 @pytest.mark.parametrize("anchor", factories.ANCHORS)

@@ -37,8 +37,8 @@ def devices_of_connections(model: calm.CalmForCausalLM, **kwargs: object) -> lis
 
     def look(module: torch.nn.Module, args: tuple) -> None:
         hidden, context, alignment = args[:3]
-        sees = [] if alignment.sees is None else [alignment.sees]
-        tensors = [hidden, context, alignment.bias, *sees, *module.parameters()]
+        sight = [value for value in vars(alignment).values() if isinstance(value, torch.Tensor)]
+        tensors = [hidden, context, *sight, *module.parameters()]
         found.append({tensor.device for tensor in tensors})
 
     for connection in model.connections:

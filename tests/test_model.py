@@ -224,6 +224,29 @@ def test_the_smaller_context_counts() -> None:
         reversed_roles(factories.tokens(1, 13))
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
+def test_tokens_that_one_model_has_not(kwargs: dict[str, Any]) -> None:
+    """Embeddings padded differently for one tokenizer: the anchor's head would emit what the other cannot read."""
+    words, small = factories.word_tokenizer(60), factories.config("gpt2", 24, 4, 2)
+    small.vocab_size = 60
+    anchor = factories.base("llama")
+    with torch.no_grad():
+        anchor.lm_head.weight[60:] *= 3
+    augmenting = {"small": AutoModelForCausalLM.from_config(small)}
+    model = calm.compose(anchor, augmenting, 2, anchor_tokenizer=words, augmenting_tokenizer={"small": words})
+    ids, arguments = factories.tokens(4, 5).clamp(max=59), {"max_new_tokens": 12, **kwargs}
+    torch.manual_seed(0)
+    with model.composition_disabled():
+        assert model.generate(ids, **arguments).max() >= 60, "the case that is tested"
+    assert model.generate(ids, **arguments).max() < 60
+    with torch.no_grad():
+        factories.assert_identical(model(ids).logits, anchor(ids).logits)  # those of padding included
+    ids[1, 2] = 61
+    for call in (model, model.generate, model.augmenting_outputs):
+        with pytest.raises(CalmError, match=r"input_ids hold 61: expected ids below 60, the smallest vocabulary"):
+            call(ids)
+
+
 def test_what_cannot_work_says_so() -> None:
     model = Mix().shared()
     for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
@@ -405,6 +428,16 @@ def test_activation_checkpointing(anchor: str, attend: str) -> None:
         assert_same(found, expected)
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
+
+
+def test_activation_checkpointing_keeps_no_cache() -> None:
+    model = Mix(augmenting=("llama",)).build().train()
+    expected = model(IDS, labels=IDS)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = model(IDS, labels=IDS, use_cache=True)
+    assert found.past_key_values is None
+    found.loss.backward()
+    assert_same(found.logits, expected.logits)
 
 
 def test_nothing_is_back_propagated_below_the_first_connection() -> None:

@@ -1,4 +1,4 @@
-"""Which augmenting positions each anchor position may see, and the attention bias that says so.
+"""Which augmenting positions each anchor position may see, and the attention bias that says so, block by block.
 
 One idea serves every case: for each anchor position, *how many* augmenting positions it sees (`visible`). The same
 tokenizer gives t + 1; "prompt only" cuts that at the prompt's length; other tokenizers only change how `visible` is
@@ -8,14 +8,17 @@ counted. Padding is never seen, and neither is another document of a packed row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 BLOCK = 512
-"""Query positions of one piece of a long causal attention."""
+"""Query positions of one piece of a long attention, over all rows of the batch that have a bias of their own."""
+
+SMALLEST_BLOCK = 32
+"""Query positions of one row in a piece, in batches of however many rows."""
 
 
 def visible_same_tokenizer(
@@ -47,31 +50,44 @@ def visible_same_tokenizer(
 
 @dataclass
 class Alignment:
-    """The additive attention bias of one forward pass, shared by every connection.
+    """Who sees what in one forward pass, shared by every connection; `blocks` makes the attention bias from it.
+
+    An anchor position sees the real tokens among the columns from `first` up to, and without, `visible`.
 
     Attributes:
-        bias: Float32 `[1 or batch, 1 or heads, query length, key length]`: `-inf` where an augmenting position is not
-            seen, otherwise the ALiBi penalty (0 without slopes). From `align_causal` it is that of the last positions
-            of the longest document, since that of others is the same, shifted.
+        visible: Int64 `[1 or batch, query length]`.
+        counts: Int64 `[1 or batch, key length + 1]`, how many real tokens there are before each column.
+        slopes: Float32 `[heads]`, ALiBi slopes (Press et al., arXiv 2108.12409) over the distance from the last
+            position seen, counted in real tokens; or `None`.
+        real: Bool `[batch, key length]`, false for padding; `None` without any.
+        first: Int64 `[batch, query length]`, where each position's document starts in a packed row; `None` for 0.
         sees: Bool `[1 or batch, query length, 1]`, false where an anchor position sees nothing, or `None` when every
-            position sees something. Such a position has no `-inf` in its `bias`, which keeps the softmax finite; the
+            position sees something. Such a position has no `-inf` in its bias, which keeps the softmax finite; the
             connection leaves its hidden state as it is.
-        documents: Lengths of the documents of packed rows, one row after another, or `None`. Documents do not see one
-            another.
+        shifts: Whether the bias of a block is that of any other one, shifted, in each row: rows of plain causal order.
+        documents: With `shifts`, lengths of the documents of packed rows, one row after another, or `None`; the other
+            attributes are then those of the longest one. Documents do not see one another.
     """
 
-    bias: Tensor
-    sees: Tensor | None
+    visible: Tensor
+    counts: Tensor
+    slopes: Tensor | None = None
+    real: Tensor | None = None
+    first: Tensor | None = None
+    sees: Tensor | None = None
+    shifts: bool = False
     documents: list[int] | None = None
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def to(self, device: torch.device) -> Alignment:
         """The same alignment on another device (a base spread over several has its connections spread likewise)."""
-        if self.bias.device == device:
+        if self.visible.device == device:
             return self
         if device not in self._made:
-            sees = None if self.sees is None else self.sees.to(device)
-            self._made[device] = Alignment(self.bias.to(device), sees, self.documents)
+            there: dict[str, Any] = {
+                f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            }
+            self._made[device] = replace(self, **there)
         moved: Alignment = self._made[device]
         return moved
 
@@ -79,51 +95,78 @@ class Alignment:
         """Cut the attention of a row, or of one document, into pieces, each with the keys that may be seen in it.
 
         Args:
-            query_length: Number of query positions, the last ones of those that have keys.
+            query_length: Number of query positions, the last ones of those that have keys (an anchor may drop the
+                others before its last layers).
             key_length: Number of keys.
             dtype: Of the queries.
 
         Returns:
-            Of each piece: its query positions, the number of leading keys, and the bias between them in that dtype.
+            Of each piece: its query positions, the number of leading keys, and the bias between them in that dtype,
+            `[1 or batch, 1 or heads, queries, keys]`: `-inf` where an augmenting position is not seen, otherwise the
+            ALiBi penalty (0 without slopes).
         """
-        bias = self.bias_in(dtype)
-        rows, longest = bias.shape[-2:]
+        total, longest = self.visible.shape[1], self.counts.shape[1] - 1
+        rows = max(BLOCK // max(len(self.visible), len(self.counts)), SMALLEST_BLOCK)
+        if self.shifts:
+            rows = min(BLOCK, total)
+        if torch.compiler.is_compiling():  # a loop would be compiled for each length
+            rows = total
+        # for a backward pass each connection keeps its bias: one for all of them, then
+        keep = query_length <= rows or torch.is_grad_enabled()
         for end in range(query_length % rows or rows, query_length + 1, rows):
             start, keys = max(end - rows, 0), key_length - query_length + end
-            yield slice(start, end), keys, bias[:, :, rows - (end - start) :, longest - keys :]
+            if self.shifts:
+                bias = self._bias(total - rows, total, longest, dtype, keep=True)
+                bias = bias[:, :, rows - (end - start) :, longest - keys :]
+            else:
+                before = total - query_length
+                bias = self._bias(before + start, before + end, keys, dtype, keep)
+            yield slice(start, end), keys, bias
 
-    def last(self, count: int) -> Alignment:
-        """That of the last `count` query positions (an anchor may drop the others before its last layers)."""
-        if self.bias.shape[2] <= count or self.documents is not None:
-            return self
-        if count not in self._made:
-            sees = None if self.sees is None else self.sees[:, -count:]
-            self._made[count] = Alignment(self.bias[:, :, -count:], sees)
-        shorter: Alignment = self._made[count]
-        return shorter
+    def _bias(self, start: int, end: int, keys: int, dtype: torch.dtype, keep: bool) -> Tensor:
+        """The bias of the query positions from `start` to `end` on the leading keys."""
+        key = (start, end, keys, dtype)
+        if key in self._made:
+            kept: Tensor = self._made[key]
+            return kept
+        visible, columns = self.visible[:, start:end, None], torch.arange(keys, device=self.visible.device)
+        seen = columns < visible  # [1 or batch, query, key]
+        if self.first is not None:
+            seen = seen & (columns >= self.first[:, start:end, None])
+        if self.real is not None:
+            seen = seen & self.real[:, None, :keys]
+        if self.sees is not None:
+            seen = seen | ~self.sees[:, start:end]
+        bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")).unsqueeze(1)
+        if self.slopes is not None:
+            last = _at(self.counts, visible.squeeze(-1)).unsqueeze(-1) - 1
+            distance = (last - self.counts[:, None, :keys]).clamp(min=0).float().unsqueeze(1)
+            bias = torch.addcmul(bias, distance, self.slopes.view(1, -1, 1, 1), value=-1)
+        bias = bias.to(dtype)
+        if keep:
+            self._made[key] = bias
+        return bias
 
     def of_first_document(self, length: int) -> tuple[int, Alignment]:
-        """That of the batch's first row alone, or of its first document, for its last query positions.
+        """That of the batch's first row alone, or of its first document.
 
         Args:
             length: Number of keys of a row.
 
         Returns:
-            How many keys the document has, and the alignment of as many of its last positions as its bias has.
+            How many keys the document has, and its alignment.
         """
-        length = length if self.documents is None else self.documents[0]
-        rows, longest = self.bias.shape[-2:]
-        bias = self.bias[:1, :, max(rows - length, 0) :, longest - length :]
-        return length, Alignment(bias, None if self.sees is None else self.sees[:1])
+        if self.documents is not None:
+            return self.documents[0], replace(self, documents=None)
+        of_rows = ("visible", "counts", "real", "first", "sees")
+        row: dict[str, Any] = {n: value[:1] for n in of_rows if (value := getattr(self, n)) is not None}
+        return length, replace(self, **row)
 
-    def bias_in(self, dtype: torch.dtype) -> Tensor:
-        """The bias in the dtype of the queries; one copy serves all connections, forward and backward."""
-        if self.bias.dtype == dtype:
-            return self.bias
-        if dtype not in self._made:
-            self._made[dtype] = self.bias.to(dtype)
-        cast: Tensor = self._made[dtype]
-        return cast
+
+def _at(counts: Tensor, columns: Tensor) -> Tensor:
+    """The entries of `[1 or batch, key length + 1]` at columns `[1 or batch, query length]`."""
+    rows = max(len(counts), len(columns))
+    return counts.expand(rows, -1).gather(1, columns.expand(rows, -1))
 
 
 def document_lengths(documents: Tensor) -> list[int]:
@@ -145,11 +188,11 @@ def align_causal(
 ) -> Alignment:
     """The alignment of rows that start here and hold no padding on their left: position t sees positions 0..t.
 
-    Made for a block of positions, not for all: the bias of `length` x `length` is large, and half of it hides keys.
+    One block of its bias serves all of them: that of `length` x `length` is large, and half of it hides keys.
 
     Args:
         length: Number of positions of a row.
-        slopes: Float32 `[heads]`, as for `align`.
+        slopes: Float32 `[heads]`, as in `Alignment`.
         device: Where the result lives.
         documents: For packed rows, the lengths of their documents: t sees the positions of its own up to itself.
 
@@ -157,13 +200,9 @@ def align_causal(
         The alignment.
     """
     length = length if documents is None else max(documents)
-    rows = length if torch.compiler.is_compiling() else min(length, BLOCK)  # a loop would be compiled for each length
-    positions = torch.arange(length, device=device)
-    distance = positions[-rows:].unsqueeze(-1) - positions
-    bias = torch.zeros(distance.shape, device=device).masked_fill_(distance < 0, float("-inf")).view(1, 1, rows, length)
-    if slopes is not None:
-        bias = bias - slopes.to(device).view(1, -1, 1, 1) * distance.clamp(min=0)
-    return Alignment(bias, None, documents)
+    counts = torch.arange(length + 1, device=device).unsqueeze(0)
+    slopes = None if slopes is None else slopes.to(device)
+    return Alignment(counts[:, 1:], counts, slopes, shifts=True, documents=documents)
 
 
 def align(
@@ -174,39 +213,27 @@ def align(
     slopes: Tensor | None = None,
     may_be_blind: bool = False,
 ) -> Alignment:
-    """Turn counts of visible positions into an attention bias.
+    """The alignment of rows of any kind, from counts of visible positions.
 
     Args:
         visible: Int64 `[1 or batch, query_length]`, from `visible_same_tokenizer`.
         key_length: Number of augmenting positions held, those of a static cache that are still empty included.
         padding_mask: `[batch, <= key_length]`, 1 for a token and 0 for padding; missing columns count as padding.
-        documents: Int64 `[batch, key_length]`, a number for each document, for packed rows without a cache.
-        slopes: Float32 `[heads]`, ALiBi slopes (Press et al., arXiv 2108.12409) over the distance from the last
-            position seen, counted in real tokens.
+        documents: Int64 `[batch, key_length]`, a rising number for each document, for packed rows without a cache.
+        slopes: Float32 `[heads]`, as in `Alignment`.
         may_be_blind: Whether `visible` may be 0 somewhere.
 
     Returns:
         The alignment.
     """
-    positions = torch.arange(key_length, device=visible.device)
-    seen = positions < visible.unsqueeze(-1)  # [1 or batch, query, key]
-    key_positions = positions.unsqueeze(0)
+    real = first = sees = None
+    counts = torch.arange(key_length + 1, device=visible.device).unsqueeze(0)
     if padding_mask is not None:
         real = torch.nn.functional.pad(padding_mask.bool(), (0, key_length - padding_mask.shape[1]))
-        seen = seen & real.unsqueeze(1)
-        key_positions = real.cumsum(-1) - 1
-        may_be_blind = True
+        counts = torch.nn.functional.pad(real.cumsum(-1), (1, 0))
     if documents is not None:
-        seen = seen & (documents.unsqueeze(1) == documents.unsqueeze(2))
-
-    sees = None
-    if may_be_blind:
-        sees = seen.any(-1, keepdim=True)
-        seen = seen | ~sees
-    bias = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf")).unsqueeze(1)
-    if slopes is not None:
-        rows = max(visible.shape[0], key_positions.shape[0])
-        last = key_positions.expand(rows, -1).gather(1, (visible - 1).clamp(min=0).expand(rows, -1))
-        distance = (last.unsqueeze(-1) - key_positions.unsqueeze(1)).clamp(min=0)
-        bias = bias - slopes.to(bias.device).view(1, -1, 1, 1) * distance.unsqueeze(1)
-    return Alignment(bias, sees)
+        first = torch.searchsorted(documents, documents)
+    if may_be_blind or real is not None:
+        hidden = 0 if first is None else _at(counts, first)
+        sees = (_at(counts, visible) > hidden).unsqueeze(-1)
+    return Alignment(visible, counts, None if slopes is None else slopes.to(visible.device), real, first, sees)

@@ -161,7 +161,7 @@ class Connection(GradientCheckpointingLayer):
             injection = injection * self.gate(states)
         injection = injection.to(hidden.dtype)
         if alignment.sees is not None:
-            injection = injection * alignment.sees
+            injection = injection * alignment.sees[:, -injection.shape[1] :]
         return injection
 
     def attention_weights(self, hidden: Tensor, context: Tensor, alignment: Alignment) -> Tensor:
@@ -182,7 +182,9 @@ class Connection(GradientCheckpointingLayer):
             scores = queries[:, :, rows] @ keys[:, :, :count].transpose(-1, -2) + bias
             pieces.append(F.pad(scores.softmax(-1), (0, keys.shape[2] - count)))
         weights = torch.cat(pieces, dim=2)
-        return weights if alignment.sees is None else weights * alignment.sees.unsqueeze(1)
+        if alignment.sees is not None:
+            weights = weights * alignment.sees[:, None, -weights.shape[2] :]
+        return weights
 
     def openness(self, hidden: Tensor) -> Tensor:
         """How far the gate is open, for those who want to see it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
@@ -73,6 +74,17 @@ class CalmCache(Cache):
     def layers(self, value: list[CacheLayerMixin]) -> None:
         if value:  # the parts own their layers; Cache.__init__ sets an empty list
             raise CalmError("The layers of a CalmCache are those of its parts and cannot be set.")
+
+    def reset(self) -> None:
+        """Empty all parts; the next prompt has a length of its own."""
+        super().reset()
+        self.prompt_length = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the last tokens from all parts, as transformers' caches do; without any left the prompt is gone."""
+        super().crop(*args, **kwargs)
+        if self.get_seq_length() == 0:
+            self.prompt_length = None
 
     def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Refused: only the parts are written to."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from calm import backbones
 from calm.cache import CalmCache
@@ -34,13 +43,35 @@ NO_DEFAULTS: dict[str, None] = dict.fromkeys(
 an answer early: many instruction-tuned models bring a repetition penalty."""
 
 
+class KnownTokens(LogitsProcessor):
+    """Rules out what one of the composed models has no embedding for, and no tokenizer a text.
+
+    Args:
+        count: How many tokens all models have.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[batch, vocabulary]` with `-inf` for the other tokens."""
+        return nn.functional.pad(scores[:, : self.count], (0, scores.shape[1] - self.count), value=float("-inf"))
+
+
 class CompositionGeneration(GenerationMixin):
     """What `CalmForCausalLM` changes of transformers' generation: its cache, and what cannot work says so."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`."""
+        """Generate with any strategy of transformers; the bare anchor's within `composition_disabled()`.
+
+        The settings are those of this model's `generation_config`, either way.
+        """
         if self._disabled:
-            return self.anchor.generate(*args, **kwargs)
+            anchor = self.anchor
+            if anchor.generation_config != self.generation_config:  # set here, as composed models have them saved
+                anchor = copy.copy(anchor)  # the same modules
+                anchor.generation_config = self.generation_config
+            return anchor.generate(*args, **kwargs)
         input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if isinstance(input_ids, Tensor):
             self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
@@ -113,6 +144,18 @@ class CompositionGeneration(GenerationMixin):
             cache.prompt_length = length if given is None else given
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        if self.known_tokens is not None:  # before those that are given, which may choose a token themselves
+            logits_processor = LogitsProcessorList([KnownTokens(self.known_tokens), *(logits_processor or ())])
+        processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
+        if self.config.attend == "prompt":  # guidance asks the model itself, and without a cache for all tokens anew
+            negative = kwargs.get("negative_prompt_ids")
+            length = 1 if negative is None else negative.shape[1]
+            for processor in processors:
+                if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                    processor.model = partial(processor.model, prompt_length=length)
+        return processors
 
     def _check_static_cache(self) -> None:
         for base in (self.anchor, *self.augmenting.values()):

@@ -35,7 +35,7 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, width_of
+from calm.config import CalmConfig, text_config, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
@@ -60,7 +60,8 @@ def _key(augmenting: str, layer: int) -> str:
     return f"{augmenting}.{layer}"
 
 
-# Hooks have no argument for it. One for each thread, so that several may run one model at the same time.
+# Hooks have no argument for it. One for each thread, so that several may run one model at the same time, under the same
+# switches: those of `composition_disabled()` and its like are the model's, and hold for all threads.
 _thread = threading.local()
 
 
@@ -82,6 +83,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
             `release_augmenting()`.
         connections: `nn.ModuleList` of `Connection`, in the order of `config.layer_pairs`.
         context_length: The smallest context of the composed models in tokens, `None` where none states a limit.
+        known_tokens: The smallest vocabulary of the composed models where they differ (models of one tokenizer may pad
+            their embeddings differently), else `None`. `generate` produces no larger ids.
     """
 
     config_class = CalmConfig
@@ -130,6 +133,12 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
         contexts = config.anchor_config, config.augmenting_configs
         self.context_length, self._context_of = backbones.smallest_context(*contexts)
+        sizes = {
+            size
+            for base in (config.anchor_config, *config.augmenting_configs.values())
+            if (size := getattr(text_config(base), "vocab_size", None)) is not None
+        }
+        self.known_tokens: int | None = min(sizes) if len(sizes) > 1 else None
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
@@ -200,7 +209,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 cache, positions that restart mark packed documents, which do not see one another.
             past_key_values: The cache of earlier tokens.
             labels: Int64 `[batch, length]`, -100 where no loss is wanted.
-            use_cache: Return a cache; by default outside of training and without labels.
+            use_cache: Return a cache; by default outside of training and without labels, and in no case while training
+                with activation checkpointing.
             logits_to_keep: Compute logits for the last so many positions only (0: all).
             prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
                 `[batch]`. By default what precedes the first label, or the whole input of the first call.
@@ -216,8 +226,9 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
 
         Raises:
             CalmError: On empty input, embeddings instead of tokens, a mask that is not two-dimensional, a cache that
-                is not a `CalmCache`, more tokens than the smaller of the models' contexts, kept outputs that do not
-                fit the input, or augmenting models that are needed and were not loaded.
+                is not a `CalmCache`, tokens that one of the models does not have, more tokens than the smaller of the
+                models' contexts, kept outputs that do not fit the input, or augmenting models that are needed and were
+                not loaded.
         """
         if self._disabled:
             return self._forward_anchor_alone(
@@ -236,8 +247,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         if use_cache is None:
             use_cache = not self.training and labels is None and augmenting_outputs is None
         cache = past_key_values
-        if cache is None and use_cache:
-            cache = self._new_cache()
+        if cache is None and use_cache and not (self.training and self.is_gradient_checkpointing):
+            cache = self._new_cache()  # activation checkpointing would fill it a second time in the backward pass
         length = input_ids.shape[1]
         past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int):
@@ -325,7 +336,9 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 "composition with them."
             )
         if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            past = cache.get_seq_length() if cache is not None else 0  # the mask may be longer than past and length
+            columns = torch.arange(input_ids.shape[1], device=attention_mask.device) + past
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, columns]
         state = _thread.running = _Pass(self)
         try:
             for name, model in self.augmenting.items():
@@ -454,7 +467,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         if state is None or state.alignment is None:
             return None
         hidden = backbones.residual_of(output, self.anchor.config)
-        alignment = state.alignment.to(hidden.device).last(hidden.shape[1])
+        alignment = state.alignment.to(hidden.device)
         pairs = self._pairs
         # all connections of a layer ask with the same hidden state, so that their order does not matter
         injections = []
@@ -488,6 +501,14 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
                 f"input_ids has shape {tuple(input_ids.shape)}: expected at least one token a row. An empty prompt "
                 "needs a beginning-of-sequence token."
             )
+        if self.known_tokens is not None and not is_tracing(input_ids):  # else no need to wait for the device
+            largest = int(input_ids.max())
+            if largest >= self.known_tokens:
+                raise CalmError(
+                    f"input_ids hold {largest}: expected ids below {self.known_tokens}, the smallest vocabulary of the "
+                    "composed models. Larger ones are padding of the others' embeddings; a tokenizer that all of them "
+                    "share gives none of these."
+                )
         if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
             raise CalmError(
                 f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
@@ -549,12 +570,8 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         return self
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        if enable and not version.parse(transformers.__version__) >= version.parse("5.23"):
-            raise CalmError(
-                f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
-                f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
-                "pass. Upgrade transformers (which needs Python 3.11), or train without it."
-            )
+        if enable:
+            check_activation_checkpointing()
         function = kwargs.get("gradient_checkpointing_func")
         if enable and isinstance(function, partial) and function.keywords.get("use_reentrant", True):
             raise CalmError(
@@ -615,7 +632,10 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
 
     @contextmanager
     def composition_disabled(self) -> Iterator[CalmForCausalLM]:
-        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model."""
+        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model.
+
+        For all threads that run the model, as the other switches: they have to take turns, as those of `calm serve` do.
+        """
         before, self._disabled = self._disabled, True
         try:
             yield self
@@ -823,6 +843,20 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
+
+
+def check_activation_checkpointing() -> None:
+    """Refuse activation checkpointing with a transformers that gets it wrong.
+
+    Raises:
+        CalmError: Naming the version.
+    """
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        raise CalmError(
+            f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
+            f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
+            "pass. Upgrade transformers (which needs Python 3.11), or train without it."
+        )
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:

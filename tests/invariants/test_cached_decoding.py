@@ -147,6 +147,18 @@ def test_elsewhere(anchor: str, name: str) -> None:
     check_decoding(model, [factories.tokens(1, n, seed=n)[0] for n in (9, 4)], **STRATEGIES[name])
 
 
+@pytest.mark.parametrize("negative", [None, factories.tokens(2, 3, seed=8)], ids=["last-token", "negative-prompt"])
+@pytest.mark.parametrize("attend", ["causal", "prompt"])
+def test_guidance(attend: str, negative: Tensor | None) -> None:
+    """The unconditional passes are the processor's own, with a cache apart from the generation's."""
+    model = Mix(augmenting=("llama",), attend=attend).shared()
+    arguments = {"guidance_scale": 3.0, "max_new_tokens": NEW_TOKENS, "output_scores": True}
+    arguments |= {"return_dict_in_generate": True, "do_sample": False, "negative_prompt_ids": negative}
+    cached, uncached = (model.generate(factories.tokens(2, 7), use_cache=kept, **arguments) for kept in (True, False))
+    for found, expected in zip(uncached.scores, cached.scores, strict=True):
+        assert_same(found, expected)
+
+
 def test_sampling_draws_the_same_tokens_with_and_without_a_cache() -> None:
     model = Mix(augmenting=("gpt2", "mamba")).shared()
     rows = [factories.tokens(1, n, seed=n)[0] for n in (9, 4)]

@@ -113,6 +113,21 @@ def test_disabled_composition_runs_no_augmenting_model() -> None:
     assert not calls
 
 
+def test_disabled_composition_generates_with_its_own_settings() -> None:
+    """Those that a composition saves, as it does when it is not disabled; the anchor's stay as they are."""
+    model = Mix().build()
+    model.anchor.generation_config.repetition_penalty = 5.0
+    model.generation_config.max_new_tokens = 3
+    before = model.anchor.generation_config.to_dict()
+    ids = factories.tokens(2, 5)
+    with model.composition_disabled():
+        found = model.generate(ids)
+    assert model.anchor.generation_config.to_dict() == before
+    model.anchor.generation_config = model.generation_config
+    expected = model.anchor.generate(ids)
+    assert found.shape == (2, 8) and torch.equal(found, expected)
+
+
 def test_disabled_composition_refuses_a_cache_of_the_composition() -> None:
     model = Mix().shared()
     cache = model(factories.tokens(1, 5)).past_key_values

@@ -90,6 +90,19 @@ def test_left_padding_is_inert_without_position_ids(anchor: str) -> None:
                 assert_same(found[row_mask], model(row[None]).logits[0])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_as_long_as_a_static_cache(side: str) -> None:
+    """Without position_ids, in two calls: the columns that count are those of the new tokens, not the mask's last."""
+    model = Mix(augmenting=("gpt2", "llama")).shared()
+    ids, mask, _ = factories.padded([factories.tokens(1, n, seed=n)[0] for n in (9, 4)], side)
+    longer = torch.nn.functional.pad(mask, (0, 20 - mask.shape[1]))
+    cache = model._new_cache(20)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        calls = [model(part, attention_mask=longer, past_key_values=cache).logits for part in ids.split([6, 3], 1)]
+    assert_same(torch.cat(calls, 1)[mask.bool()], expected[mask.bool()])
+
+
 def test_masked_tokens_in_the_middle_are_not_seen() -> None:
     """A masked token changes nothing after it, wherever it stands."""
     model = Mix(augmenting=("llama",)).shared()
@@ -169,8 +182,7 @@ def test_counting_padding_as_distance_is_noticed(monkeypatch: pytest.MonkeyPatch
 
     def wrong(*args: object, **kwargs: object) -> object:
         right = align(*args, **kwargs)
-        key_length = right.bias.shape[-1]
-        right.bias = right.bias - torch.arange(key_length).remainder(3)  # depends on the column, not on the token
+        right.counts = right.counts + torch.arange(right.counts.shape[1]).remainder(3)  # of the column, not the token
         return right
 
     monkeypatch.setattr(calm.model, "align", wrong)

@@ -237,15 +237,18 @@ def test_a_stop_string_ends_its_row_and_no_other(engine: Callable[..., Engine], 
     assert len(stopped[0]) < len(tokens)
 
 
-def test_the_end_of_sequence_ends_a_row_without_text(engine: Callable[..., Engine], mixed: list[Asked]):
-    """The fifth token is made the one that ends."""
-    tokens = together(engine(), [mixed[0]])[0][0]
+@pytest.mark.parametrize("off", [frozenset(), NONE])
+def test_the_end_of_sequence_ends_a_row_without_text(
+    engine: Callable[..., Engine], mixed: list[Asked], off: frozenset[str]
+):
+    """The fifth token is made the one that ends, also where the composition is off."""
+    asked = replace(mixed[0], off=off)
+    tokens = together(engine(), [asked])[0][0]
     end = tokens[4]
     running = engine()
     with patched(running.model.generation_config, eos_token_id=[end]):
-        found = together(running, [mixed[0]])[0]
-        assert running.end_of_sequence(frozenset()) == {end}
-        assert running.end_of_sequence(NONE) == {2}, "the anchor has its own"
+        found = together(running, [asked])[0]
+        assert running.end_of_sequence() == {end}
     at = tokens.index(end)
     assert (found[0], found[2]) == (tokens[: at + 1], "stop")
     assert "".join(found[1]) == running.tokenizer.decode(tokens[:at], skip_special_tokens=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import factories
+import psutil
 import pytest
 import torch
 import yaml
@@ -25,16 +28,21 @@ pytestmark = pytest.mark.slow
 
 def launch(processes: int, *command: str) -> str:
     """Run a command with torchrun; its output."""
+    started = start(processes, *command)
+    out, err = started.communicate(timeout=600)
+    assert started.returncode == 0, out + err
+    return out
+
+
+def start(processes: int, *command: str) -> subprocess.Popen[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*torchrun, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
+    return subprocess.Popen(
+        [*torchrun, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -59,14 +67,18 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
     return {**bases, "connections": 2, "data": data, "training": training}
 
 
-def train(recipe: dict[str, Any], folder: Path, processes: int, *options: str) -> None:
-    """`calm train` in that many processes, four examples a step."""
+def calm_train(recipe: dict[str, Any], folder: Path, processes: int) -> list[str]:
+    """The command `calm train`, for four examples a step in that many processes."""
     recipe = recipe | {
         "training": recipe["training"] | {"output_dir": str(folder), "gradient_accumulation": 4 // processes}
     }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
-    launch(processes, "--no-python", str(Path(sys.executable).with_name("calm")), "train", str(file), *options)
+    return ["--no-python", str(Path(sys.executable).with_name("calm")), "train", str(file)]
+
+
+def train(recipe: dict[str, Any], folder: Path, processes: int, *options: str) -> None:
+    launch(processes, *calm_train(recipe, folder, processes), *options)
 
 
 def history(folder: Path) -> dict[tuple[str, int], float]:
@@ -92,6 +104,32 @@ def test_data_parallel_training_is_that_of_one_process(recipe: dict[str, Any], t
         (folder / "training_log.json").unlink()
         train(recipe, folder, processes, "--resume")
         assert history(folder) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_process_has_all_save_and_stop(
+    recipe: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    recipe["training"] |= {"max_steps": 20000}
+    started = start(2, *calm_train(recipe, out, 2))
+    agent = psutil.Process(started.pid)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(out.glob("checkpoint-*")):
+            assert started.poll() is None, started.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        next(worker for worker in agent.children() if worker.environ()["RANK"] == "1").send_signal(number)
+        _, err = started.communicate(timeout=120)
+    finally:
+        for process in (*agent.children(), agent) if agent.is_running() else ():
+            process.kill()
+    last = max(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*"))
+    assert f"interrupted at step {last} of 20000" in err
+    recipe["training"] |= {"max_steps": last + 1}
+    train(recipe, out, 2, "--resume")
+    assert history(out)["loss", last + 1] > 0
 
 
 def test_one_example_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -171,6 +171,19 @@ def test_fsdp2_and_its_checkpoints(
 
 
 @pytest.mark.slow
+def test_fsdp2_resumes_with_connections_in_float32(folder: Path) -> None:
+    """Beside bases in bfloat16, to which loading a composition rounds the connections."""
+    fsdp2 = launcher(EXAMPLES / "accelerate/fsdp2.yaml", str(WORKER))
+    calm_train(folder, "rounded", *fsdp2, processes=2, dtype="bfloat16")
+    before, expected = history(folder / "rounded"), load_file(folder / "rounded/checkpoint-8/model.safetensors")
+    back_to_the_middle(folder / "rounded")
+    calm_train(folder, "rounded", *fsdp2, processes=2, resume=True, dtype="bfloat16")
+    assert history(folder / "rounded") == before
+    found = load_file(folder / "rounded/checkpoint-8/model.safetensors")
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+@pytest.mark.slow
 def test_zero3_and_its_checkpoints(
     folder: Path,
     one: dict[tuple[str, int], float],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from bases import byte_tokenizer, save_base, sums, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
@@ -647,6 +648,20 @@ def test_activation_checkpointing_trains_the_same(make_recipe: MakeRecipe, whole
     trainer.train(recipe)
     for key, expected in losses(whole).items():
         assert losses(recipe)[key] == pytest.approx(expected, rel=1e-4), key
+
+
+def test_activation_checkpointing_that_transformers_gets_wrong_is_refused(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    """Before its TrainingArguments are made, which do not know the word either."""
+
+    def of_that_version(**kwargs: Any) -> None:
+        raise TypeError(f"unexpected keyword arguments {list(kwargs)}")
+
+    monkeypatch.setattr(transformers, "__version__", "5.22.1")
+    monkeypatch.setattr(trainer, "TrainingArguments", of_that_version)
+    with pytest.raises(CalmError, match=r"Activation checkpointing.* needs transformers 5.23 or later, found 5.22.1"):
+        trainer.train(make_recipe(activation_checkpointing=True))
 
 
 @pytest.mark.parametrize("settings", [{"top": {"dtype": "bfloat16"}}, {"bf16": True}])

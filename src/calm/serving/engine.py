@@ -166,10 +166,9 @@ class Engine:
                 stopping_criteria=StoppingCriteriaList([_Deliver(self, rows, choose)]),
             )
 
-    def end_of_sequence(self, off: frozenset[str]) -> frozenset[int]:
-        """The tokens that end an answer: the anchor's own, where the composition is off."""
-        model = self.model.anchor if off == set(self.model.config.augmenting_configs) else self.model
-        found = model.generation_config.eos_token_id
+    def end_of_sequence(self) -> frozenset[int]:
+        """The tokens that end an answer, whatever is switched off."""
+        found = self.model.generation_config.eos_token_id
         return frozenset([found] if isinstance(found, int) else found or [])
 
 
@@ -180,7 +179,7 @@ class _Deliver(StoppingCriteria):
         self._rows = rows
         self._choose = choose
         self._metrics = engine._metrics
-        self._end = engine.end_of_sequence(rows[0].off)
+        self._end = engine.end_of_sequence()
         self._texts = [AnswerText(engine.tokenizer, row.prompt, row.sampling.stop) for row in rows]
         self._counts = [0] * len(rows)
         self._ended = [False] * len(rows)

@@ -152,17 +152,15 @@ class CompositionTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As the Trainer; FSDP's connections are loaded before they are sharded."""
-        if not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Load the best model, which is a composition, sharded or not."""
+        """Load a composition's weights as they were saved, in float32, into the connections, sharded or not."""
         connections = self.accelerator.unwrap_model(self.model).connections
         with sharding.gathered(connections):
             expected = connections.state_dict(prefix=CONNECTIONS_PREFIX)
-            weights = read_weights(str(self.state.best_model_checkpoint), expected)
+            weights = read_weights(resume_from_checkpoint, expected)
         sharding.load(connections, {key.removeprefix(CONNECTIONS_PREFIX): value for key, value in weights.items()})
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
@@ -278,31 +276,52 @@ class LogBeforeSaving(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """Save a checkpoint and end the training after the current optimiser step, once `requested`."""
+    """Save a checkpoint and end the training after the current optimiser step, once `requested` of any process.
 
-    requested = False
+    Attributes:
+        requested: Set from outside, at any moment, in this process.
+        stopped: Whether all processes have ended the training for it, after the same step.
+    """
+
+    requested = stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the Trainer after each optimiser step."""
-        if self.requested:
+        self.stopped = self.requested
+        if args.world_size > 1:  # a process that stopped alone would leave the others waiting for it
+            flag = torch.tensor(int(self.requested), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(flag)
+        if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
 
 @contextmanager
 def saves_on_interrupt(callback: SaveAndStop) -> Iterator[None]:
-    """Within this context the first Ctrl-C asks for a checkpoint and a stop; the second one stops at once."""
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a job in the background of a shell
-    if ignored or threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+    """Within this context the first Ctrl-C or SIGTERM asks for a checkpoint and a stop; a second Ctrl-C stops at once.
+
+    SIGTERM may come twice of its own: from SLURM, and from torchrun, which passes on what it got itself.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
 
     def request(signum: int, frame: FrameType | None) -> None:
         callback.requested = True
-        signal.signal(signal.SIGINT, previous)
-        logger.warning("Ctrl-C: saving a checkpoint after this step (Ctrl-C again stops at once, without saving)")
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        logger.warning(
+            "%s: saving a checkpoint after this step (Ctrl-C%s stops at once, without saving)",
+            *(("Ctrl-C", " again") if signum == signal.SIGINT else ("SIGTERM", "")),
+        )
 
-    previous = signal.signal(signal.SIGINT, request)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # ignored: Ctrl-C by a job in the background of a shell; None: handled by something other than Python
+    taken = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    for number in taken:
+        signal.signal(number, request)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number in taken:
+            signal.signal(number, previous[number])

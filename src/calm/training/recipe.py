@@ -204,8 +204,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _quantized_once(self) -> Recipe:
-        models = [self.anchor, *([self.augmenting] if isinstance(self.augmenting, str) else self.augmenting.values())]
-        if self.quantization is not None and (gguf := [model for model in models if model.endswith(".gguf")]):
+        if self.quantization is not None and (gguf := [base for base in self.bases if base.endswith(".gguf")]):
             raise ValueError(
                 f"quantization = {self.quantization!r}: {gguf[0]} is a GGUF file, which transformers cannot quantize "
                 "while it loads it; leave quantization out, or take the model's safetensors files"
@@ -220,6 +219,16 @@ class Recipe(_Section):
                 "apart; train without packing"
             )
         return self
+
+    @property
+    def augmenting_by_name(self) -> dict[str, str]:
+        """The augmenting models by name; a single one is called as `calm.compose` calls it."""
+        return {"augmenting": self.augmenting} if isinstance(self.augmenting, str) else self.augmenting
+
+    @property
+    def bases(self) -> list[str]:
+        """The anchor and the augmenting models."""
+        return [self.anchor, *self.augmenting_by_name.values()]
 
     @property
     def save_steps(self) -> int:

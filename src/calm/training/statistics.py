@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import TrainerCallback
 
+from calm.alignment import BLOCK
 from calm.attention import Connection
 from calm.sharding import is_zero3, whole
 
@@ -90,7 +91,7 @@ class _Watch:
         if connection.gate is not None:
             self.values[f"connection_{self.index}/gate"] = connection.openness(hidden).mean().item()
         length, first = alignment.of_first_document(context.shape[1])
-        rows = slice(length - first.bias.shape[2], length)
+        rows = slice(max(length - BLOCK, 0), length)
         weights = connection.attention_weights(hidden[:1, rows], context[:1, :length], first)
         entropy = -torch.special.xlogy(weights, weights).sum(-1).mean().item()
         self.values[f"connection_{self.index}/entropy"] = entropy

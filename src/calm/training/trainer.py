@@ -23,6 +23,7 @@ from calm.config import CalmConfig, depth_of
 from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
+from calm.model import check_activation_checkpointing
 from calm.sources import Source, load_config
 from calm.training import augmenting_outputs
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
@@ -74,7 +75,7 @@ class TrainingResult:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C in training, after a checkpoint was saved; the message says where."""
+    """Ctrl-C or SIGTERM in training, after a checkpoint was saved; the message says where."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
@@ -92,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         CalmError: If the data cannot be used, if the models do not fit together, if `output_dir` already holds
             checkpoints (without `resume`) or none (with it), if a checkpoint cannot be written, or if the loss is not
             a finite number.
-        TrainingInterrupted: After Ctrl-C, with a checkpoint saved.
+        TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     output_dir = Path(recipe.training.output_dir).absolute()
     _check_loggers(recipe)
@@ -142,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     with saves_on_interrupt(on_interrupt):
         output = trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.state
-    if on_interrupt.requested and state.global_step < state.max_steps:
+    if on_interrupt.stopped and state.global_step < state.max_steps:
         raise TrainingInterrupted(
             f"interrupted at step {state.global_step} of {state.max_steps}; "
             f"{output_dir / f'{PREFIX_CHECKPOINT_DIR}-{state.global_step}'} holds everything to resume from"
@@ -265,9 +266,8 @@ def _load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     Returns:
         Rows to train on, rows to evaluate on, and how many examples the former hold.
     """
-    augmenting = {"augmenting": recipe.augmenting} if isinstance(recipe.augmenting, str) else recipe.augmenting
-    anchor, *others = (load_config(Source.parse(base)) for base in (recipe.anchor, *augmenting.values()))
-    context, _ = smallest_context(anchor, dict(zip(augmenting, others, strict=True)))
+    anchor, *others = (load_config(Source.parse(base)) for base in recipe.bases)
+    context, _ = smallest_context(anchor, dict(zip(recipe.augmenting_by_name, others, strict=True)))
     data = recipe.data
     max_length = data.max_length if context is None else min(data.max_length, context)
 
@@ -290,7 +290,7 @@ def _kept_dirs(recipe: Recipe, output_dir: Path, data: dict[str, list[Row] | Non
     if recipe.data.augmenting_outputs != "disk":
         return {}
     directory = Path(recipe.data.augmenting_outputs_dir or output_dir / "augmenting_outputs").absolute()
-    augmenting = {"augmenting": recipe.augmenting} if isinstance(recipe.augmenting, str) else recipe.augmenting
+    augmenting = recipe.augmenting_by_name
     depths = {name: depth_of(load_config(Source.parse(base))) for name, base in augmenting.items()}
     pairs = choose_pairs(recipe.connections, depths, depth_of(load_config(Source.parse(recipe.anchor))))
     layers = {name: sorted({p.augmenting_layer for p in pairs if p.augmenting == name}) for name in augmenting}
@@ -358,22 +358,21 @@ def _load_model(
 
     What is trained is kept in float32 whatever the bases' dtype is: small updates vanish in bfloat16.
     """
-    if checkpoint is not None:
+    if checkpoint is not None:  # its weights, rounded here to the bases' dtype, are read again by the Trainer
         model = calm.CalmForCausalLM.from_pretrained(
             checkpoint, augmenting=None if load_augmenting else {}, **load_kwargs
         )
-        model.connections.float()
-        return model
-    model = calm.compose(
-        recipe.anchor,
-        recipe.augmenting,
-        recipe.connections,
-        num_heads=recipe.num_heads,
-        attention=recipe.attention,
-        attend=recipe.attend,
-        load_augmenting=load_augmenting,
-        **load_kwargs,
-    )
+    else:
+        model = calm.compose(
+            recipe.anchor,
+            recipe.augmenting,
+            recipe.connections,
+            num_heads=recipe.num_heads,
+            attention=recipe.attention,
+            attend=recipe.attend,
+            load_augmenting=load_augmenting,
+            **load_kwargs,
+        )
     model.connections.float()
     return model
 
@@ -381,6 +380,8 @@ def _load_model(
 def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     """The recipe in the words of the transformers Trainer."""
     training, evaluates = recipe.training, recipe.data.eval is not None
+    if training.activation_checkpointing:
+        check_activation_checkpointing()
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=training.epochs or 3.0,
@@ -408,7 +409,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         seed=training.seed,
         bf16=training.bf16,
         fp16=training.fp16,
-        **({"activation_checkpointing": True} if training.activation_checkpointing else {}),  # 5.23 and later know it
+        **({"activation_checkpointing": True} if training.activation_checkpointing else {}),  # new in 5.23
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # those of frozen models do not change

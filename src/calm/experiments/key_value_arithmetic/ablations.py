@@ -97,10 +97,7 @@ class VariantConnection(Connection):
         self.positions = torch.arange(past, past + hidden.shape[1], dtype=torch.float32)
         slopes = self._slopes()
         if slopes is not None:
-            # left padding shifts queries and keys alike, so columns may stand for positions
-            distance = self.positions[:, None] - torch.arange(past + hidden.shape[1])
-            bias = alignment.bias - slopes.view(1, -1, 1, 1) * distance.clamp(min=0)
-            alignment = Alignment(bias, alignment.sees)
+            alignment = dataclasses.replace(alignment, slopes=slopes)
         return super().forward(hidden, context, alignment, cache_layer)
 
     def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
