@@ -394,6 +394,16 @@ def smallest_context(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrain
     return min(contexts, default=(None, ""))
 
 
+def known_tokens(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrainedConfig]) -> int | None:
+    """The smallest vocabulary of several models, `None` if all are alike.
+
+    Those of one tokenizer may have embeddings that are padded differently (Qwen2.5-7B and -0.5B).
+    """
+    stated = (getattr(text_config(base), "vocab_size", None) for base in (anchor, *augmenting.values()))
+    sizes: set[int] = {size for size in stated if size is not None}
+    return min(sizes) if len(sizes) > 1 else None
+
+
 def check_documents_apart(anchor: PreTrainedModel, augmenting: nn.ModuleDict) -> None:
     """Refuse rows that hold several documents for bases that let a document see the ones before it.
 

@@ -35,7 +35,7 @@ from calm import backbones, checkpoint, loss, sources
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
-from calm.config import CalmConfig, text_config, width_of
+from calm.config import CalmConfig, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
@@ -131,14 +131,9 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self._switched_off: frozenset[int] = frozenset()  # connections, by their index
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
-        contexts = config.anchor_config, config.augmenting_configs
-        self.context_length, self._context_of = backbones.smallest_context(*contexts)
-        sizes = {
-            size
-            for base in (config.anchor_config, *config.augmenting_configs.values())
-            if (size := getattr(text_config(base), "vocab_size", None)) is not None
-        }
-        self.known_tokens: int | None = min(sizes) if len(sizes) > 1 else None
+        bases = config.anchor_config, config.augmenting_configs
+        self.context_length, self._context_of = backbones.smallest_context(*bases)
+        self.known_tokens = backbones.known_tokens(*bases)
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))

@@ -8,8 +8,9 @@ import engine
 import pytest
 import torch
 from engine import Expected
-from factories import WINDOW, Mix, config
+from factories import WINDOW, Mix, config, open_gates, word_tokenizer
 
+import calm
 import calm.serving.vllm.connection
 from calm.attention import root_mean_square
 
@@ -91,6 +92,31 @@ def test_prefix_hits_beside_sliding_windows(tmp_path: Path) -> None:
         outputs = engine.run(llm, [first, second], whole=False)
     assert all(output.num_cached_tokens > WINDOW for output in outputs), "no prefix was found again"
     assert engine.worst(outputs, expected) < TOLERANCE
+
+
+def test_tokens_that_one_model_has_not(tmp_path: Path) -> None:
+    """Embeddings padded differently for one tokenizer: the anchor's head would emit what the other cannot read."""
+    words, mix, known = word_tokenizer(60), Mix("llama", ("gpt2",)), 60
+    anchor, small = mix.anchor_model(), mix.augmenting_models()["m0"]
+    small.resize_token_embeddings(known)
+    with torch.no_grad():
+        anchor.lm_head.weight[known:] *= 10
+    for name, base in (("anchor", anchor), ("m0", small)):
+        base.save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    model = calm.compose(str(tmp_path / "anchor"), {"m0": str(tmp_path / "m0")}, 2)
+    open_gates(model)
+    model.save_pretrained(tmp_path / "composed")
+    prompts = [[token % known for token in prompt] for prompt in engine.prompts()]
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    assert max(of_last.argmax() for of_last in logits) >= known, "the case that is tested"
+    with engine.serving(tmp_path / "composed") as llm:
+        outputs = engine.run(llm, prompts, generated=8, whole=False)
+    for output, of_last in zip(outputs, logits, strict=True):
+        found = engine.found_log_probs(output)
+        assert found[:, known:].isinf().all() and max(output.outputs[0].token_ids) < known
+        assert (found[0, :known] - of_last[:known].log_softmax(-1)).abs().max() < TOLERANCE
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.sequence import IntermediateTensors
 
+from calm import backbones
 from calm.config import CalmConfig
 from calm.errors import CalmError, CheckpointError
 from calm.serving.vllm import checks
@@ -37,6 +38,7 @@ class CalmForCausalLM(nn.Module):
         config: CalmConfig = vllm_config.model_config.hf_config
         self.config = config
         names = list(config.augmenting_configs)
+        self._known_tokens = backbones.known_tokens(config.anchor_config, config.augmenting_configs)
         # before vLLM's models are made, which may change transformers' classes
         self._bases = [BaseWeights.find(config, None, "anchor.")]
         self._bases += [BaseWeights.find(config, name, f"augmenting.{i}.") for i, name in enumerate(names)]
@@ -88,8 +90,14 @@ class CalmForCausalLM(nn.Module):
         return self.model.anchor.embed_input_ids(input_ids)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The anchor's logits, `[tokens, vocabulary]`; `None` on ranks that do not gather them."""
-        return self.model.anchor.compute_logits(hidden_states)
+        """The anchor's logits, `[tokens, vocabulary]`; `None` on ranks that do not gather them.
+
+        Tokens that one of the models lacks, which a tokenizer has none of, get `-inf`.
+        """
+        logits: torch.Tensor | None = self.model.anchor.compute_logits(hidden_states)
+        if logits is not None and self._known_tokens is not None:
+            logits[:, self._known_tokens :] = float("-inf")
+        return logits
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load the connections from the composition's folder and the bases from theirs.
