@@ -208,7 +208,7 @@ PRESETS = {
         augmenting_model=ModelSettings(width=96, feed_forward=384),
         augmenting_training=TrainingSettings(steps=1500, rows=96, learning_rate=3e-3),
         anchor_model=ModelSettings(width=96, feed_forward=384),
-        anchor_training=TrainingSettings(steps=5000, rows=192, learning_rate=6e-3, weight_decay=0.1),
+        anchor_training=TrainingSettings(steps=8000, rows=192, learning_rate=6e-3, weight_decay=0.1),
         composition_training=TrainingSettings(steps=1000, rows=64, learning_rate=2e-3, weight_decay=0.1),
         steps_on_all=4500,  # as many lines of m_A's data as m_A has
         connections=((2, 0), (2, 1), (2, 2)),
