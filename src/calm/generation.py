@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
+    SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -41,21 +41,6 @@ NO_DEFAULTS: dict[str, None] = dict.fromkeys(
 )
 """Arguments of `generate` without which a model's own generation settings would change which tokens are likely, or end
 an answer early: many instruction-tuned models bring a repetition penalty."""
-
-
-class KnownTokens(LogitsProcessor):
-    """Rules out what one of the composed models has no embedding for, and no tokenizer a text.
-
-    Args:
-        count: How many tokens all models have.
-    """
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[batch, vocabulary]` with `-inf` for the other tokens."""
-        return nn.functional.pad(scores[:, : self.count], (0, scores.shape[1] - self.count), value=float("-inf"))
 
 
 class CompositionGeneration(GenerationMixin):
@@ -147,7 +132,8 @@ class CompositionGeneration(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
         if self.known_tokens is not None:  # before those that are given, which may choose a token themselves
-            logits_processor = LogitsProcessorList([KnownTokens(self.known_tokens), *(logits_processor or ())])
+            unknown = range(self.known_tokens, text_config(self.anchor.config).vocab_size)
+            logits_processor = LogitsProcessorList([SuppressTokensLogitsProcessor(unknown), *(logits_processor or ())])
         processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
         if self.config.attend == "prompt":  # guidance asks the model itself, and without a cache for all tokens anew
             negative = kwargs.get("negative_prompt_ids")

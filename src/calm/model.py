@@ -727,7 +727,7 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
-            self.push_to_hub(repo_id, folder=save_directory, **kwargs)
+            _upload(save_directory, repo_id, **kwargs)
 
     def _gathered_connections(self) -> dict[str, Tensor]:
         with gathered(self.connections):
@@ -738,7 +738,6 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         self,
         repo_id: str,
         *,
-        folder: str | os.PathLike[str] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -751,8 +750,6 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
 
         Args:
             repo_id: `OWNER/NAME`; made if missing.
-            folder: Where `save_pretrained` has saved it; by default it is saved for this, which is for every process
-                where FSDP shards the connections.
             private: Whether a new repository is private.
             token: Access token; that of `hf auth login` by default.
             revision: Branch.
@@ -762,16 +759,13 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         Returns:
             What `huggingface_hub.HfApi.upload_folder` returns.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as temporary:
-            if folder is None:
-                self.save_pretrained(folder := temporary)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=os.fspath(folder),
-                allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
-                ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
@@ -838,6 +832,30 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
         with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
+
+
+def _upload(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload composition",
+) -> Any:
+    """Upload a composition that is saved in a folder; arguments and result as for `push_to_hub`."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=os.fspath(folder),
+        allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
+        ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
 
 
 def check_activation_checkpointing() -> None:

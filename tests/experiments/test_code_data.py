@@ -70,7 +70,7 @@ def one_line(x): "Described on the same line."; return x
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Unpacked packages, as a user would put them there by hand: Emacs Lisp and the two books."""
+    """Unpacked packages, as a user would put them there by hand: Emacs Lisp and the three books."""
     folder = tmp_path_factory.mktemp("packages")
     rng = random.Random(0)
     place = folder / "emacs-el/usr/share/emacs/lisp"

@@ -16,7 +16,7 @@ SETTINGS = DataSettings(others=20, verbs=20, words=40, development=8, regular=20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An unpacked dictionary and the two books."""
+    """An unpacked dictionary and the three books."""
     folder = write_books(tmp_path_factory.mktemp("packages"))
     write_dictionary(folder)
     return folder

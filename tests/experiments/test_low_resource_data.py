@@ -22,7 +22,7 @@ SETTINGS = DataSettings(composition_share=0.1, development=10, test=40)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Unpacked packages, as a user would put them there by hand: Xhosa messages and the two books."""
+    """Unpacked packages, as a user would put them there by hand: Xhosa messages and the three books."""
     folder = tmp_path_factory.mktemp("packages")
     rng = random.Random(0)
     catalogue = polib.POFile()

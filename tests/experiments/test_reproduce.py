@@ -35,7 +35,7 @@ from calm.experiments.results import METHODS, Asked, Results
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory):
-    """The two books of English prose, as unpacked packages."""
+    """The three books of English prose, as unpacked packages."""
     return write_books(tmp_path_factory.mktemp("books"))
 
 

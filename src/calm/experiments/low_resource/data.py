@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Sequence
@@ -121,6 +122,7 @@ def pair_of(example: Example) -> Pair:
     return Pair(example.completion.removeprefix(" "), translation)
 
 
+@functools.lru_cache(maxsize=1)  # `load` and `describe` ask one after the other, and clusters take a minute
 def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
     pairs, summary = catalogues.read(language, settings.max_words, folder, settings.packages)
     grouped = [[pairs[index] for index in cluster] for cluster in clusters(pairs)]

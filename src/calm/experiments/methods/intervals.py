@@ -69,7 +69,7 @@ def _cell(values: tuple[float, ...], samples: np.ndarray, shape: tuple[int, ...]
     if low == high and shape[1] == 1:
         # all right or all wrong, of which a bootstrap knows nothing: how many others could still be hidden
         # (Clopper-Pearson for 0 of n)
-        hidden = (bounds[1] - max(bounds[0], 0.0)) * (1 - 0.025 ** (1 / shape[0]))
+        hidden = bounds[1] * (1 - 0.025 ** (1 / shape[0]))
         low, high = low - hidden, high + hidden
     among_seeds = float(student.ppf(0.975, seeds - 1)) * np.std(values, ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
     below, above = math.hypot(max(0.0, mean - low), among_seeds), math.hypot(max(0.0, high - mean), among_seeds)
