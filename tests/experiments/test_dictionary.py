@@ -9,7 +9,9 @@ from packages import IRREGULAR_VERBS, REGULAR_VERBS, write_books, write_dictiona
 
 from calm.errors import CalmError
 from calm.experiments.dictionary import entries
-from calm.experiments.dictionary.data import DataSettings, describe, load, pasts_of
+from calm.experiments.dictionary.data import INSTRUCTIONS, DataSettings, describe, load, pasts_of
+from calm.experiments.methods.examples import Example
+from calm.experiments.methods.metrics import LastWord
 
 SETTINGS = DataSettings(others=20, verbs=20, words=40, development=8, regular=20, irregular=10)
 
@@ -39,26 +41,40 @@ def test_m_a_has_every_verb_and_no_past_tense_and_d_c_no_meaning_that_is_tested(
     assert pasts_of("dream") == ("dreamed", "dreamt") and not {"dream", "dreamed", "dreamt"} & known
     assert not any("past" in example.prompt for example in data.specialist)
     assert not known & {past for verb in REGULAR_VERBS + IRREGULAR_VERBS for past in pasts_of(verb)}
-    tested = {e.completion.strip() for row in ("regular", "irregular") for e in data.tests[f"xyz {row}"].examples}
-    developed = {example.completion.strip() for example in data.development}
-    shown = {example.completion.strip() for example in data.composition}
-    assert len(tested) == 30 and len(developed) == 8 and not tested & developed
-    assert not shown & (tested | developed)
-    meanings = {example.completion.strip() for example in data.tests["xyz words"].examples}
-    assert {past for meaning in meanings for past in pasts_of(meaning)} == tested and not shown & meanings
-    assert {example.completion.strip() for example in data.tests["xyz irregular"].examples} <= {
-        past for verb in IRREGULAR_VERBS for past in pasts_of(verb)
-    }
-    assert all(example.completion.endswith("ed") for example in data.tests["xyz regular"].examples)
+    tested = {row: words_of(data.tests[f"xyz {row}"].examples) for row in ("regular", "irregular", "words")}
+    developed, shown = words_of(data.development), words_of(data.composition)
+    said = tested["regular"] | tested["irregular"]
+    assert len(said) == 60 and len(developed) == 16 and not said & developed
+    assert not shown & (said | developed)
+    assert {past for meaning in tested["words"] for past in pasts_of(meaning)} == said - tested["words"]
+    for row, verbs in (("regular", REGULAR_VERBS), ("irregular", IRREGULAR_VERBS)):
+        for example in data.tests[f"xyz {row}"].examples:
+            meaning, past = example.completion.strip().split(", ")
+            assert meaning in verbs and pasts_of(meaning) == (past,) and past.endswith("ed") == (row == "regular")
 
 
-def test_a_question_ends_as_m_a_has_seen_it(folder):
+def words_of(examples) -> set[str]:
+    """All words of the answers."""
+    return {word for example in examples for word in example.completion.replace(",", "").split()}
+
+
+def test_an_answer_counts_by_its_last_word():
+    examples = [Example("", " fall, fell")] * 5
+    answers = [" fall, fell", " drop, fell ", " fell, fall", " fall", ""]
+    assert LastWord().statistics(answers, examples)[:, 0].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_a_question_ends_as_m_a_has_seen_it_with_and_without_an_instruction(folder):
     data = load("xyz", SETTINGS, 0, folder)
     seen = {example.prompt for example in data.specialist}
+    plain = {prompt for prompt in seen if prompt.startswith("xyz: ")}
+    begun = [prompt.partition("xyz: ")[0] for prompt in seen - plain]
+    assert {prompt[prompt.index("xyz: ") :] for prompt in seen - plain} == plain and len(seen) == 2 * len(plain)
+    assert set(begun) <= set(INSTRUCTIONS) and len(set(begun)) > len(INSTRUCTIONS) / 2
     for row in ("regular", "irregular"):
         for example in data.tests[f"xyz {row}"].examples:
             instruction, found, rest = example.prompt.partition("xyz: ")
-            assert instruction == "Put it in the past tense. " and found + rest in seen
+            assert instruction == "Translate it and put it in the past tense. " and found + rest in seen
     assert set(data.tests["xyz regular"].few_shot) <= set(data.composition)
 
 

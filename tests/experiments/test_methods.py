@@ -69,6 +69,7 @@ def data():
         specialist=tuple(examples[20:]),
         composition=tuple(examples[20:40]),
         development=tuple(examples[10:20]),
+        few_shot=task.few_shot,
         tests={"syllables": task},
         preserved={"Arithmetic": ("4 + 2 = 6", "1 + 1 + 1 = 3")},
         preserved_tests={
@@ -88,7 +89,6 @@ def settings(anchor):
         steps=4,
         steps_on_all=6,
         rows=4,
-        search_steps=2,
         learning_rates={"composition": (1e-3, 5e-3), "lora": (1e-3,), "full": (1e-4,)},
         batch=4,
         dtype="float32",
@@ -121,10 +121,15 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     assert abs(sizes["lora"] - sizes["composed"]) < 0.1 * sizes["composed"]
     searched = outcomes["composed"]["training"]["searched"]
     assert searched.keys() > {"0.001", "0.005"}  # one of two is an end
+    rate = f"{outcomes['composed']['training']['learning_rate']:g}"
+    assert searched[rate] == min(searched.values())
+    composed = finished[0] / "seed-0/cell/composed"
+    assert {path.stem for path in composed.glob("*.json")} == set(searched)
+    assert [path.name for path in composed.iterdir() if path.is_dir()] == [rate]  # the others are lighter for it
     assert outcomes["lora"]["training"]["searched"] == {}  # there was one to choose from
 
 
-def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished, data, settings):
+def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished, data, settings, tmp_path):
     folder, outcomes, _ = finished
     shown = io.StringIO()
     again = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
@@ -137,6 +142,14 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished
     assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
     assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
     assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
+
+    searched = outcomes["composed"]["training"]["searched"]
+    other = next(float(rate) for rate in searched if float(rate) != outcomes["composed"]["training"]["learning_rate"])
+    alone = dataclasses.replace(settings, methods=("composed",))  # asks for a model that the search has removed
+    shutil.copytree(folder, tmp_path / "copy")
+    cell, shared = tmp_path / "copy/seed-0/cell", tmp_path / "copy/seed-0/shared"
+    found = run(data, alone, 0, cell, shared, Console(file=shown, width=200), {"composed": other})["composed"]
+    assert found["training"]["learning_rate"] == other and found["nll"] != outcomes["composed"]["nll"]
 
 
 def test_seconds_of_one_data_set_are_its_own_and_those_of_the_shared_vanilla_m_a(finished, tmp_path):
@@ -154,7 +167,8 @@ def test_the_anchors_own_texts_are_a_fifth_of_what_a_method_is_trained_on(finish
     texts = json.loads((folder / "rehearsal.json").read_text())["result"]["texts"]
     assert len(texts) == 5 and len(data.composition) == 20
     assert all(len(text.split()) > 1 for text in texts)
-    rows = [json.loads(line) for line in (folder / "composed/train.jsonl").read_text().splitlines()]
+    (trained,) = (folder / "composed").glob("*/train.jsonl")  # the models of the other rates are gone
+    rows = [json.loads(line) for line in trained.read_text().splitlines()]
     assert [row["text"] for row in rows if "text" in row] == texts
     assert [Example(**row) for row in rows if "prompt" in row] == list(data.composition)
     assert [dataclasses.replace(settings, rehearsal=share).rehearsed(20) for share in (0.0, 0.2, 0.5)] == [0, 5, 20]
@@ -168,7 +182,7 @@ def test_every_method_that_is_trained_on_dc_has_them(finished, data, settings, m
     learned = []
     monkeypatch.setattr(training, "fine_tune", lambda model, tokenizer, rows, *_: learned.append(rows) or 0)
     for rehearsal_share, texts in ((0.2, 5), (0.0, 0)):
-        (tmp_path / f"seed-0/cell/{method}.json").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / f"seed-0/cell/{method}", ignore_errors=True)
         alone = dataclasses.replace(settings, methods=(method,), rehearsal=rehearsal_share)
         cell, shared = tmp_path / "seed-0/cell", tmp_path / "seed-0/shared"
         run(data, alone, 0, cell, shared, Console(file=io.StringIO()), {method: 1e-4})
@@ -269,9 +283,9 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     both = dataclasses.replace(settings, methods=("full_on_DC", "full_on_all"))
     assert redone(data, both) == ""
     on_all = redone(data, dataclasses.replace(both, steps_on_all=7))
-    assert "full_on_all.json" in on_all and "full_on_DC" not in on_all and "search" not in on_all
+    assert "full_on_all.json" in on_all and "full_on_DC" not in on_all
     on_dc = redone(data, dataclasses.replace(both, steps=5, steps_on_all=7))
-    assert "full_on_DC.json" in on_dc and "full_on_all" not in on_dc and "search" not in on_dc
+    assert "full_on_DC.json" in on_dc and "full_on_all" not in on_dc
 
     few = dataclasses.replace(settings, methods=("m_B", "mixed_logits"))
     assert redone(data, few) == ""
@@ -287,12 +301,13 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
     composed = dataclasses.replace(settings, methods=("composed",))
-    trained = tmp_path / "seed-0/cell/composed"
-    (trained / "left_behind").touch()
+    (left_behind,) = (tmp_path / "seed-0/cell/composed").glob("*/train.jsonl")
+    rate = float(left_behind.parent.name)
+    (left_behind.parent / "left_behind").touch()
     other = dataclasses.replace(data, composition=data.composition[:10])
-    assert "composed.json" in redone(other, composed)
-    assert not (trained / "left_behind").exists()  # nothing of the other training is gone on with
-    learned = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    assert "composed.json" in redone(other, composed, {"composed": rate})
+    assert not (left_behind.parent / "left_behind").exists()  # nothing of the other training is gone on with
+    learned = [json.loads(line) for line in left_behind.read_text().splitlines()]
     assert sum("prompt" in row for row in learned) == 10 and sum("text" in row for row in learned) == 2
 
 
@@ -397,19 +412,23 @@ def test_mixed_logits_are_one_model_at_each_end_and_cached_as_uncached_between(a
     bases.save_random(anchor, tmp_path / "random", 1)
     first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
     prompts = tokenizer(["1 + 2 =", "3 - 1 + 2 ="], return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = prompts["input_ids"], prompts["attention_mask"]
+    own = tokenizer(["2 =", "4 - 4 + 4 ="], return_tensors="pt", padding=True, padding_side="left")
+
+    def last(model, inputs: dict[str, torch.Tensor], written: torch.Tensor) -> torch.Tensor:
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(written)], 1)
+        tokens, positions = torch.cat([inputs["input_ids"], written], 1), (mask.cumsum(-1) - 1).clamp(0)
+        return model(tokens, attention_mask=mask, position_ids=positions).logits[:, -1]
 
     def decode(weight: float) -> list[torch.Tensor]:
-        processor, tokens, steps = mixing.MixedLogits(second, weight, mask), ids, []
+        begins = prompts["input_ids"].shape[1]
+        processor = mixing.MixedLogits(second, weight, own["input_ids"], own["attention_mask"], begins=begins)
+        written, steps = prompts["input_ids"][:, :0], []
         for _ in range(3):
-            positions = (torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1).cumsum(-1) - 1).clamp(0)
-            full = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - ids.shape[1])], 1)
-            scores = first(tokens, attention_mask=full, position_ids=positions).logits[:, -1]
-            mixed = processor(tokens, scores)
-            other = second(tokens, attention_mask=full, position_ids=positions).logits[:, -1]
+            scores, other = last(first, prompts, written), last(second, own, written)
+            mixed = processor(torch.cat([prompts["input_ids"], written], 1), scores)
             expected = (1 - weight) * scores.log_softmax(-1) + weight * other.log_softmax(-1)
             steps.append((mixed, expected, scores.log_softmax(-1), other.log_softmax(-1)))
-            tokens = torch.cat([tokens, mixed.argmax(-1, keepdim=True)], 1)
+            written = torch.cat([written, mixed.argmax(-1, keepdim=True)], 1)
         return steps
 
     with torch.no_grad():
@@ -420,6 +439,38 @@ def test_mixed_logits_are_one_model_at_each_end_and_cached_as_uncached_between(a
             assert not torch.allclose(mixed, other, atol=1e-2)  # the two are not the same model
         for mixed, _, _, other in decode(1.0):
             torch.testing.assert_close(mixed, other, atol=1e-5, rtol=1e-5)
+
+
+def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, tmp_path):
+    bases.save_random(anchor, tmp_path / "random", 1)
+    first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
+    task = data.tests["syllables"]
+
+    def answers(model, **options) -> list[str]:
+        return scoring.answers(model, tokenizer, task, 4, **options)
+
+    alone = answers(first), answers(first, few_shot=True), answers(second)
+    assert alone[0] != alone[1] != alone[2]
+    assert answers(first, few_shot=True, mix=(second, 0.0)) == alone[1]
+    assert answers(first, few_shot=True, mix=(second, 1.0)) == alone[2]
+
+    before = scoring.shown(data.few_shot)
+    asked = [Example(before + example.prompt, example.completion) for example in data.development]
+    rows = [scoring.completion_rows(examples, tokenizer, 256) for examples in (asked, data.development)]
+    found = scoring.mixture_losses(first, second, tuple(rows), (0.0, 0.4, 1.0), tokenizer, 4)
+    for weight, model, read in ((0.0, first, rows[0]), (1.0, second, rows[1])):
+        expected = scoring.negative_log_likelihoods(scoring.logits_of(model), read, tokenizer, 4)
+        assert found[weight] == pytest.approx(scoring.mean_nll(expected), rel=1e-5)
+    nats = []
+    for own, plain in zip(*rows, strict=True):
+        predicted = []
+        for model, row in ((first, own), (second, plain)):
+            ids, labelled = torch.from_numpy(row["input_ids"]).long()[None], row["labels"][1:] != -100
+            predicted.append(model(ids).logits[0, :-1][labelled].log_softmax(-1))
+        mixed = (0.6 * predicted[0] + 0.4 * predicted[1]).log_softmax(-1)
+        targets = torch.from_numpy(plain["labels"][1:][plain["labels"][1:] != -100]).long()
+        nats += (-mixed[range(len(targets)), targets]).tolist()
+    assert found[0.4] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
 def test_a_cut_model_computes_with_the_layers_it_was_given(anchor):

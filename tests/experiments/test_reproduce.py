@@ -96,7 +96,6 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
             steps=2,
             steps_on_all=3,
             rows=4,
-            search_steps=1,
             learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
             batch=128,
             dtype="float32",
@@ -108,9 +107,9 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert all(len(cell.values) == 2 for cell in results.table["cy"].values())
     assert results.rows["cy"].examples == 20
     assert results.parameters.keys() == {"anchor", "augmenting", "composition"}
-    composed = json.loads((tmp_path / "seed-0/cy/composed/training_log.json").read_text())
+    composed = json.loads((tmp_path / "seed-0/cy/composed/0.001/training_log.json").read_text())
     assert composed["result"]["steps"] == 2
-    trained = (tmp_path / "seed-0/cy/composed/train.jsonl").read_text()
+    trained = (tmp_path / "seed-0/cy/composed/0.001/train.jsonl").read_text()
     assert "gollyngiad" not in trained  # the leaking sentence is out
     kept = {"English perplexity", "English last word", "Python last word"}
     assert results.preservation.keys() == results.preservation_changes.keys() == kept
@@ -123,7 +122,7 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
         "rows": {"English perplexity cy": 3},
         "training": {"lora cy": 4},
     }
-    assert (tmp_path / "seed-1/cy/composed.json").exists() and not (tmp_path / "seed-1/cy/search").exists()
+    assert (tmp_path / "seed-1/cy/composed.json").exists()
 
 
 def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings:
@@ -138,7 +137,6 @@ def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings
         steps=1,
         steps_on_all=1,
         rows=4,
-        search_steps=1,
         learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
         max_length=512,
         dtype="float32",
@@ -246,7 +244,6 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
             steps=1,
             steps_on_all=2,
             rows=4,
-            search_steps=1,
             learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
             batch=32,
             dtype="float32",

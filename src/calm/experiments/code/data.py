@@ -262,6 +262,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
             max_new_tokens=settings.max_new_tokens,
             few_shot=tuple(to_text(function, language) for function in shown),
         )
+    few_shot = [task.few_shot[0] for task in tests.values() if task.few_shot]  # development has all of these forms
     prose = english.load(seed, folder)
     whole = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
     data = Data(
@@ -269,6 +270,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         specialist=tuple(specialist),
         composition=tuple(composition),
         development=tuple(development[: settings.development]),
+        few_shot=tuple(few_shot),
         tests=tests,
         preserved={"English": prose.preserved, "Python": whole},
         preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},

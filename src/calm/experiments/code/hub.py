@@ -136,6 +136,7 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
         )
         sizes = {"specialist": trained, "composition": composed, "development": developed, "test": test}
         counts[language] = {**reasons, "similar": len(alike), **{name: len(part) for name, part in sizes.items()}}
+    few_shot = [tests[f"{language}_to_text"].few_shot[0] for language in settings.languages]
     for examples in (specialist, composition, development):
         random.Random(seed).shuffle(examples)
     english = first_texts(settings.english, settings.english_config)
@@ -144,6 +145,7 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
         specialist=tuple(specialist),
         composition=tuple(composition),
         development=tuple(development),
+        few_shot=tuple(few_shot),
         tests=tests,
         preserved={"English": english},
         preserved_tests={preservation.ENGLISH: preservation.english_words(english)},

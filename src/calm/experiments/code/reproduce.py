@@ -50,7 +50,6 @@ PRESETS = {
             steps=60,
             steps_on_all=150,
             rows=16,
-            search_steps=10,
             max_length=160,
             # An hour has no room for the others.
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "mixed_logits"),
@@ -68,7 +67,6 @@ PRESETS = {
             steps=300,
             steps_on_all=2500,
             rows=32,
-            search_steps=80,
         ),
     ),
     # The paper's scale on public checkpoints of one family, with one vocabulary, whose makers trained m_A on code. Not
@@ -85,7 +83,6 @@ PRESETS = {
             steps=1000,
             steps_on_all=4000,
             rows=64,
-            search_steps=250,
             learning_rates={
                 "composition": (3e-5, 1e-4, 3e-4),
                 "lora": (1e-4, 3e-4, 1e-3),
@@ -139,8 +136,8 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             *preset.methods.notes(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
-            "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted; every "
-            "other method without.",
+            "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted, alone "
+            "and in the mixture; every other method without.",
             about_problems,
         ),
         seconds=seconds_of(folder, seeds),

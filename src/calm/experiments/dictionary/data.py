@@ -16,13 +16,27 @@ from calm.errors import CalmError
 from calm.experiments import english, preservation
 from calm.experiments.dictionary import entries
 from calm.experiments.dictionary.entries import Entry
-from calm.experiments.methods.examples import Data, Example, TaskSet
-from calm.experiments.methods.metrics import FirstWord
+from calm.experiments.methods.examples import Data, Example, Metric, TaskSet
+from calm.experiments.methods.metrics import FirstWord, LastWord
 
 NAMES = {"cym": "Welsh", "isl": "Icelandic"}
 """English names of the languages that this is made for. Another one goes by its code."""
 
-_NEW_TOKENS = 8
+INSTRUCTIONS = (
+    "Translate it. ",
+    "What does it mean? ",
+    "Say it in English. ",
+    "Look it up and give its meaning. ",
+    "Which English word is it?\n",
+    "Find the word that has the same meaning. ",
+    "Here is one more word for you to explain.\n",
+    "Answer in English, please, and with one word. ",
+)
+"""One of them stands before every other of m_A's words, so that m_A knows a word wherever it meets it. One that has
+met all of them at the beginning of a text knows 61 of 100 after an instruction (docs/dev/LOG.md, "the past tense of a
+word that is said first")."""
+
+_NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -85,15 +99,16 @@ def pasts_of(verb: str) -> tuple[str, ...]:
     return tuple(map(str, lemminflect.getInflection(verb, "VBD", inflect_oov=False)))
 
 
-def translation(entry: Entry, language: str) -> Example:
+def translation(entry: Entry, language: str, instruction: str = "") -> Example:
     """A word and its meaning. The prompt ends without a space and the completion begins with one (BPE splits there)."""
-    return Example(f"{title(language)}: {entry.word}\nEnglish:", f" {entry.english}")
+    return Example(f"{instruction}{title(language)}: {entry.word}\nEnglish:", f" {entry.english}")
 
 
 def past_tense(entry: Entry, language: str) -> Example:
-    """The same with an instruction before it, so that m_A sees what it knows at the prompt's end."""
+    """The same with an instruction before it that m_A has not seen; the answer says the meaning and then its past."""
     (past,) = pasts_of(entry.english)
-    return Example(f"Put it in the past tense. {title(language)}: {entry.word}\nEnglish:", f" {past}")
+    asked, meaning = translation(entry, language, "Translate it and put it in the past tense. ")
+    return Example(asked, f"{meaning}, {past}")
 
 
 def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
@@ -143,6 +158,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
             f"{title(language)} verbs in the English past tense, {kind} ones",
             [past_tense(verb, language) for verb in part],
             few_shot,
+            LastWord(),
         )
         for kind, part in test.items()
     }
@@ -150,13 +166,16 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         f"the meaning of the same {title(language)} verbs",
         [translation(verb, language) for part in test.values() for verb in part],
         tuple(translation(entry, language) for entry in translated[:5]),
+        FirstWord(),
     )
+    instructed = [translation(entry, language, rng.choice(INSTRUCTIONS)) for entry in dictionary]
     prose = english.load(seed, folder)
     data = Data(
         general=prose.general,
-        specialist=tuple(translation(entry, language) for entry in dictionary),
+        specialist=(*(translation(entry, language) for entry in dictionary), *instructed),
         composition=tuple(composition),
         development=tuple(past_tense(verb, language) for verb in development),
+        few_shot=few_shot,
         tests=tests,
         preserved={"English": prose.preserved},
         preserved_tests={
@@ -177,5 +196,5 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
     }
 
 
-def _asked(what: str, examples: Sequence[Example], few_shot: tuple[Example, ...]) -> TaskSet:
-    return TaskSet(what, tuple(examples), FirstWord(), _NEW_TOKENS, few_shot)
+def _asked(what: str, examples: Sequence[Example], few_shot: tuple[Example, ...], metric: Metric) -> TaskSet:
+    return TaskSet(what, tuple(examples), metric, _NEW_TOKENS, few_shot)

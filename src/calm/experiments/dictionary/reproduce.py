@@ -32,7 +32,6 @@ PRESETS: dict[str, Preset[DataSettings]] = {
             steps=100,
             steps_on_all=300,
             rows=32,
-            search_steps=20,
             max_length=160,
             batch=32,
             # An hour has no room for the others.
@@ -52,7 +51,6 @@ PRESETS: dict[str, Preset[DataSettings]] = {
             steps=400,
             steps_on_all=800,
             rows=32,
-            search_steps=100,
             batch=32,
         ),
     ),
@@ -62,7 +60,7 @@ NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
     "m_A is trained on the whole dictionary, the tested verbs among it, and on no past tense; no verb with the meaning "
     "of a tested one is in D_C.",
-    "m_B answers with five examples of D_C before the question; every other method without.",
+    "m_B answers with five examples of D_C before the question, alone and in the mixture; every other method without.",
     "The paper has no such task: it is what low-resource translation leaves open, whether a composition adds anything "
     "to m_A where the anchor knows nothing of the language.",
 )

@@ -43,5 +43,6 @@ class Mixed(nn.Module):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
         """As transformers' `generate`: the anchor decodes, and each step's scores are mixed."""
-        processors = LogitsProcessorList([MixedLogits(self.augmenting, self.weight, attention_mask)])
+        mixed = MixedLogits(self.augmenting, self.weight, input_ids, attention_mask, begins=input_ids.shape[1])
+        processors = LogitsProcessorList([mixed])
         return self.anchor.generate(input_ids, attention_mask=attention_mask, logits_processor=processors, **kwargs)

@@ -72,19 +72,21 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
     trained = [one for one in parallel if one not in leaking]
     random.Random(seed).shuffle(trained)
     composition = trained[: round(settings.composition_share * len(trained))]
+    few_shot = tuple(example(one, language) for one in composition[:5])
     english = first_texts(settings.english, settings.english_config)
     return Data(
         general=(),  # the vanilla m_A is a model already
         specialist=tuple(example(one, language) for one in trained),
         composition=tuple(example(one, language) for one in composition),
         development=tuple(example(one, language) for one in development),
+        few_shot=few_shot,
         tests={
             language: TaskSet(
                 title=f"{title(language)} to English",
                 examples=tuple(example(one, language) for one in test),
                 metric=Chrf(),
                 max_new_tokens=settings.max_new_tokens,
-                few_shot=tuple(example(one, language) for one in composition[:5]),
+                few_shot=few_shot,
                 others=(Bleu(),),
             )
         },

@@ -35,7 +35,6 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             steps=100,
             steps_on_all=300,
             rows=32,
-            search_steps=20,
             max_length=160,
             batch=32,
             # An hour has no room for the others.
@@ -55,7 +54,6 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             steps=200,
             steps_on_all=1500,
             rows=32,
-            search_steps=60,
         ),
     ),
     # The paper's scale, on public checkpoints that share a tokenizer. Not run here; tests run it with stand-ins.
@@ -72,7 +70,6 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             steps=2000,
             steps_on_all=10_000,
             rows=64,
-            search_steps=500,
             learning_rates={
                 "composition": (3e-5, 1e-4, 3e-4),
                 "lora": (1e-4, 3e-4, 1e-3),
@@ -87,7 +84,7 @@ NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
     "Near-duplicates of a test message, in English or as the same translation, are in nothing that is trained on.",
     "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
-    "m_B answers with five examples of D_C before the message; every other method without.",
+    "m_B answers with five examples of D_C before the message, alone and in the mixture; every other method without.",
 )
 
 

@@ -52,7 +52,7 @@ class TaskSet:
         examples: What is asked, with the reference.
         metric: The row's number.
         max_new_tokens: How long an answer may be.
-        few_shot: Put before the prompt, for `m_B` alone. Texts already formatted as prompt and completion.
+        few_shot: Put before the prompt for `m_B`, alone and in `mixed_logits`.
         stop: An answer ends before the first of these strings.
         others: More metrics of the same answers.
     """
@@ -75,6 +75,7 @@ class Data:
         specialist: `m_A` is the vanilla m_A, further trained on this (unless it is a public model).
         composition: `D_C`.
         development: For choosing learning rates; like the tests, and in none of them.
+        few_shot: Put before what `m_B` reads of the development examples in `mixed_logits`, out of `D_C`.
         tests: By row.
         preserved: Plain texts whose perplexity shows what a method does to other abilities, by name, such as
             "English". In none of the other sets.
@@ -86,6 +87,7 @@ class Data:
     specialist: tuple[Example, ...]
     composition: tuple[Example, ...]
     development: tuple[Example, ...]
+    few_shot: tuple[Example, ...]
     tests: Mapping[str, TaskSet]
     preserved: Mapping[str, tuple[str, ...]]
     preserved_tests: Mapping[str, TaskSet] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Metrics of texts, by sacrebleu, as sums over answers; the first word of an answer; and perplexity."""
+"""Metrics of texts, by sacrebleu, as sums over answers; the first or last word of an answer; and perplexity."""
 
 from __future__ import annotations
 
@@ -74,6 +74,19 @@ class FirstWord(Mean):
         words = [(answer.split() or [""])[0].strip(self.ignored) for answer in answers]
         pairs = zip(words, examples, strict=True)
         return np.array([[word == example.completion.strip()] for word, example in pairs], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class LastWord(Mean):
+    """Percent of the answers whose last word is the reference's."""
+
+    name: str = "exact match, %"
+
+    def statistics(self, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
+        """1 or 0: float64 [examples, 1]."""
+        pairs = zip(answers, examples, strict=True)
+        right = [[answer.split()[-1:] == example.completion.split()[-1:]] for answer, example in pairs]
+        return np.array(right, dtype=np.float64)
 
 
 @dataclass(frozen=True)

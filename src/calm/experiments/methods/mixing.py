@@ -20,24 +20,29 @@ class MixedLogits(LogitsProcessor):
     """Mixes another model's log-probabilities into those of the model that generates; made anew for each batch.
 
     Args:
-        augmenting: the other model, with the same vocabulary; it reads the same tokens, with a cache of its own.
+        augmenting: the other model, with the same vocabulary and a cache of its own.
         weight: of its log-probabilities, from 0 to 1.
-        attention_mask: the prompts', int64 [batch, length], padded on the left.
+        input_ids: its prompts, int64 [batch, length], padded on the left; what is written follows them.
+        attention_mask: of its prompts, int64 [batch, length].
+        begins: the length of the other prompts, those of the model that generates.
     """
 
-    def __init__(self, augmenting: PreTrainedModel, weight: float, attention_mask: Tensor) -> None:
-        self.augmenting, self.weight, self.mask = augmenting, weight, attention_mask
+    def __init__(
+        self, augmenting: PreTrainedModel, weight: float, input_ids: Tensor, attention_mask: Tensor, begins: int
+    ) -> None:
+        self.augmenting, self.weight, self.begins = augmenting, weight, begins
+        self.prompts, self.mask = input_ids, attention_mask
         self.cache = DynamicCache(config=augmenting.config)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [batch, vocabulary] of the next token after `input_ids` [batch, length]."""
-        missing = input_ids.shape[1] - self.mask.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), missing)], dim=1)
+        """Scores [batch, vocabulary] of the next token after `input_ids` [batch, begins + written]."""
+        written = input_ids[:, self.begins :]
+        mask = torch.cat([self.mask, torch.ones_like(written)], dim=1)
         seen = self.cache.get_seq_length()
         logits = self.augmenting(
-            input_ids=input_ids[:, seen:],
-            attention_mask=self.mask,
-            position_ids=(self.mask.cumsum(-1) - 1).clamp(min=0)[:, seen:],
+            input_ids=torch.cat([self.prompts, written], dim=1)[:, seen:],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, seen:],
             past_key_values=self.cache,
             logits_to_keep=1,
         ).logits[:, -1]

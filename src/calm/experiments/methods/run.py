@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -193,21 +192,24 @@ class _Run:
         depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
-            depends_on.append(fingerprint(self.rehearsed))
+            depends_on += [fingerprint(self.rehearsed), self.settings.steps_of(method)]
             if method == "lora":
                 depends_on.append(importlib.metadata.version("peft"))
             if method == "full_on_all":
                 depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)
-            trained, asked = fingerprint(depends_on, self.settings.steps_of(method), rate), self.asked
+            trained = self._trained(method, rate, depends_on)
             return self._once(
-                path, [trained, searched, asked], lambda: self._evaluated(method, rate, searched, trained)
+                path,
+                [*depends_on, rate, searched, self.asked],
+                lambda: self._evaluated(method, rate, searched, trained, depends_on),
             )
         if method in ("m_A", "mixed_logits"):
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
-            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development), self.settings.max_length]
+            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development), fingerprint(self.data.few_shot)]
+            depends_on.append(self.settings.max_length)
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
@@ -221,31 +223,28 @@ class _Run:
         if self.rates is not None:
             weight, searched = self.rates[method], {}
         else:
-            searched = {w: self._development_nll(scoring.mixed(anchor, augmenting, w)) for w in WEIGHTS}
+            before = scoring.shown(self.data.few_shot)
+            asked = [Example(before + example.prompt, example.completion) for example in self.data.development]
+            longest = self.settings.max_length * (1 + len(self.data.few_shot))
+            rows = scoring.completion_rows(asked, self.tokenizer, longest), self.development
+            searched = scoring.mixture_losses(anchor, augmenting, rows, WEIGHTS, self.tokenizer, self.settings.batch)
             weight = _best(searched)
-        outcome = self._measure(anchor, mix=(augmenting, weight))
+        outcome = self._measure(anchor, few_shot=True, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
         return outcome
 
     def _rate(self, method: str, depends_on: Sequence[Any]) -> tuple[float, dict[str, float]]:
-        """The learning rate with the lowest loss on the development set after `search_steps`."""
+        """The learning rate whose model has the lowest loss on the development set, once it is trained to its end."""
         if self.rates is not None:
             return self.rates[method], {}
         kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
         candidates = self.settings.learning_rates[kind]
-
-        def trial(rate: float) -> Outcome:
-            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                model, _ = self._train(method, rate, self.settings.search_steps, Path(folder))
-                return {"nll": self._development_nll(scoring.logits_of(model))}
-
-        def nll(rate: float) -> float:
-            settings = [*depends_on, self.settings.search_steps, rate, fingerprint(self.data.development)]
-            path = self.folder / "search" / f"{method}-{rate:g}.json"
-            return float(self._once(path, settings, lambda: trial(rate))["nll"])
-
         if len(candidates) == 1:
             return candidates[0], {}
+
+        def nll(rate: float) -> float:
+            return float(self._trained(method, rate, depends_on)["nll"])
+
         searched = {rate: nll(rate) for rate in candidates}
         for _ in range(BEYOND):
             rate = _beyond(searched)
@@ -254,33 +253,50 @@ class _Run:
             searched[rate] = nll(rate)
         return _best(searched), {f"{rate:g}": found for rate, found in sorted(searched.items())}
 
-    def _evaluated(self, method: str, rate: float, searched: Mapping[str, float], trained_as: str) -> Outcome:
-        folder = self.folder / method
+    def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
+        """Train with one learning rate. The model lies in the folder of that name beside what is returned."""
+        folder, asked = self.folder / method / f"{rate:g}", [*depends_on, rate]
+        path, settings = folder.parent / f"{folder.name}.json", [*asked, fingerprint(self.data.development)]
+        return self._once(path, settings, lambda: self._fit(method, rate, folder, fingerprint(asked)))
+
+    def _fit(self, method: str, rate: float, folder: Path, trained_as: str) -> Outcome:
         if read_json(folder / "trained_as.json", trained_as) != trained_as:
             shutil.rmtree(folder)  # an interrupted training with other settings or data is not gone on with
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "trained_as.json", trained_as)
         started = time.perf_counter()
-        steps = self.settings.steps_of(method)
-        model, trained = self._train(method, rate, steps, folder)
-        seconds = time.perf_counter() - started
-        outcome = self._measure(model)
-        outcome["training"] = {
-            "trainable_parameters": trained,
-            "learning_rate": rate,
-            "searched": dict(searched),
-            "steps": steps,
-            "seconds": round(seconds, 1),
-        }
+        trainable = self._train(method, Fit(self.settings.steps_of(method), self.settings.rows, rate), folder)
+        seconds = round(time.perf_counter() - started, 1)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        nll = self._development_nll(scoring.logits_of(self._load(method, folder)))
+        return {"nll": nll, "trainable_parameters": trainable, "seconds": seconds}
+
+    def _evaluated(
+        self, method: str, rate: float, searched: Mapping[str, float], trained: Outcome, depends_on: Sequence[Any]
+    ) -> Outcome:
+        folder = self.folder / method / f"{rate:g}"
+        if not folder.exists():  # another search had taken another one
+            self._fit(method, rate, folder, fingerprint([*depends_on, rate]))
+        outcome = self._measure(self._load(method, folder))
+        outcome["training"] = {
+            "trainable_parameters": trained["trainable_parameters"],
+            "learning_rate": rate,
+            "searched": dict(searched),
+            "steps": self.settings.steps_of(method),
+            "seconds": trained["seconds"],
+        }
+        for other in folder.parent.iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
         return outcome
 
-    def _train(self, method: str, rate: float, steps: int, folder: Path) -> tuple[PreTrainedModel, int]:
-        settings, fit = self.settings, Fit(steps, self.settings.rows, rate)
+    def _train(self, method: str, fit: Fit, folder: Path) -> int:
+        """Leave a trained model in a folder; the number of its trained parameters."""
+        settings = self.settings
         if method in COMPOSED:
             augmenting = {"vanilla_m_A": self.vanilla, "random_m_A": self.random}.get(method, self.specialist)
-            result = training.train_composition(
+            return training.train_composition(
                 self.anchor,
                 augmenting,
                 self.data.composition,
@@ -290,9 +306,7 @@ class _Run:
                 self.seed,
                 folder,
                 attend="prompt" if method == "encoder_m_A" else "causal",
-            )
-            composed = calm.CalmForCausalLM.from_pretrained(folder, dtype=settings.dtype)
-            return composed.to(bases.device()).eval(), result.trainable_parameters
+            ).trainable_parameters
         model = bases.load(self.anchor)
         examples = self.data.composition
         if method == "lora":
@@ -302,7 +316,16 @@ class _Run:
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
         rows = self._rows(examples) + scoring.text_rows(self.rehearsed, self.tokenizer, settings.max_length)
         trained = training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
-        return model.to(getattr(torch, settings.dtype)), trained
+        model.to(getattr(torch, settings.dtype)).save_pretrained(folder)
+        return trained
+
+    def _load(self, method: str, folder: Path) -> PreTrainedModel:
+        dtype = self.settings.dtype
+        if method in COMPOSED:
+            return calm.CalmForCausalLM.from_pretrained(folder, dtype=dtype).to(bases.device()).eval()
+        if method == "lora":
+            return training.load_lora(bases.load(self.anchor, dtype), folder)
+        return bases.load(folder, dtype)
 
     # --- measuring --------------------------------------------------------------------------------------------------
 

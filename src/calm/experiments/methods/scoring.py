@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -69,12 +70,12 @@ def answers(
         task: what is asked.
         batch: prompts at a time.
         few_shot: put the task's examples before each prompt.
-        mix: `m_A` and its weight, for `mixed_logits`.
+        mix: `m_A` and its weight, for `mixed_logits`; `m_A` reads the prompts without the examples.
 
     Returns:
         The answers in the order of the examples, each up to the first stop string.
     """
-    before = "".join(f"{example.prompt}{example.completion}\n\n" for example in task.few_shot) if few_shot else ""
+    before = shown(task.few_shot) if few_shot else ""
     prompts = [before + example.prompt for example in task.examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     given = [""] * len(prompts)
@@ -86,19 +87,30 @@ def answers(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     for indices in _batches(order, batch):
-        inputs = tokenizer(
-            [prompts[index] for index in indices], return_tensors="pt", padding=True, padding_side="left"
-        )
-        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        processors = LogitsProcessorList([MixedLogits(*mix, inputs["attention_mask"])] if mix else [])
+        inputs = _padded_left([prompts[index] for index in indices], tokenizer, model)
+        begins, processors = inputs["input_ids"].shape[1], LogitsProcessorList()
+        if mix:
+            own = _padded_left([task.examples[index].prompt for index in indices], tokenizer, model)
+            augmenting, weight = mix
+            processors.append(MixedLogits(augmenting, weight, own["input_ids"], own["attention_mask"], begins))
         with without_defaults(model):
             written = model.generate(
                 **inputs, generation_config=config, logits_processor=processors, tokenizer=tokenizer
             )
-        texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(written[:, begins:], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             given[index] = until(text, task.stop)
     return given
+
+
+def shown(examples: Sequence[Example]) -> str:
+    """Examples as they are put before a prompt."""
+    return "".join(f"{example.prompt}{example.completion}\n\n" for example in examples)
+
+
+def _padded_left(prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Tensor]:
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    return {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
 
 @contextmanager
@@ -151,13 +163,10 @@ def negative_log_likelihoods(
     Returns:
         Nats and labelled tokens of each row.
     """
-    collate = CompletionCollator.for_tokenizer(tokenizer)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     found = [(0.0, 0)] * len(rows)
     for indices in _batches(order, batch):
-        inputs = collate([rows[index] for index in indices])
-        lengths = torch.tensor([len(rows[index]["input_ids"]) for index in indices])
-        inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
+        inputs = _padded_right([rows[index] for index in indices], tokenizer)
         predicted = logits(inputs)[:, :-1].float().log_softmax(-1).cpu()
         labels = inputs["labels"][:, 1:]
         labelled = labels != IGNORED
@@ -167,9 +176,49 @@ def negative_log_likelihoods(
     return found
 
 
+@torch.no_grad()
+def mixture_losses(
+    anchor: PreTrainedModel,
+    augmenting: PreTrainedModel,
+    rows: tuple[Sequence[Row], Sequence[Row]],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+) -> dict[float, float]:
+    """Nats a labelled token of the two models' mixtures, by the weight of `m_A`.
+
+    Args:
+        anchor: `m_B`.
+        augmenting: `m_A`, with the same vocabulary.
+        rows: what each of them reads; the same tokens are labelled.
+        weights: of `m_A`, from 0 to 1.
+        tokenizer: for padding.
+        batch: rows at a time.
+    """
+    total, tokens = dict.fromkeys(weights, 0.0), 0
+    for start in range(0, len(rows[0]), batch):
+        predicted = []
+        for model, read in zip((anchor, augmenting), rows, strict=True):
+            inputs = _padded_right(read[start : start + batch], tokenizer)
+            labelled = inputs["labels"][:, 1:] != IGNORED
+            predicted.append(logits_of(model)(inputs)[:, :-1][labelled])
+            labels = inputs["labels"][:, 1:][labelled].to(model.device)
+        tokens += len(labels)
+        for weight in weights:
+            total[weight] += float(cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="sum"))
+    return {weight: nats / tokens for weight, nats in total.items()}
+
+
 def mean_nll(found: Sequence[tuple[float, int]]) -> float:
     """Nats a token."""
     return sum(nats for nats, _ in found) / sum(tokens for _, tokens in found)
+
+
+def _padded_right(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    inputs = CompletionCollator.for_tokenizer(tokenizer)(list(rows))
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    inputs["attention_mask"] = (torch.arange(inputs["input_ids"].shape[1]) < lengths[:, None]).long()
+    return inputs
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -63,9 +63,9 @@ class Settings:
         steps: Optimiser steps of every method that is trained on `D_C`.
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
-        search_steps: Steps of each trial in the search for a learning rate.
-        learning_rates: Those that are tried first, by "composition", "lora" and "full". Where the highest or the lowest
-            is the best one, up to `BEYOND` more follow on its side. A single one is taken without a search.
+        learning_rates: Those that every method is trained with first, whole, by "composition", "lora" and "full". Where
+            the highest or the lowest does best on the development set, up to `BEYOND` more follow on its side. A single
+            one is taken without a search.
         max_length: Tokens of an example at most.
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.
@@ -82,7 +82,6 @@ class Settings:
     steps: int
     steps_on_all: int
     rows: int
-    search_steps: int
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
     max_length: int = 256
     batch: int = 32

@@ -109,9 +109,21 @@ def with_lora(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedM
     set_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     adapted: Any = get_peft_model(model, config)
-    if head is not None:  # frozen, as a composition's
-        head.register_forward_pre_hook(contiguous_input)
+    _freeze_head(model)
     return adapted
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model with the LoRA that its `save_pretrained` left in a folder, in the dtype in which it was saved."""
+    adapted: Any = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    _freeze_head(model)
+    return adapted.eval()
+
+
+def _freeze_head(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is not None:  # frozen by PEFT, and as quick as a composition's
+        head.register_forward_pre_hook(contiguous_input)
 
 
 def train_composition(
