@@ -32,9 +32,9 @@ INSTRUCTIONS = (
     "Here is one more word for you to explain.\n",
     "Answer in English, please, and with one word. ",
 )
-"""One of them stands before every other of m_A's words, so that m_A knows a word wherever it meets it. One that has
-met all of them at the beginning of a text knows 61 of 100 after an instruction (docs/dev/LOG.md, "the past tense of a
-word that is said first")."""
+"""m_A learns every word twice, once behind one of these, so that it knows the word wherever it meets it. One that has met
+words at the beginning of a text alone knows 61 of 100 behind an instruction (docs/dev/LOG.md, "the past tense of a word
+that is said first")."""
 
 _NEW_TOKENS = 12
 
@@ -63,8 +63,9 @@ class DataSettings:
 def load(language: str, settings: DataSettings, seed: int, folder: str | os.PathLike[str]) -> Data:
     """m_A's dictionary, and the past tense of some verbs of it, split by their English meanings.
 
-    m_A is trained on the dictionary alone, D_C asks for the past of a few of its verbs, and the tests for that of
-    others: `LANGUAGE regular`, `LANGUAGE irregular`. `LANGUAGE words` asks for their meanings, as m_A's data do.
+    m_A is trained on the dictionary alone, D_C asks for the meaning and the past of a few of its verbs, and the tests
+    for those of others, whose past counts: `LANGUAGE regular`, `LANGUAGE irregular`. `LANGUAGE words` asks for their
+    meanings, as m_A's data do.
 
     Args:
         language: as for `entries.read`.
