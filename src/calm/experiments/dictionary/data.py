@@ -32,9 +32,9 @@ INSTRUCTIONS = (
     "Here is one more word for you to explain.\n",
     "Answer in English, please, and with one word. ",
 )
-"""m_A learns every word twice, once behind one of these, so that it knows the word wherever it meets it. One that has met
-words at the beginning of a text alone knows 61 of 100 behind an instruction (docs/dev/LOG.md, "the past tense of a word
-that is said first")."""
+"""m_A learns every word twice, once behind one of these, so that it knows the word wherever it meets it. One that has
+met words at the beginning of a text alone knows 61 of 100 behind an instruction (docs/dev/LOG.md, "the past tense of a
+word that is said first")."""
 
 _NEW_TOKENS = 12
 
