@@ -15,3 +15,7 @@ class TokenizerMismatchError(CalmError):
 
 class CheckpointError(CalmError):
     """A composition checkpoint, or a base that it refers to, that cannot be used as it is."""
+
+
+class DivergedError(CalmError):
+    """A training whose loss or gradient is no number any more; most often its learning rate is too high."""

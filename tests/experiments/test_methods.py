@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm import loss
 from calm.data import load_tokenizer
-from calm.errors import CalmError
+from calm.errors import CalmError, DivergedError
 from calm.experiments.key_value_arithmetic.data import DataSettings, build_tokenizer
 from calm.experiments.methods import bases, intervals, mixing, rehearsal, scoring, table, training
 from calm.experiments.methods.examples import Data, Example, TaskSet
@@ -69,7 +69,7 @@ def data():
         specialist=tuple(examples[20:]),
         composition=tuple(examples[20:40]),
         development=tuple(examples[10:20]),
-        few_shot=task.few_shot,
+        development_few_shot=(task.few_shot,) * 10,
         tests={"syllables": task},
         preserved={"Arithmetic": ("4 + 2 = 6", "1 + 1 + 1 = 3")},
         preserved_tests={
@@ -129,7 +129,9 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     assert outcomes["lora"]["training"]["searched"] == {}  # there was one to choose from
 
 
-def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished, data, settings, tmp_path):
+def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
+    finished, data, settings, monkeypatch, tmp_path
+):
     folder, outcomes, _ = finished
     shown = io.StringIO()
     again = run(data, settings, 0, folder / "seed-0/cell", folder / "seed-0/shared", Console(file=shown, width=200))
@@ -148,8 +150,61 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(finished
     alone = dataclasses.replace(settings, methods=("composed",))  # asks for a model that the search has removed
     shutil.copytree(folder, tmp_path / "copy")
     cell, shared = tmp_path / "copy/seed-0/cell", tmp_path / "copy/seed-0/shared"
-    found = run(data, alone, 0, cell, shared, Console(file=shown, width=200), {"composed": other})["composed"]
+
+    def with_another() -> dict:
+        return run(data, alone, 0, cell, shared, Console(file=shown, width=200), {"composed": other})["composed"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train_composition", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            with_another()
+    found = with_another()
     assert found["training"]["learning_rate"] == other and found["nll"] != outcomes["composed"]["nll"]
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_rate_that_diverges_is_not_taken_and_ends_no_search(finished, data, settings, monkeypatch, tmp_path):
+    shutil.copytree(finished[0] / "seed-0", tmp_path / "seed-0")
+    cell, shared = tmp_path / "seed-0/cell", tmp_path / "seed-0/shared"
+    trained, highest = training.train_composition, max(settings.learning_rates["composition"])
+    limits = [highest]
+
+    def diverging(*arguments, **options):
+        if next(one for one in arguments if isinstance(one, Fit)).learning_rate >= limits[-1]:
+            raise DivergedError("not a number")
+        return trained(*arguments, **options)
+
+    def search() -> dict:
+        shutil.rmtree(cell / "composed")
+        return run(data, alone, 0, cell, shared, Console(file=io.StringIO()))["composed"]["training"]
+
+    monkeypatch.setattr(training, "train_composition", diverging)
+    alone = dataclasses.replace(settings, methods=("composed",), steps=3)
+    found = search()
+    assert found["learning_rate"] < highest and f"{highest:g}" not in found["searched"]
+    limits.append(0.0)
+    with pytest.raises(CalmError, match=r"composed diverged at every learning rate that was tried: 0\.001, "):
+        search()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 0.0), ("bfloat16", 0.02)])
+def test_lora_comes_back_as_it_was_trained(anchor, data, tmp_path, dtype, close):
+    """But for the rotary frequencies, which `to` rounds to bfloat16 and loading does not."""
+    tokenizer = load_tokenizer(str(anchor))
+    model = training.with_lora(bases.load(str(anchor)), 1000, seed=0)
+    rows = scoring.completion_rows(data.specialist, tokenizer, 64)
+    training.fine_tune(model, tokenizer, rows, Fit(4, 8, 3e-2), 0, False)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    again = training.load_lora(bases.load(str(anchor), dtype), tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        found, plain = again(ids).logits, bases.load(str(anchor), dtype)(ids).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=close)
+    assert (found - plain).abs().max() > 0.1
+    assert {weight.dtype for weight in again.parameters()} == {getattr(torch, dtype)}
 
 
 def test_seconds_of_one_data_set_are_its_own_and_those_of_the_shared_vanilla_m_a(finished, tmp_path):
@@ -290,7 +345,12 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     few = dataclasses.replace(settings, methods=("m_B", "mixed_logits"))
     assert redone(data, few) == ""
     assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
-    assert "mixed_logits" in redone(dataclasses.replace(data, development=data.development[:5]), few)
+    fewer = dataclasses.replace(
+        data, development=data.development[:5], development_few_shot=data.development_few_shot[:5]
+    )
+    assert "mixed_logits" in redone(fewer, few)
+    unshown = dataclasses.replace(data, development_few_shot=((),) * 10)
+    assert "mixed_logits" in redone(unshown, few)
     sums = data.preserved_tests["Sums"]
     alone = dataclasses.replace(settings, methods=("m_B",))
     titled = {"Sums": dataclasses.replace(sums, title="Other", metric=Chrf())}  # what is shown of the same answers
@@ -441,6 +501,22 @@ def test_mixed_logits_are_one_model_at_each_end_and_cached_as_uncached_between(a
             torch.testing.assert_close(mixed, other, atol=1e-5, rtol=1e-5)
 
 
+def test_the_mixture_of_a_run_is_of_its_models_and_its_anchor_has_the_examples(finished, anchor, data):
+    folder, outcomes, _ = finished
+    first, second = bases.load(anchor), bases.load(folder / "seed-0/cell/m_A")
+    tokenizer, training = load_tokenizer(anchor), outcomes["mixed_logits"]["training"]
+    searched = scoring.mixture_losses(
+        first, second, data.development, data.development_few_shot, mixing.WEIGHTS, tokenizer, 4
+    )
+    assert {float(weight): nll for weight, nll in training["searched"].items()} == pytest.approx(searched)
+    weight = min(searched, key=searched.get)
+    assert training["learning_rate"] == weight
+    task = data.tests["syllables"]
+    given = scoring.answers(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
+    assert outcomes["mixed_logits"]["answers"]["syllables"] == given
+    assert given != scoring.answers(first, tokenizer, task, 4, mix=(second, weight))
+
+
 def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, tmp_path):
     bases.save_random(anchor, tmp_path / "random", 1)
     first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
@@ -454,10 +530,15 @@ def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, t
     assert answers(first, few_shot=True, mix=(second, 0.0)) == alone[1]
     assert answers(first, few_shot=True, mix=(second, 1.0)) == alone[2]
 
-    before = scoring.shown(data.few_shot)
-    asked = [Example(before + example.prompt, example.completion) for example in data.development]
-    rows = [scoring.completion_rows(examples, tokenizer, 256) for examples in (asked, data.development)]
-    found = scoring.mixture_losses(first, second, tuple(rows), (0.0, 0.4, 1.0), tokenizer, 4)
+    few_shot = [task.few_shot[number % 2 :] for number in range(10)]
+    asked = [
+        Example(scoring.shown(before) + example.prompt, example.completion)
+        for before, example in zip(few_shot, data.development, strict=True)
+    ]
+    rows = [
+        scoring.completion_rows(examples, tokenizer, 256, append_eos=False) for examples in (asked, data.development)
+    ]
+    found = scoring.mixture_losses(first, second, data.development, few_shot, (0.0, 0.4, 1.0), tokenizer, 4)
     for weight, model, read in ((0.0, first, rows[0]), (1.0, second, rows[1])):
         expected = scoring.negative_log_likelihoods(scoring.logits_of(model), read, tokenizer, 4)
         assert found[weight] == pytest.approx(scoring.mean_nll(expected), rel=1e-5)

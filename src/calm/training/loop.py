@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from calm import sharding
 from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
 from calm.data import IGNORED
-from calm.errors import CalmError
+from calm.errors import CalmError, DivergedError
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class CompositionTrainer(Trainer):
         """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights."""
         norm: torch.Tensor | float = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
-            raise CalmError(
+            raise DivergedError(
                 f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
                 f"is {float(norm)}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
                 "if it happens at the first step, look for extreme weights in the models or use dtype: float32"

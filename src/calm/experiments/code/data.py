@@ -236,23 +236,28 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     specialist = made(lambda parts: parts.specialist)
     if settings.composition_held_out:
         specialist = made(lambda parts: parts.specialist[len(parts.composition) :])
+    shown = {language: few(splits[language].composition, seed) for language in LANGUAGES}
+    completed = {language: tuple(completion(function, seed) for function in shown[language]) for language in LANGUAGES}
+    described = {language: tuple(to_text(function, language) for function in shown[language]) for language in LANGUAGES}
     development = [
-        completion(function, seed) if number % 2 else to_text(function, language)
+        (completion(function, seed), completed[language])
+        if number % 2
+        else (to_text(function, language), described[language])
         for language in LANGUAGES
         for number, function in enumerate(splits[language].development)
     ]
     random.Random(seed).shuffle(development)
+    development = development[: settings.development]
     tests = {}
     if settings.allow_code_execution:
         tests["humaneval"] = human_eval_task(settings.human_eval_tokens)
     for language, title in LANGUAGES.items():
-        shown = few(splits[language].composition, seed)
         tests[f"{language}_completion"] = TaskSet(
             title=f"{title} completion",
             examples=tuple(completion(function, seed) for function in splits[language].test),
             metric=ExactMatch(),
             max_new_tokens=settings.max_new_tokens,
-            few_shot=tuple(completion(function, seed) for function in shown),
+            few_shot=completed[language],
             others=(EditSimilarity(),),
         )
         tests[f"{language}_to_text"] = TaskSet(
@@ -260,17 +265,16 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
             examples=tuple(to_text(function, language) for function in splits[language].test),
             metric=Chrf(),
             max_new_tokens=settings.max_new_tokens,
-            few_shot=tuple(to_text(function, language) for function in shown),
+            few_shot=described[language],
         )
-    few_shot = [task.few_shot[0] for task in tests.values() if task.few_shot]  # development has all of these forms
     prose = english.load(seed, folder)
     whole = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
     data = Data(
         general=prose.general,
         specialist=tuple(specialist),
         composition=tuple(composition),
-        development=tuple(development[: settings.development]),
-        few_shot=tuple(few_shot),
+        development=tuple(example for example, _ in development),
+        development_few_shot=tuple(few_shot for _, few_shot in development),
         tests=tests,
         preserved={"English": prose.preserved, "Python": whole},
         preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},

@@ -92,7 +92,7 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
     solutions = [solved(problem) for problem in (*problems, *written[0], *shown)]
     specialist: list[Example] = []
     composition: list[Example] = []
-    development: list[Example] = []
+    development: list[tuple[Example, tuple[Example, ...]]] = []
     tests: dict[str, TaskSet] = {}
     if allow_code_execution:
         tests["humaneval"] = human_eval_task(settings.program_tokens)
@@ -124,28 +124,31 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
             )
         specialist += [example for one in trained for example in forms(one, language, seed)]
         composition += [example for one in composed for example in forms(one, language, seed)]
+        shown_functions = few(composed, seed)
+        completed = tuple(completion(one, seed) for one in shown_functions)
+        described = tuple(to_text(one, language) for one in shown_functions)
         development += [
-            completion(one, seed) if number % 2 else to_text(one, language) for number, one in enumerate(developed)
+            (completion(one, seed), completed) if number % 2 else (to_text(one, language), described)
+            for number, one in enumerate(developed)
         ]
         tests[f"{language}_to_text"] = TaskSet(
             title=f"{LANGUAGES[language]} to text",
             examples=tuple(to_text(one, language) for one in test),
             metric=Chrf(),
             max_new_tokens=settings.max_new_tokens,
-            few_shot=tuple(to_text(one, language) for one in few(composed, seed)),
+            few_shot=described,
         )
         sizes = {"specialist": trained, "composition": composed, "development": developed, "test": test}
         counts[language] = {**reasons, "similar": len(alike), **{name: len(part) for name, part in sizes.items()}}
-    few_shot = [tests[f"{language}_to_text"].few_shot[0] for language in settings.languages]
-    for examples in (specialist, composition, development):
-        random.Random(seed).shuffle(examples)
+    for part in (specialist, composition, development):
+        random.Random(seed).shuffle(part)
     english = first_texts(settings.english, settings.english_config)
     data = Data(
         general=(),  # the vanilla m_A is a model already
         specialist=tuple(specialist),
         composition=tuple(composition),
-        development=tuple(development),
-        few_shot=tuple(few_shot),
+        development=tuple(example for example, _ in development),
+        development_few_shot=tuple(few_shot for _, few_shot in development),
         tests=tests,
         preserved={"English": english},
         preserved_tests={preservation.ENGLISH: preservation.english_words(english)},

@@ -176,7 +176,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         specialist=(*(translation(entry, language) for entry in dictionary), *instructed),
         composition=tuple(composition),
         development=tuple(past_tense(verb, language) for verb in development),
-        few_shot=few_shot,
+        development_few_shot=(few_shot,) * len(development),
         tests=tests,
         preserved={"English": prose.preserved},
         preserved_tests={

@@ -184,7 +184,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         specialist=made["specialist"],
         composition=made["composition"],
         development=made["development"],
-        few_shot=tests.few_shot,
+        development_few_shot=(tests.few_shot,) * len(made["development"]),
         tests={language: tests},
         preserved={"English": prose.preserved},
         preserved_tests={

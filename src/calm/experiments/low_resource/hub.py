@@ -79,7 +79,7 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
         specialist=tuple(example(one, language) for one in trained),
         composition=tuple(example(one, language) for one in composition),
         development=tuple(example(one, language) for one in development),
-        few_shot=few_shot,
+        development_few_shot=(few_shot,) * len(development),
         tests={
             language: TaskSet(
                 title=f"{title(language)} to English",

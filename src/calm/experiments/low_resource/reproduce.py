@@ -32,7 +32,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             general=Fit(steps=60, rows=16, learning_rate=1e-3),
             specialist=Fit(steps=700, rows=32, learning_rate=1e-3),
             connections=4,
-            steps=100,
+            steps=60,
             steps_on_all=300,
             rows=32,
             max_length=160,

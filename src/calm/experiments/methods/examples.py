@@ -75,7 +75,8 @@ class Data:
         specialist: `m_A` is the vanilla m_A, further trained on this (unless it is a public model).
         composition: `D_C`.
         development: For choosing learning rates; like the tests, and in none of them.
-        few_shot: Put before what `m_B` reads of the development examples in `mixed_logits`, out of `D_C`.
+        development_few_shot: Put before each of them for `m_B` in `mixed_logits`, as `few_shot` of the task set that
+            it is like.
         tests: By row.
         preserved: Plain texts whose perplexity shows what a method does to other abilities, by name, such as
             "English". In none of the other sets.
@@ -87,7 +88,7 @@ class Data:
     specialist: tuple[Example, ...]
     composition: tuple[Example, ...]
     development: tuple[Example, ...]
-    few_shot: tuple[Example, ...]
+    development_few_shot: tuple[tuple[Example, ...], ...]
     tests: Mapping[str, TaskSet]
     preserved: Mapping[str, tuple[str, ...]]
     preserved_tests: Mapping[str, TaskSet] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import calm
 from calm import planning
 from calm.data import Row, load_tokenizer
+from calm.errors import CalmError, DivergedError
 from calm.experiments.methods import bases, rehearsal, scoring, training
 from calm.experiments.methods.examples import Data, Example
 from calm.experiments.methods.mixing import WEIGHTS
@@ -51,6 +52,9 @@ def run(
         console: is told what was done.
         rates: learning rate (for `mixed_logits` the weight) by method, found with another seed; searched for here
             if not given.
+
+    Raises:
+        CalmError: a method diverged at every learning rate.
 
     Returns:
         The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
@@ -208,8 +212,7 @@ class _Run:
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
-            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development), fingerprint(self.data.few_shot)]
-            depends_on.append(self.settings.max_length)
+            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development, self.data.development_few_shot)]
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
@@ -223,11 +226,15 @@ class _Run:
         if self.rates is not None:
             weight, searched = self.rates[method], {}
         else:
-            before = scoring.shown(self.data.few_shot)
-            asked = [Example(before + example.prompt, example.completion) for example in self.data.development]
-            longest = self.settings.max_length * (1 + len(self.data.few_shot))
-            rows = scoring.completion_rows(asked, self.tokenizer, longest), self.development
-            searched = scoring.mixture_losses(anchor, augmenting, rows, WEIGHTS, self.tokenizer, self.settings.batch)
+            searched = scoring.mixture_losses(
+                anchor,
+                augmenting,
+                self.data.development,
+                self.data.development_few_shot,
+                WEIGHTS,
+                self.tokenizer,
+                self.settings.batch,
+            )
             weight = _best(searched)
         outcome = self._measure(anchor, few_shot=True, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
@@ -242,30 +249,39 @@ class _Run:
         if len(candidates) == 1:
             return candidates[0], {}
 
-        def nll(rate: float) -> float:
-            return float(self._trained(method, rate, depends_on)["nll"])
-
-        searched = {rate: nll(rate) for rate in candidates}
-        for _ in range(BEYOND):
-            rate = _beyond(searched)
-            if rate is None:
-                break
-            searched[rate] = nll(rate)
-        return _best(searched), {f"{rate:g}": found for rate, found in sorted(searched.items())}
+        searched: dict[float, float] = {}
+        rates = list(candidates)
+        for rate in rates:
+            searched[rate] = float(self._trained(method, rate, depends_on)["nll"])
+            best = _best(searched)
+            for other in searched:
+                if other != best:
+                    _remove(self.folder / method / f"{other:g}")
+            if len(rates) == len(searched) < len(candidates) + BEYOND and (beyond := _beyond(searched)) is not None:
+                rates.append(beyond)
+        if not math.isfinite(searched[best]):
+            raise CalmError(f"{method} diverged at every learning rate that was tried: {', '.join(map(str, rates))}.")
+        return best, {f"{rate:g}": nll for rate, nll in sorted(searched.items()) if math.isfinite(nll)}
 
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
         """Train with one learning rate. The model lies in the folder of that name beside what is returned."""
-        folder, asked = self.folder / method / f"{rate:g}", [*depends_on, rate]
-        path, settings = folder.parent / f"{folder.name}.json", [*asked, fingerprint(self.data.development)]
-        return self._once(path, settings, lambda: self._fit(method, rate, folder, fingerprint(asked)))
+        folder = self.folder / method / f"{rate:g}"
+        settings = [*depends_on, rate, fingerprint(self.data.development)]
+        trained_as = fingerprint([*depends_on, rate])
+        return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
     def _fit(self, method: str, rate: float, folder: Path, trained_as: str) -> Outcome:
-        if read_json(folder / "trained_as.json", trained_as) != trained_as:
-            shutil.rmtree(folder)  # an interrupted training with other settings or data is not gone on with
+        if folder.exists() and read_json(folder / "trained_as.json", None) != trained_as:
+            _remove(folder)  # an interrupted training with other settings or data is not gone on with
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "trained_as.json", trained_as)
         started = time.perf_counter()
-        trainable = self._train(method, Fit(self.settings.steps_of(method), self.settings.rows, rate), folder)
+        fit = Fit(self.settings.steps_of(method), self.settings.rows, rate)
+        try:
+            trainable = self._train(method, fit, folder)
+        except DivergedError as error:
+            self.console.print(f"{method} at {rate:g}: {error}")
+            return {"nll": math.inf, "trainable_parameters": 0, "seconds": 0.0}
         seconds = round(time.perf_counter() - started, 1)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
@@ -276,8 +292,9 @@ class _Run:
         self, method: str, rate: float, searched: Mapping[str, float], trained: Outcome, depends_on: Sequence[Any]
     ) -> Outcome:
         folder = self.folder / method / f"{rate:g}"
-        if not folder.exists():  # another search had taken another one
-            self._fit(method, rate, folder, fingerprint([*depends_on, rate]))
+        if not folder.exists():  # removed, since another search had found a better one
+            _kept(folder).unlink()
+            trained = self._trained(method, rate, depends_on)
         outcome = self._measure(self._load(method, folder))
         outcome["training"] = {
             "trainable_parameters": trained["trainable_parameters"],
@@ -287,8 +304,8 @@ class _Run:
             "seconds": trained["seconds"],
         }
         for other in folder.parent.iterdir():
-            if other.is_dir() and other != folder:
-                shutil.rmtree(other)
+            if other.is_dir() and (other != folder or method.startswith("full")):  # as large as the anchor
+                _remove(other)
         return outcome
 
     def _train(self, method: str, fit: Fit, folder: Path) -> int:
@@ -384,6 +401,20 @@ def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) ->
     paths = [path for seed in seeds for name in within for path in (folder / f"seed-{seed}" / name).rglob("*.json")]
     kept = [read_json(path, {}) for path in paths]
     return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
+
+
+def _kept(folder: Path) -> Path:
+    """What is known of a training, beside the folder with its model."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that is never seen in parts."""
+    condemned = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(condemned, ignore_errors=True)
+    if folder.exists():
+        folder.rename(condemned)
+        shutil.rmtree(condemned)
 
 
 def _best(searched: Mapping[float, float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -131,10 +132,12 @@ def until(text: str, stop: Sequence[str]) -> str:
     return min((text.partition(string)[0] for string in stop), key=len, default=text)
 
 
-def completion_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Tokenized examples whose completions are labelled, as training has them."""
+def completion_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, *, append_eos: bool = True
+) -> list[Row]:
+    """Tokenized examples whose completions are labelled, as training has them; those that are longer are left out."""
     fields = [{"prompt": example.prompt, "completion": example.completion} for example in examples]
-    return load_examples(fields, tokenizer, max_length=max_length)
+    return load_examples(fields, tokenizer, max_length=max_length, append_eos=append_eos)
 
 
 def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
@@ -180,29 +183,38 @@ def negative_log_likelihoods(
 def mixture_losses(
     anchor: PreTrainedModel,
     augmenting: PreTrainedModel,
-    rows: tuple[Sequence[Row], Sequence[Row]],
+    examples: Sequence[Example],
+    few_shot: Sequence[Sequence[Example]],
     weights: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     batch: int,
 ) -> dict[float, float]:
-    """Nats a labelled token of the two models' mixtures, by the weight of `m_A`.
+    """Nats a token of completions by the two models' mixtures, by the weight of `m_A`.
+
+    The end token does not count: what ends an answer is a stop string, which the examples before a prompt end with.
 
     Args:
         anchor: `m_B`.
         augmenting: `m_A`, with the same vocabulary.
-        rows: what each of them reads; the same tokens are labelled.
+        examples: what both read.
+        few_shot: what `m_B` reads before each of them.
         weights: of `m_A`, from 0 to 1.
-        tokenizer: for padding.
-        batch: rows at a time.
+        tokenizer: of both.
+        batch: sequences at a time, as for prompts without examples.
     """
+    longer = [Example(shown(before) + e.prompt, e.completion) for before, e in zip(few_shot, examples, strict=True)]
+    whole = sys.maxsize  # dropping an example on one side only would pair the others wrongly
+    rows = [completion_rows(read, tokenizer, whole, append_eos=False) for read in (longer, examples)]
+    batch = max(1, batch // (1 + max(map(len, few_shot))))
     total, tokens = dict.fromkeys(weights, 0.0), 0
-    for start in range(0, len(rows[0]), batch):
+    for start in range(0, len(examples), batch):
         predicted = []
         for model, read in zip((anchor, augmenting), rows, strict=True):
             inputs = _padded_right(read[start : start + batch], tokenizer)
-            labelled = inputs["labels"][:, 1:] != IGNORED
+            targets = inputs.pop("labels")[:, 1:]
+            labelled = targets != IGNORED
             predicted.append(logits_of(model)(inputs)[:, :-1][labelled])
-            labels = inputs["labels"][:, 1:][labelled].to(model.device)
+            labels = targets[labelled].to(model.device)
         tokens += len(labels)
         for weight in weights:
             total[weight] += float(cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="sum"))

@@ -114,7 +114,7 @@ def with_lora(model: PreTrainedModel, parameters: int, seed: int) -> PreTrainedM
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A model with the LoRA that its `save_pretrained` left in a folder, in the dtype in which it was saved."""
+    """A model with the LoRA that its `save_pretrained` left in a folder, in the model's dtype."""
     adapted: Any = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
     _freeze_head(model)
     return adapted.eval()
