@@ -290,8 +290,8 @@ def test_axes_are_honest_and_numbers_are_those_of_the_results():
     assert widths == [results().table["cy"][method].mean for method in reversed(METHODS)]
     assert "higher is better" in figure.axes[0].get_xlabel()
     gain, loss, second_gain, _ = charts._gain_and_loss(results()).axes
-    assert gain.get_title(loc="left") == "Gained: Welsh to English"
-    assert second_gain.get_title(loc="left") == "Gained: Breton to English"
+    assert gain.get_title(loc="left") == "Gained:\nWelsh to English"
+    assert second_gain.get_title(loc="left") == "Gained:\nBreton to English"
     assert "lower is better" in loss.get_xlabel()
     (bottom, _) = charts._curves(results()).axes[0].get_ylim()
     assert bottom == 0
@@ -305,3 +305,17 @@ def test_what_is_gained_is_not_the_ability_that_is_kept():
         preservation={"NUM-MATH perplexity": {"m_B": cell(2)}},
     )
     assert charts._gained(run, "NUM-MATH perplexity") == "KV-MATH"
+
+
+def test_what_is_gained_is_where_composition_adds_most_to_its_parts():
+    found = {
+        "words": {"m_A": cell(99), "m_B": cell(1), "composed": cell(90)},
+        "past": {"m_A": cell(0), "m_B": cell(1), "composed": cell(60)},
+        "rare": {"m_A": cell(0), "m_B": cell(1), "composed": cell(50)},
+        "not run": {"m_B": cell(1)},
+    }
+    rows = {
+        name: Row(metric="%", higher_is_better=True, examples=9, title=name) for name in (*found, "English perplexity")
+    }
+    run = results(rows=rows, table=found, preservation={"English perplexity": {"m_B": cell(2)}})
+    assert charts._gained(run, "English perplexity") == "past"

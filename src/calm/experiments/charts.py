@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,9 @@ def _gain_and_loss(results: Results) -> Figure:
         gained, methods = _gained(results, name), _down(gain, cells)
         if gained:
             _dots(gain, results, gained, results.table[gained], methods)
-            gain.set_title(f"Gained: {results.rows[gained].title}", loc="left", fontweight="bold", fontsize=10)
+            gain.set_title(f"Gained:\n{results.rows[gained].title}", loc="left", fontweight="bold", fontsize=9)
         _dots(loss, results, name, cells, methods, changes=True)
-        loss.set_title(f"Lost of the anchor: {results.rows[name].title}", loc="left", fontweight="bold", fontsize=10)
+        loss.set_title(f"Lost of the anchor:\n{results.rows[name].title}", loc="left", fontweight="bold", fontsize=9)
         loss.set_yticks(range(len(methods)), [""] * len(methods))
     return figure
 
@@ -138,10 +139,16 @@ def _gained(results: Results, kept: str) -> str | None:
     """The row of the table that belongs to a row of preservation.
 
     It is the one that is named there, such as in "English perplexity cy", unless both measure one ability; else the
-    last, which is the combined skill.
+    one in which composition adds most to the better of its parts.
     """
     rows = [row for row in _filled(results.table) if results.rows[row].title != results.rows[kept].title]
-    return next((row for row in rows if row in kept.split()), rows[-1] if rows else None)
+
+    def added(row: str) -> float:
+        found = results.table[row]
+        parts = [found[part].mean for part in ("m_A", "m_B") if part in found]
+        return found["composed"].mean - max(parts) if parts and "composed" in found else -math.inf
+
+    return next((row for row in rows if row in kept.split()), max(rows, key=added, default=None))
 
 
 def _dots(
@@ -167,12 +174,12 @@ def _dots(
     lows = [_reach(cell)[0] for cell in cells.values()]
     if not row.higher_is_better and min(lows) > 0 and max(lows) > 3 * min(lows):
         axes.set_xscale("log")  # perplexities lie apart by factors
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(lows) < 100 * min(lows) else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     elif not changes:
         axes.set_xlim(left=min(0, *lows))
-    axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}; dotted: m_B, lines: 95%", fontsize=9)
+    axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}\ndotted: m_B, lines: 95%", fontsize=8)
 
 
 def _curves(results: Results) -> Figure:

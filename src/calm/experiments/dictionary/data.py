@@ -156,7 +156,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
     rng.shuffle(composition)
     tests = {
         f"{language} {kind}": _asked(
-            f"{title(language)} verbs in the English past tense, {kind} ones",
+            f"{title(language)} verbs in the past tense, {kind}",
             [past_tense(verb, language) for verb in part],
             few_shot,
             LastWord(),
