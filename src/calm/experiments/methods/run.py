@@ -54,7 +54,7 @@ def run(
             if not given.
 
     Raises:
-        CalmError: a method diverged at every learning rate.
+        CalmError: a method diverged at every learning rate, or at the one that is given.
 
     Returns:
         The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
@@ -203,6 +203,11 @@ class _Run:
                 depends_on.append(fingerprint(self.data.specialist))
             rate, searched = self._rate(method, depends_on)
             trained = self._trained(method, rate, depends_on)
+            if not math.isfinite(trained["nll"]):
+                raise CalmError(
+                    f"{method} diverged with seed {self.seed} at a learning rate of {rate:g}, the only one or the best "
+                    "one: give lower ones, or run this seed by itself, so that it searches for its own"
+                )
             return self._once(
                 path,
                 [*depends_on, rate, searched, self.asked],
@@ -259,8 +264,6 @@ class _Run:
                     _remove(self.folder / method / f"{other:g}")
             if len(rates) == len(searched) < len(candidates) + BEYOND and (beyond := _beyond(searched)) is not None:
                 rates.append(beyond)
-        if not math.isfinite(searched[best]):
-            raise CalmError(f"{method} diverged at every learning rate that was tried: {', '.join(map(str, rates))}.")
         return best, {f"{rate:g}": nll for rate, nll in sorted(searched.items()) if math.isfinite(nll)}
 
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
