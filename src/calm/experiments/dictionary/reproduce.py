@@ -14,10 +14,10 @@ from calm.experiments.methods.languages import Preset, results_of
 from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import Asked, Results
 
-SPLIT = 1
-"""Seed of the split, which is the same for all seeds, so that they answer the same questions. 0 is the one that trials
-were made with. Of this one the form of the answers was chosen, on its development verbs, after an earlier form's score
-on its test verbs was known (docs/dev/LOG.md, "the past tense of a word that is said first")."""
+SPLIT = 2
+"""Seed of the split, which is the same for all seeds, so that they answer the same questions. Trials were made with 0
+and 1, from whose development verbs the form of the answers was chosen (docs/dev/LOG.md, "the past tense of a word that
+is said first")."""
 
 PRESETS: dict[str, Preset[DataSettings]] = {
     "cpu": Preset(
@@ -61,8 +61,8 @@ NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
     "m_A is trained on the whole dictionary, the tested verbs among it, and on no past tense; no verb with the meaning "
     "of a tested one is in D_C.",
-    "The form of the answers and of m_A's examples was chosen on the development verbs, after the score of an earlier "
-    "form on the test verbs was known (docs/dev/LOG.md).",
+    "The form of the answers and of m_A's examples was chosen on the development verbs of another split; no trial was "
+    "made with this one.",
     "m_B answers with five examples of D_C before the question, alone and in the mixture; every other method without.",
     "The paper has no such task: it is what low-resource translation leaves open, whether a composition adds anything "
     "to m_A where the anchor knows nothing of the language.",
