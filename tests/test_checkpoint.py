@@ -113,7 +113,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             sent["uploaded"] = (repo_id, kwargs)
             return "commit"
 
-    monkeypatch.setattr(calm.model, "HfApi", Hub)
+    monkeypatch.setattr(calm.saving, "HfApi", Hub)
     return sent
 
 

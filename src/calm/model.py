@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import HfApi
 from packaging import version
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -31,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from calm import backbones, checkpoint, loss, sources
+from calm import backbones, checkpoint, loss
 from calm.alignment import Alignment, align, align_causal, document_lengths, visible_same_tokenizer
 from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
@@ -39,7 +35,7 @@ from calm.config import CalmConfig, width_of
 from calm.errors import CalmError
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
-from calm.sharding import gathered, whole
+from calm.saving import CompositionSaving
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +62,7 @@ _thread = threading.local()
 
 
 # GenerationMixin is named although it is inherited: transformers looks for it among the bases themselves
-class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
+class CalmForCausalLM(CompositionSaving, CompositionGeneration, GenerationMixin):
     """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
 
     Make one with `calm.compose` or `CalmForCausalLM.from_pretrained`. Only `connections` is trained and saved.
@@ -676,186 +672,6 @@ class CalmForCausalLM(PreTrainedModel, CompositionGeneration, GenerationMixin):
     def active_connections(self) -> list[int]:
         """Indices of the connections that are switched on here; none within `composition_disabled()`."""
         return [] if self._disabled else [i for i in range(len(self.connections)) if i not in self._switched_off]
-
-    # -- saving and loading -------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
-
-        An adapter that trains on a base is not among them (a warning says so): PEFT saves it.
-
-        Args:
-            save_directory: Where to; made if missing. A failed save leaves what was there.
-            state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
-            max_shard_size: Largest weights file, in bytes or as "5GB".
-            is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
-                shards the connections every process has to call this, since each has a part of them.
-            push_to_hub: Upload what was saved, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
-            kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
-
-        Raises:
-            CalmError: If an argument is unknown.
-            CheckpointError: If the directory cannot be written to.
-        """
-        if not kwargs.pop("safe_serialization", True):
-            raise CalmError("safe_serialization=False: a composition is saved as safetensors only. Leave it out.")
-        if kwargs and not push_to_hub:
-            raise CalmError(
-                f"save_pretrained() got {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}, which it "
-                "does not know. Leave it out, or pass push_to_hub=True if it is for that."
-            )
-        weights = self._gathered_connections() if state_dict is None else state_dict
-        if not is_main_process:
-            return
-        if any(weight.requires_grad for base in (self.anchor, self.augmenting) for weight in base.parameters()):
-            logger.warning(
-                "%s holds the connections only, and not what else is trained, such as an adapter on the anchor: save "
-                "that too, with model.anchor.save_pretrained(FOLDER); model.anchor.load_adapter(FOLDER) loads it.",
-                os.fspath(save_directory),
-            )
-        config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
-        config.dtype = next(iter(self.connections.parameters())).dtype
-        checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
-            _upload(save_directory, repo_id, **kwargs)
-
-    def _gathered_connections(self) -> dict[str, Tensor]:
-        with gathered(self.connections):
-            weights = self.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
-            return {name: whole(weight) for name, weight in weights.items()}
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload composition",
-    ) -> Any:
-        """Upload the composition with its model card (which bases, which connections, how many parameters).
-
-        A card that is in the repository already stays as it is.
-
-        Args:
-            repo_id: `OWNER/NAME`; made if missing.
-            private: Whether a new repository is private.
-            token: Access token; that of `hf auth login` by default.
-            revision: Branch.
-            create_pr: Open a pull request instead of committing.
-            commit_message: The commit's message.
-
-        Returns:
-            What `huggingface_hub.HfApi.upload_folder` returns.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return _upload(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *model_args: Any,
-        config: CalmConfig | None = None,
-        anchor: PreTrainedModel | str | os.PathLike[str] | None = None,
-        augmenting: Any = None,
-        verify_bases: bool = True,
-        **kwargs: Any,
-    ) -> CalmForCausalLM:
-        """Load a composition; its bases come from where they were, or are given by hand.
-
-        Args:
-            pretrained_model_name_or_path: Folder or hub name of the composition.
-            model_args: None are accepted.
-            config: The composition's configuration, a `CalmConfig`, if already read.
-            anchor: The anchor, or where it is now, instead of the recorded reference.
-            augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
-                `forward` has to be given `augmenting_outputs`.
-            verify_bases: Refuse bases whose weights or configurations are not those trained against.
-            kwargs: `revision` and `subfolder` for the composition; those that concern finding files (`token`,
-                `cache_dir`, `force_download`, `local_files_only`) for it and the bases; everything else (`dtype`,
-                `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
-
-        Returns:
-            The composed model in evaluation mode, connections in the anchor's dtype.
-
-        Raises:
-            CalmError: If an argument is none that a composition is loaded with.
-            CheckpointError: If the composition or a base is missing, damaged, of a newer format, or not the right one.
-        """
-        if model_args:
-            raise CalmError(f"from_pretrained() got {model_args!r} after the name: pass arguments by their names.")
-        if kwargs.pop("output_loading_info", False):
-            raise CalmError(
-                "output_loading_info=True: there is nothing to tell, since a composition that lacks weights or has "
-                "others is refused. Leave it out."
-            )
-        if config is not None and not isinstance(config, CalmConfig):
-            raise CalmError(
-                f"config is a {type(config).__name__}: expected the composition's CalmConfig. Leave it out."
-            )
-        kwargs.pop("adapter_kwargs", None)
-        hub_kwargs: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
-        hub_kwargs |= {key: kwargs[key] for key in sources.HUB_KWARGS if key in kwargs}
-        name = os.fspath(pretrained_model_name_or_path)
-        if config is None:
-            config = checkpoint.read_config(name, **hub_kwargs)
-        kwargs = config.asked_of_bases | kwargs
-        anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **kwargs)
-        model = cls(config, anchor_model, augmenting_models)
-        expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
-        weights = checkpoint.read_weights(name, expected, **hub_kwargs)
-        model.connections.load_state_dict(
-            {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
-        )
-        model.name_or_path = config.name_or_path = name
-        with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
-        return model.eval()
-
-
-def _upload(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload composition",
-) -> Any:
-    """Upload a composition that is saved in a folder; arguments and result as for `push_to_hub`."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
-        ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-    )
 
 
 def check_activation_checkpointing() -> None:

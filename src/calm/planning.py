@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -358,7 +358,7 @@ def _count(
         },
         connections=part("connections", None, len(model.connections)),
         layer_pairs=config.layer_pairs,
-        num_heads=config.num_heads,
+        num_heads=cast(int, config.num_heads),
         attention=config.attention,
         sequence_length=sequence_length,
         batch_size=batch_size,
