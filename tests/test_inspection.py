@@ -195,6 +195,7 @@ def test_what_cannot_be_inspected() -> None:
 
 def test_parts_of_characters_have_names() -> None:
     tokenizer = byte_tokenizer(bos=False)
+    assert _texts(tokenizer, [len(tokenizer) + 5]) == [f"<{len(tokenizer) + 5}>"], "embeddings may be padded"
     texts = _texts(tokenizer, tokenizer("a é")["input_ids"])
     assert texts[:2] == ["a", " "] and len(texts) == 4 and "\ufffd" not in "".join(texts)
 

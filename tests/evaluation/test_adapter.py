@@ -124,6 +124,31 @@ def test_generation_is_that_of_generate(model: calm.CalmForCausalLM):
     assert len(set(answers)) > 1
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_answers_do_not_depend_on_what_else_is_in_their_batch(model: calm.CalmForCausalLM, beams: int):
+    """Nor with beams, which lm-eval's own stop criterion ends for the whole batch."""
+    prompts = ["1+2=", "a much longer prompt: ", "x", "3+4=", "5", "ab"]
+    inputs = TOKENIZER(prompts[0], return_tensors="pt")
+    written = TOKENIZER.decode(model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :])
+    stop = [char for char in written if char.isalnum()][-1]
+    options = {"until": [stop], "max_gen_toks": 12, "num_beams": beams, "do_sample": False}
+    asked = [(prompt, options) for prompt in prompts]
+    one, all_of_them = (
+        CalmLM(model, TOKENIZER, size).generate_until(instances("generate_until", asked)) for size in (1, len(prompts))
+    )
+    assert one == all_of_them
+    for prompt, answer in zip(prompts, one, strict=True):
+        inputs = TOKENIZER(prompt, return_tensors="pt")
+        stopped = model.generate(**inputs, max_new_tokens=12, num_beams=beams, stop_strings=[stop], tokenizer=TOKENIZER)
+        text = TOKENIZER.decode(stopped[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == text.split(stop)[0]
+
+
+def test_a_continuation_longer_than_the_context_is_refused(model: calm.CalmForCausalLM):
+    with pytest.raises(calm.CalmError, match="has 70 tokens, and the model's context is 64"):
+        CalmLM(model, TOKENIZER).loglikelihood(instances("loglikelihood", [("x", "y" * 70)]))
+
+
 def test_the_context_is_the_smallest_of_the_models(model: calm.CalmForCausalLM):
     assert CalmLM(model, TOKENIZER).max_length == model.context_length == 64
     assert CalmLM(model.anchor, TOKENIZER).max_length == 64

@@ -28,6 +28,12 @@ def test_a_program_passes_that_comes_to_its_end():
         assert not code.passes(failing), failing
 
 
+def test_a_block_for_main_is_passed_over_as_by_openais_checker():
+    assert code.passes("if __name__ == '__main__':\n    n = int(input())\nassert 1 + 1 == 2")
+    dataclass = "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\nassert Point(1) == Point(1)"
+    assert code.passes(dataclass)
+
+
 def test_an_endless_loop_is_stopped():
     for loop in ("while True: pass", "import time; time.sleep(60)"):
         started = time.monotonic()

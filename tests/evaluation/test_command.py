@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from calm.cli import app
+from calm.cli.evaluate import table
+from calm.evaluation import Evaluation, Metric, TaskResult
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -47,6 +51,24 @@ def test_parts_and_plain_models(composed_folder: Path, tiny_bases: dict[str, str
     assert part["tasks"] == plain["tasks"]
     settings = [(row["settings"]["model_type"], row["settings"]["part"]) for row in (composed, part, plain)]
     assert settings == [("calm", None), ("llama", "anchor"), ("llama", None)]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "out.json", "cannot be made")):
+        result = run("no-such-model", "--tasks", "sums", "--output", output, code=2)
+        assert reason in " ".join(result.output.replace("│", " ").split())
+
+
+def test_long_names_are_whole():
+    names = [f"afrobench_flores_kon_Latn-eng_Latn_prompt_{number}_of_a_long_name" for number in range(2)]
+    result = TaskResult(12, 0, 1.0, {"exact_match,none": Metric(0.5, 0.1, (0.3, 0.7), True)})
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(Evaluation(dict.fromkeys(names, result), {}, {}, {}, 0.0)))
+    shown = console.file.getvalue()
+    first_column = "".join(line[: line.find("  ")].strip() for line in shown.splitlines()[1:])
+    assert first_column == "".join(names)
+    assert shown.count("0.3000 - 0.7000") == 2
 
 
 def test_errors_are_a_message_and_an_exit_code(monkeypatch: pytest.MonkeyPatch, composed_folder: Path):

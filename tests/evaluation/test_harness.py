@@ -18,8 +18,8 @@ from calm.cli.loading import load_model
 from calm.errors import CalmError, CheckpointError
 from calm.evaluation import Evaluation, Metric, TaskResult, evaluate, load_tasks
 from calm.evaluation.code import limited_code_eval
-from calm.evaluation.results import interval
-from calm.evaluation.tasks import _load, _match
+from calm.evaluation.results import interval, read
+from calm.evaluation.tasks import _load, _match, _named
 
 TASKS = Path(__file__).parent / "tasks"
 LOCAL = ["sums", "sums_choice"]
@@ -97,6 +97,22 @@ def test_the_same_tasks_serve_several_models_and_runs(composed_folder: Path):
     assert first.tasks["sums"].samples == 12
 
 
+def test_the_number_of_examples_is_that_of_the_call_and_else_the_tasks_own(composed_folder: Path):
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
+    tasks = load_tasks(["sums"], TASKS)
+    asked = (5, None, 0, 3)
+    found = [evaluate(model, tokenizer, tasks, num_fewshot=number, limit=1) for number in asked]
+    assert [one.tasks["sums"].num_fewshot for one in found] == [5, 2, 0, 3]
+
+
+def test_what_the_model_generates_with_is_in_the_results(composed_folder: Path):
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
+    model.generation_config.repetition_penalty = 1.3
+    found = evaluate(model, tokenizer, load_tasks(["sums"], TASKS), limit=1)
+    assert found.settings["generation_config"]["repetition_penalty"] == 1.3
+    json.dumps(found.to_dict())
+
+
 def test_the_seed_chooses_the_examples(composed_folder: Path):
     model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
     tasks = load_tasks(["sums"], TASKS)
@@ -158,7 +174,6 @@ def test_unknown_tasks_name_those_near():
         _match(manager, "nothing like it")
     with pytest.raises(CalmError, match="No tasks are given"):
         load_tasks([])
-    assert set(load_tasks(["sums_c*", "sums"], TASKS)["tasks"]) == set(LOCAL)
 
 
 @pytest.mark.slow  # the index of lm-eval's own tasks is made of 14,000 files
@@ -171,6 +186,9 @@ def test_standard_tasks_need_the_hub_for_their_data_only(monkeypatch: pytest.Mon
             _load(manager, name)
     with pytest.raises(CalmError, match=r"no task 'gms8k'; near it are .*gsm8k"):
         load_tasks(["gms8k"])
+    with pytest.raises(CalmError, match="data of the task 'humaneval' cannot be loaded"):
+        load_tasks(["humaneva*"], allow_code_execution=True)  # and not the shipped humaneval_offline alone
+    assert set(load_tasks(["sums_c*", "sums"], TASKS)["tasks"]) == set(LOCAL)
 
 
 def test_groups_have_aggregates(composed_folder: Path):
@@ -181,8 +199,28 @@ def test_groups_have_aggregates(composed_folder: Path):
     assert (name, group.samples, list(group.metrics)) == ("sums_both", 24, ["acc,none"])
     metric, of_task = group.metrics["acc,none"], found.tasks["sums_choice"].metrics["acc,none"]
     assert (metric.value, metric.stderr) == (of_task.value, pytest.approx(of_task.stderr))
-    low, high = metric.interval
-    assert low < metric.value < high
+    assert metric.interval == of_task.interval, "Wilson's, of all that the mean is of"
+
+
+def test_a_groups_interval_is_of_the_examples_of_all_its_tasks():
+    def samples(right: int, number: int) -> list[dict[str, object]]:
+        return [{"filter": "none", "acc": float(i < right)} for i in range(number)]
+
+    found = {
+        "groups": {"both": {"acc,none": 0.0, "acc_stderr,none": 0.0, "sample_len": 50}},
+        "samples": {"one": samples(0, 20), "two": samples(0, 20), "three": samples(0, 10)},
+        "group_subtasks": {"both": ["inner", "three"], "inner": ["one", "two"]},
+        "n-shot": {},
+        "versions": {},
+    }
+    metric = read(found, ["both"], "groups")["both"].metrics["acc,none"]
+    assert metric.interval == interval(0.0, 0.0, [0.0] * 50)
+
+
+def test_names_of_a_groups_members():
+    assert _named(["a", {"task": "b"}, {"group": "c"}, {"group": "d", "task": ["e", {"task": "f"}]}]) == [
+        *("a", "b", "c", "e", "f")
+    ]
 
 
 def test_folders_and_files_that_are_no_tasks(tmp_path: Path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -45,6 +47,22 @@ def parse_connections(text: str) -> int | list[tuple[int, int]]:
     raise typer.BadParameter(
         f"{text!r}: expected a number, or pairs AUGMENTING_LAYER:ANCHOR_LAYER joined by commas, e.g. 7:11,15:23"
     )
+
+
+def check_writable(file: Path) -> None:
+    """Refuse, before long work, a file that could not be written after it; its folder is made.
+
+    Raises:
+        typer.BadParameter: If it is a folder, or if its folder cannot be made or written to.
+    """
+    if file.is_dir():
+        raise typer.BadParameter(f"{str(file)!r} is a folder: name a file in it")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{str(file.parent)!r} cannot be made: {error}") from error
+    if not os.access(file.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(file.parent)!r} cannot be written to")
 
 
 def stdout_for(as_json: bool) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm.cli import loading
-from calm.cli.arguments import Dtype, stdout_for
+from calm.cli.arguments import Dtype, check_writable, stdout_for
 
 if TYPE_CHECKING:
     from calm.evaluation import Evaluation
@@ -31,7 +31,7 @@ def evaluate(
         bool, typer.Option("--chat-template", help="Apply the tokenizer's chat template.")
     ] = False,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Let tasks run the code that the model writes, with limits.")
+        bool, typer.Option("--allow-code-execution", help="Let tasks run the code that the model writes.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the results to this file, as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of few-shot examples and of sampling.")] = 1234,
@@ -46,6 +46,8 @@ def evaluate(
     from calm.evaluation import load_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if output is not None:
+        check_writable(output)
     with stdout_for(as_json):
         loaded_tasks = load_tasks(names, include_path, allow_code_execution=allow_code_execution)
         loaded, tokenizer = loading.load_model(model, part, anchor, augmenting, dtype, device)
@@ -61,22 +63,25 @@ def evaluate(
             seed=seed,
             settings={"model": model, "part": part},
         )
-    if output is not None:
-        evaluation.save(output)
+    # printed first: should the disk be full by now, the numbers are there
+    console = Console(highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table(evaluation))
+    else:
+        console.print(table(evaluation))
     if output is not None:
-        console.print(f"written to {output}")
+        evaluation.save(output)
+        if not as_json:
+            console.print(f"written to {output}")
 
 
 def table(evaluation: Evaluation) -> Table:
     """The results as a table, one row a metric, groups last."""
     shown = Table("task", "n", "shots", "metric", "", "value", "95% interval", box=None, padding=(0, 2, 0, 0))
-    for column in ("n", "shots", "value", "95% interval"):
-        next(c for c in shown.columns if c.header == column).justify = "right"
+    for column in shown.columns:
+        column.overflow = "fold"  # names that are cut off at their ends would look alike
+        if column.header in ("n", "shots", "value", "95% interval"):
+            column.justify, column.no_wrap = "right", True
     for name, task in (*evaluation.tasks.items(), *evaluation.groups.items()):
         for key, metric in task.metrics.items():
             measure, _, filter_name = key.partition(",")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from calm.backbones import context_of
 from calm.errors import CalmError
@@ -59,6 +59,25 @@ class CalmLM(HFLM):
         with torch.no_grad():
             return self.model(inps, **self._composed_arguments).logits
 
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """As lm-eval's, but that beams end one by one.
+
+        lm-eval's own stop criterion remembers which rows of a batch are done, and ends all of them at once: candidates
+        of beam search change their rows, so that an answer would depend on what else is in its batch.
+        """
+        if generation_kwargs.get("num_beams", 1) == 1:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        if not generation_kwargs.setdefault("do_sample", False):
+            generation_kwargs.pop("temperature", None)
+        return self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([_Stop(self.tokenizer, stop, context.shape[1])]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **generation_kwargs,
+        )
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -71,7 +90,15 @@ class CalmLM(HFLM):
 
         Returns:
             For each the sum of its continuation's log-probabilities, and whether it is the greedy one.
+
+        Raises:
+            CalmError: If a continuation is longer than the context.
         """
+        if (longest := max((len(continuation) for *_, continuation in requests), default=0)) > self.max_length:
+            raise CalmError(
+                f"A continuation to score has {longest} tokens, and the model's context is {self.max_length}: leave "
+                "out the task, or take a model with a longer context."
+            )
         if not self._attends_to_prompt:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
@@ -86,3 +113,15 @@ class CalmLM(HFLM):
             same_length = [requests[i] for i in indices]
             scores |= zip(indices, super()._loglikelihood_tokens(same_length, True, override_bs), strict=True)
         return [scores[i] for i in range(len(requests))]
+
+
+class _Stop(StoppingCriteria):
+    """Ends each row by itself once what it has written contains a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], begins: int) -> None:
+        self.tokenizer, self.stop, self.begins = tokenizer, stop, begins
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        written = self.tokenizer.batch_decode(input_ids[:, self.begins :])
+        ended = [any(string in text for string in self.stop) for text in written]
+        return torch.tensor(ended, device=input_ids.device)

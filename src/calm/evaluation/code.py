@@ -30,7 +30,7 @@ for limit, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("CORE
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (most, most))
 program = compile(sys.stdin.read(), "program", "exec")
 sys.argv = ["program"]
-exec(program, {{"__name__": "__main__"}})
+exec(program, {{}})  # not as __main__, as OpenAI's checker does
 os._exit({_PASSED})
 """
 
@@ -38,14 +38,15 @@ os._exit({_PASSED})
 def passes(program: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
     """Run a Python program, and say whether it came to its end without an error and within its limits.
 
-    It runs with this Python in a temporary folder, without this process's environment (and the tokens in it), input or
-    output; processes that it starts are stopped with it. This keeps mistakes at bay, not malice: the program can read
-    the disk and use the network, so run models that are not trusted in a container.
+    It runs with this Python in a temporary folder; it is not given this process's environment (and the tokens in it),
+    input or output; processes that it starts are stopped with it, unless they leave its session. This keeps mistakes at
+    bay, not malice: the program can read the disk (and, through /proc, this process's environment) and use the network,
+    so run models that are not trusted in a container.
 
     Args:
-        program: Its source.
+        program: Its source. It does not run as `__main__`: a block for that is passed over, as by OpenAI's checker.
         seconds: Most seconds, of the clock and of the processor.
-        memory_bytes: Most address space in bytes.
+        memory_bytes: Most address space in bytes, of each of its processes.
     """
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from calm.errors import CalmError
 from calm.evaluation import results
 from calm.evaluation.adapter import CalmLM
+from calm.evaluation.tasks import running_code
 
 SEED = 1234
 """lm-eval's own seed of few-shot examples, so that these are those of published results."""
@@ -58,27 +59,36 @@ def evaluate(
     lm = CalmLM(model, tokenizer, batch_size)
     if apply_chat_template and tokenizer.chat_template is None:
         raise CalmError(f"The tokenizer {tokenizer.name_or_path!r} has no chat template to apply: leave that out.")
+    if not allow_code_execution and (unsafe := running_code(tasks)):
+        raise CalmError(
+            f"{', '.join(unsafe)} runs code that the model writes: pass allow_code_execution=True here, too."
+        )
     set_seed(seed)
-    for name, task in tasks["tasks"].items():
-        if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
-        task.set_fewshot_seed(seed=seed)
-        if task.OUTPUT_TYPE == "generate_until":
-            new = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)["max_gen_toks"]
-            if new >= lm.max_length:
-                raise CalmError(
-                    f"The task {name!r} generates up to {new} tokens, and the model's context is {lm.max_length}: no "
-                    "room is left for a prompt. Set a smaller max_gen_toks in the task's generation_kwargs."
-                )
+    own_fewshot = {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()}
     started = time.monotonic()
-    found = lm_eval.evaluate(
-        lm,
-        tasks,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        fewshot_as_multiturn=apply_chat_template,
-        confirm_run_unsafe_code=allow_code_execution,
-    )
+    try:
+        for name, task in tasks["tasks"].items():
+            if own_fewshot[name] is None or (num_fewshot is not None and own_fewshot[name] != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            task.set_fewshot_seed(seed=seed)
+            if task.OUTPUT_TYPE == "generate_until":
+                new = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)["max_gen_toks"]
+                if new >= lm.max_length:
+                    raise CalmError(
+                        f"The task {name!r} generates up to {new} tokens, and the model's context is {lm.max_length}: "
+                        "no room is left for a prompt. Set a smaller max_gen_toks in the task's generation_kwargs."
+                    )
+        found = lm_eval.evaluate(
+            lm,
+            tasks,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+            confirm_run_unsafe_code=allow_code_execution,
+        )
+    finally:
+        for name, number in own_fewshot.items():  # tasks serve for several models
+            tasks["tasks"][name].set_config(key="num_fewshot", value=number)
     return results.Evaluation(
         tasks=results.read(found, tasks["tasks"]),
         groups=results.read(found, tasks.get("groups", {}), "groups"),
@@ -93,6 +103,7 @@ def evaluate(
             "max_length": lm.max_length,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
+            "generation_config": model.generation_config.to_diff_dict(),
         },
         versions={
             "python": platform.python_version(),

@@ -125,8 +125,14 @@ def read(results: Mapping[str, Any], names: Iterable[str], kind: str = "results"
     return {name: _read_one(results, name, found) for name in names if (found := results.get(kind, {}).get(name))}
 
 
+def _samples(results: Mapping[str, Any], name: str) -> list[Any]:
+    """A task's examples, or those of all tasks in a group."""
+    members = results.get("group_subtasks", {}).get(name, [])
+    return [*results["samples"].get(name, []), *(sample for member in members for sample in _samples(results, member))]
+
+
 def _read_one(results: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> TaskResult:
-    samples = results["samples"].get(name, [])
+    samples = _samples(results, name)
     metrics = {}
     for key, value in found.items():
         metric, comma, filter_name = key.partition(",")

@@ -29,8 +29,9 @@ def load_tasks(
             several.
         include_path: A folder of lm-eval task files (`*.yaml`). Relative `data_files` in them are looked for from the
             file's own folder.
-        allow_code_execution: Load tasks that run what a model generates. They run it in processes of their own, with
-            limits of time and memory; the hub's metric for it is neither downloaded nor run.
+        allow_code_execution: Load tasks that run what a model generates. The usual ones (HumanEval, MBPP) run it in
+            processes of their own, with limits of time and memory; the hub's metric for it is neither downloaded nor
+            run. A task that brings an executor of its own runs that one, in this process if it likes.
 
     Returns:
         lm-eval's tasks and groups, for `evaluate`; may be used for several models.
@@ -44,7 +45,7 @@ def load_tasks(
     folders = [SHIPPED, *([_checked(Path(include_path))] if include_path is not None else [])]
     # the tasks that come with lm-eval are many files, which take seconds to read
     manager = TaskManager(include_path=folders, include_defaults=False)
-    if not all(_has(manager, name) for name in names):
+    if any("*" in name or "?" in name for name in names) or not all(_has(manager, name) for name in names):
         manager = TaskManager(include_path=folders)
     for folder in folders:
         _find_data_files(manager, folder)
@@ -54,7 +55,7 @@ def load_tasks(
         for name in dict.fromkeys(matches):
             for kind, found in _load(manager, name).items():
                 loaded[kind].update(found)
-    if unsafe := [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]:
+    if unsafe := running_code(loaded):
         if not allow_code_execution:
             raise CalmError(
                 f"{', '.join(unsafe)}: running this runs code that the model writes, on this machine. Allow it with "
@@ -62,6 +63,11 @@ def load_tasks(
             )
         check_limits()
     return loaded
+
+
+def running_code(tasks: TaskDict) -> list[str]:
+    """Names of the tasks of which lm-eval says that they run what a model writes."""
+    return [name for name, task in tasks["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
 
 
 def _checked(folder: Path) -> Path:
@@ -82,9 +88,17 @@ def _has(manager: TaskManager, name: str) -> bool:
     """Whether there are tasks of this name, and everything that they name is there, too."""
     if name in manager.all_groups:
         members = (manager.task_index[name].cfg or {}).get("task", [])
-        named = [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
-        return all(_has(manager, member) for member in named)
+        return all(_has(manager, member) for member in _named(members))
     return bool(manager.match_tasks([name]))
+
+
+def _named(members: Any) -> list[str]:
+    """Names of a group's members: tasks, groups, or groups written out within it."""
+    if isinstance(members, str):
+        return [members]
+    if isinstance(members, dict):
+        return _named(members.get("task") or members["group"])
+    return [name for member in members for name in _named(member)]
 
 
 def _match(manager: TaskManager, name: str) -> list[str]:

@@ -257,7 +257,10 @@ def _watched(connections: nn.ModuleList) -> Iterator[list[_Watch]]:
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Each token's text; its name in the vocabulary where it is only a part of a character."""
-    names = tokenizer.convert_ids_to_tokens(ids)
+    """Each token's text; its name in the vocabulary where it is only a part of a character.
+
+    Embeddings may have more rows than the tokenizer has tokens; such a one is shown as its number.
+    """
+    names = [name or f"<{token}>" for name, token in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)]
     texts = [tokenizer.decode([token]) for token in ids]
     return [name if not text or "\ufffd" in text else text for name, text in zip(names, texts, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def check(prompts: Sequence[str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CalmError(f"{folder} cannot be written to ({error}); choose another folder with --output") from error
+    if not os.access(folder, os.W_OK):
+        raise CalmError(f"{folder} cannot be written to; choose another folder with --output")
 
 
 def write(
