@@ -46,6 +46,8 @@ def test_m_a_has_every_verb_and_no_past_tense_and_d_c_no_meaning_that_is_tested(
     said = tested["regular"] | tested["irregular"]
     assert len(said) == 60 and len(developed) == 16 and not said & developed
     assert not shown & (said | developed)
+    asked = [example for example in (*data.development, *data.composition) if "past tense" in example.prompt]
+    assert len(asked) > 8 and all(example.completion.endswith("ed") for example in asked), "no irregular one is shown"
     assert {past for meaning in tested["words"] for past in pasts_of(meaning)} == said - tested["words"]
     for row, verbs in (("regular", REGULAR_VERBS), ("irregular", IRREGULAR_VERBS)):
         for example in data.tests[f"xyz {row}"].examples:

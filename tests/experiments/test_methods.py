@@ -411,10 +411,11 @@ def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_
 
 
 def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):
-    rehearsed, on_all = settings.notes()
+    minutes, rehearsed, on_all = settings.notes()
+    assert "without the search" in minutes
     assert "texts that m_B wrote by itself" in rehearsed and "20% of all examples" in rehearsed
-    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [on_all]
-    assert dataclasses.replace(settings, methods=("composed",)).notes() == [rehearsed]
+    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [minutes, on_all]
+    assert dataclasses.replace(settings, methods=("composed",)).notes() == [minutes, rehearsed]
     assert on_all == (
         "m_B fine-tuned on all of m_A's data takes 6 steps of 4 examples, every other method 4; m_A took 20 of 16: "
         "fewer examples, so that it is less than an upper reference."
@@ -551,6 +552,26 @@ def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, t
         targets = torch.from_numpy(plain["labels"][1:][plain["labels"][1:] != -100]).long()
         nats += (-mixed[range(len(targets)), targets]).tolist()
     assert found[0.4] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
+def test_in_a_pipeline_the_anchor_reads_what_m_a_answered_to_the_question_and_to_the_examples(finished, anchor, data):
+    folder, outcomes, _ = finished
+    first, second = bases.load(anchor), bases.load(folder / "seed-0/cell/m_A")
+    tokenizer, task = load_tokenizer(anchor), data.tests["syllables"]
+    answered = outcomes["m_A"]["answers"]["syllables"]
+    shown = dataclasses.replace(task, examples=task.few_shot)
+    before = "".join(
+        f"Hint: {answer.strip()}\n{example.prompt}{example.completion}\n\n"
+        for example, answer in zip(task.few_shot, scoring.answers(second, tokenizer, shown, 4), strict=True)
+    )
+    prompts = [
+        f"{before}Hint: {answer.strip()}\n{example.prompt}"
+        for example, answer in zip(task.examples, answered, strict=True)
+    ]
+    asked = dataclasses.replace(task, examples=tuple(Example(prompt, "") for prompt in prompts))
+    assert outcomes["pipeline"]["answers"]["syllables"] == scoring.answers(first, tokenizer, asked, 4)
+    assert outcomes["pipeline"]["answers"] != outcomes["m_B"]["answers"]
+    assert outcomes["pipeline"]["nll"] == outcomes["m_B"]["nll"], "plain text has no question"
 
 
 def test_a_cut_model_computes_with_the_layers_it_was_given(anchor):

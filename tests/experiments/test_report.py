@@ -110,6 +110,23 @@ def test_where_composition_does_not_help_is_what_the_intervals_say():
     assert len(list(report.no_help(kept))) == 3  # half a percent is within what is asked for
 
 
+@pytest.mark.parametrize(
+    ("higher_is_better", "after", "change", "lost"),
+    [
+        (False, 40.2, cell(0.2, 0.1), True),  # half a percent, and surely so
+        (False, 44, cell(4, 9), False),  # a tenth, which may be chance
+        (False, 39, cell(-1, 0.1), False),
+        (True, 39.8, cell(-0.2, 0.1), True),
+        (True, 36, cell(-4, 9), False),
+    ],
+)
+def test_where_noise_is_known_it_decides_whether_something_was_lost(higher_is_better, after, change, lost):
+    row = {"English": Row(metric="%", higher_is_better=higher_is_better, examples=9, title="English")}
+    kept = {"English": {"m_B": cell(40), "composed": cell(after)}}
+    run = results(rows=row, differences={}, preservation=kept, preservation_changes={"English": {"composed": change}})
+    assert len(list(report.no_help(run))) == lost
+
+
 @pytest.mark.parametrize(("after", "change"), [(-55, "(-10.0%)"), (-45, None)])
 def test_a_loss_of_a_negative_number_is_a_loss(after, change):
     row = {

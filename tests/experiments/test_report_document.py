@@ -292,6 +292,7 @@ def test_axes_are_honest_and_numbers_are_those_of_the_results():
     gain, loss, second_gain, _ = charts._gain_and_loss(results()).axes
     assert gain.get_title(loc="left") == "Gained:\nWelsh to English"
     assert second_gain.get_title(loc="left") == "Gained:\nBreton to English"
+    assert loss.get_title(loc="left") == "Lost of the anchor:\nEnglish perplexity cy"
     assert "lower is better" in loss.get_xlabel()
     (bottom, _) = charts._curves(results()).axes[0].get_ylim()
     assert bottom == 0
@@ -319,3 +320,10 @@ def test_what_is_gained_is_where_composition_adds_most_to_its_parts():
     }
     run = results(rows=rows, table=found, preservation={"English perplexity": {"m_B": cell(2)}})
     assert charts._gained(run, "English perplexity") == "past"
+    of_two = {f"{language} {row}": cells for language in ("cym", "isl") for row, cells in found.items()}
+    of_two["isl rare"] = {**found["rare"], "composed": cell(99)}
+    rows = {name: Row(metric="%", higher_is_better=True, examples=9, title=name) for name in (*of_two, "English isl")}
+    run = results(rows=rows, table=of_two, preservation={"English isl": {"m_B": cell(2)}})
+    assert charts._gained(run, "English isl") == "isl rare"
+    rows["English cym"] = rows["English isl"]
+    assert charts._gained(results(rows=rows, table=of_two), "English cym") == "cym past"

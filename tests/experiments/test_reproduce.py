@@ -103,7 +103,8 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     )
     shown = io.StringIO()
     results = low_resource.reproduce_preset("paper", tiny, Asked(), tmp_path, Console(file=shown, width=200))
-    assert set(results.table["cy"]) == set(METHODS)
+    run = {name for name in METHODS if not name.startswith("full_on")}  # 9B with AdamW fits no card
+    assert set(results.table["cy"]) == run
     assert all(len(cell.values) == 2 for cell in results.table["cy"].values())
     assert results.rows["cy"].examples == 20
     assert results.parameters.keys() == {"anchor", "augmenting", "composition"}
@@ -113,7 +114,7 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert "gollyngiad" not in trained  # the leaking sentence is out
     kept = {"English perplexity", "English last word", "Python last word"}
     assert results.preservation.keys() == results.preservation_changes.keys() == kept
-    assert all(set(results.preservation[row]) == set(METHODS) for row in kept)
+    assert all(set(results.preservation[row]) == run for row in kept)
     fields = {"table": {"cy": 1}, "other": {"cy BLEU": 2}, "rows": {"English perplexity": 3}, "training": {"lora": 4}}
     assert together({"cy": fields}) == fields
     assert together({"cy": fields, "br": {"table": {"br": 5}}}) == {
@@ -165,7 +166,8 @@ def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     assert results.command == "calm reproduce dictionary --preset cpu --language xyz"
     assert set(results.table) == {"xyz regular", "xyz irregular", "xyz words"}
     assert set(results.table["xyz irregular"]) == {"m_B", "composed"}
-    assert results.rows["xyz words"].examples == 30 and results.rows["xyz regular"].metric == "exact match, %"
+    assert results.rows["xyz words"].examples == 30 and results.rows["xyz regular"].metric == "last word right, %"
+    assert results.settings["split"] == dictionary.SPLIT
     assert set(results.preservation) == {"English perplexity", "English last word", "Python last word"}
 
 
@@ -176,7 +178,7 @@ def test_the_key_value_domain_from_data_to_report(tmp_path):
     assert done.exit_code == 0, done.output
     (path,) = (tmp_path / "results/key_value_arithmetic").glob("*-tiny.json")
     results = Results.load(path)
-    assert set(results.table["KV-MATH"]) == set(METHODS) - {"m_B_zero_shot"}
+    assert set(results.table["KV-MATH"]) == set(METHODS) - {"m_B_zero_shot", "pipeline"}
     assert [x for x, _ in results.curves["share of keys"].points["composed"]] == [5, 10, 20, 40, 80]
     sizes = {name: training.trainable_parameters for name, training in results.training.items()}
     assert abs(sizes["lora"] - sizes["composed"]) < 0.15 * sizes["composed"]

@@ -130,7 +130,7 @@ def _gain_and_loss(results: Results) -> Figure:
             _dots(gain, results, gained, results.table[gained], methods)
             gain.set_title(f"Gained:\n{results.rows[gained].title}", loc="left", fontweight="bold", fontsize=9)
         _dots(loss, results, name, cells, methods, changes=True)
-        loss.set_title(f"Lost of the anchor:\n{results.rows[name].title}", loc="left", fontweight="bold", fontsize=9)
+        loss.set_title(f"Lost of the anchor:\n{name}", loc="left", fontweight="bold", fontsize=9)
         loss.set_yticks(range(len(methods)), [""] * len(methods))
     return figure
 
@@ -138,17 +138,18 @@ def _gain_and_loss(results: Results) -> Figure:
 def _gained(results: Results, kept: str) -> str | None:
     """The row of the table that belongs to a row of preservation.
 
-    It is the one that is named there, such as in "English perplexity cy", unless both measure one ability; else the
-    one in which composition adds most to the better of its parts.
+    Where that names a language, such as "English perplexity cy", it is one of that language's rows. Of several it is
+    the one in which composition adds most to the better of its parts; never one that measures the same ability.
     """
     rows = [row for row in _filled(results.table) if results.rows[row].title != results.rows[kept].title]
+    rows = [row for row in rows if row.split()[0] in kept.split()] or rows
 
     def added(row: str) -> float:
         found = results.table[row]
         parts = [found[part].mean for part in ("m_A", "m_B") if part in found]
         return found["composed"].mean - max(parts) if parts and "composed" in found else -math.inf
 
-    return next((row for row in rows if row in kept.split()), max(rows, key=added, default=None))
+    return max(rows, key=added, default=None)
 
 
 def _dots(

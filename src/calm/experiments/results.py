@@ -29,6 +29,7 @@ METHODS = {
     "full_on_DC": "m_B fine-tuned on D_C",
     "full_on_all": "m_B fine-tuned on all of m_A's data",
     "mixed_logits": "log-probabilities of m_A and m_B mixed",
+    "pipeline": "m_A's answer in m_B's prompt",
 }
 """The methods that are compared, in the order of tables, and what they are called there."""
 

@@ -36,6 +36,9 @@ INSTRUCTIONS = (
 met words at the beginning of a text alone knows 61 of 100 behind an instruction (docs/dev/LOG.md, "the past tense of a
 word that is said first")."""
 
+ENDING = {"regular": "in -ed", "irregular": "otherwise"}
+"""How a row's pasts end. A few verbs that grammars call irregular (feed, fed) are "regular" here."""
+
 _NEW_TOKENS = 12
 
 
@@ -48,7 +51,8 @@ class DataSettings:
         verbs: in D_C, put into the past.
         words: in D_C, translated as in m_A's data, none of them with the meaning of a held-out verb.
         development: verbs for choosing learning rates.
-        regular: verbs that are tested and whose past ends in -ed. Verbs with several past tenses are in no part.
+        regular: verbs that are tested and whose past ends in -ed, as that of all verbs in D_C and development does.
+            Verbs with several past tenses are in no part.
         irregular: the other verbs that are tested.
     """
 
@@ -127,7 +131,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
     regular = [verb for verb in verbs if pasts_of(verb.english)[0].endswith("ed")]
     irregular = [verb for verb in verbs if verb not in regular]
     test = {"regular": regular[: settings.regular], "irregular": irregular[: settings.irregular]}
-    rest = [verb for verb in verbs if verb not in test["regular"] and verb not in test["irregular"]]
+    rest = regular[settings.regular :]  # D_C shows nobody that a past may end otherwise: that has to be the anchor's
     development, shown = rest[: settings.development], rest[settings.development :][: settings.verbs]
     others = [entry for entry in found if not entry.is_verb]
     rng.shuffle(others)
@@ -156,7 +160,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
     rng.shuffle(composition)
     tests = {
         f"{language} {kind}": _asked(
-            f"{title(language)} verbs in the past tense, {kind}",
+            f"{title(language)} verbs, their past {ENDING[kind]}",
             [past_tense(verb, language) for verb in part],
             few_shot,
             LastWord(),

@@ -25,12 +25,14 @@ class Preset(Generic[DataSettings]):
     Attributes:
         languages: rows of the table. Learning rates are searched with the first seed of each.
         seeds: of the models and the order of examples.
+        split: seed of the split, which is the same for all seeds, so that they answer the same questions.
         data: how each language's data is split, or which data sets of a hub to take.
         methods: models and lengths of training.
     """
 
     languages: tuple[str, ...]
     seeds: tuple[int, ...]
+    split: int
     data: DataSettings
     methods: Settings
 

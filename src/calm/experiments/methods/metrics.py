@@ -67,7 +67,7 @@ class FirstWord(Mean):
     """
 
     ignored: str = ""
-    name: str = "exact match, %"
+    name: str = "first word right, %"
 
     def statistics(self, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
         """1 or 0: float64 [examples, 1]."""
@@ -80,7 +80,7 @@ class FirstWord(Mean):
 class LastWord(Mean):
     """Percent of the answers whose last word is the reference's."""
 
-    name: str = "exact match, %"
+    name: str = "last word right, %"
 
     def statistics(self, answers: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
         """1 or 0: float64 [examples, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import shutil
@@ -19,7 +20,7 @@ from calm import planning
 from calm.data import Row, load_tokenizer
 from calm.errors import CalmError, DivergedError
 from calm.experiments.methods import bases, rehearsal, scoring, training
-from calm.experiments.methods.examples import Data, Example
+from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.settings import BEYOND, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
@@ -213,7 +214,7 @@ class _Run:
                 [*depends_on, rate, searched, self.asked],
                 lambda: self._evaluated(method, rate, searched, trained, depends_on),
             )
-        if method in ("m_A", "mixed_logits"):
+        if method in ("m_A", "mixed_logits", "pipeline"):
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
@@ -225,6 +226,8 @@ class _Run:
         if method == "m_A":
             return self._measure(bases.load(self.specialist, dtype))
         anchor = bases.load(self.anchor, dtype)
+        if method == "pipeline":
+            return self._measure(anchor, few_shot=True, tasks=self._hinted())
         if method != "mixed_logits":
             return self._measure(anchor, few_shot=method == "m_B")
         augmenting = bases.load(self.specialist, dtype)
@@ -349,14 +352,36 @@ class _Run:
 
     # --- measuring --------------------------------------------------------------------------------------------------
 
+    def _hinted(self) -> dict[str, TaskSet]:
+        """The tasks with what `m_A` answers to each prompt written before it, in the examples before it, too."""
+        augmenting, answers = bases.load(self.specialist, self.settings.dtype), self._method("m_A")["answers"]
+
+        def of_examples(task: TaskSet) -> list[str]:
+            shown = dataclasses.replace(task, examples=task.few_shot)
+            return scoring.answers(augmenting, self.tokenizer, shown, self.settings.batch)
+
+        return {
+            row: dataclasses.replace(
+                task,
+                examples=scoring.hinted(task.examples, answers[row]),
+                few_shot=scoring.hinted(task.few_shot, of_examples(task)),
+            )
+            for row, task in self.tasks.items()
+        }
+
     def _measure(
-        self, model: PreTrainedModel, *, few_shot: bool = False, mix: tuple[PreTrainedModel, float] | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        few_shot: bool = False,
+        mix: tuple[PreTrainedModel, float] | None = None,
+        tasks: Mapping[str, TaskSet] | None = None,
     ) -> Outcome:
         settings = self.settings
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
         written = {
             row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
-            for row, task in self.tasks.items()
+            for row, task in (tasks or self.tasks).items()
         }
         nll = {}
         for name, texts in self.data.preserved.items():

@@ -109,6 +109,12 @@ def shown(examples: Sequence[Example]) -> str:
     return "".join(f"{example.prompt}{example.completion}\n\n" for example in examples)
 
 
+def hinted(examples: Sequence[Example], answers: Sequence[str]) -> tuple[Example, ...]:
+    """Examples with somebody's answers written before their prompts."""
+    pairs = zip(examples, answers, strict=True)
+    return tuple(example._replace(prompt=f"Hint: {answer.strip()}\n{example.prompt}") for example, answer in pairs)
+
+
 def _padded_left(prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Tensor]:
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     return {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}

@@ -103,7 +103,8 @@ class Settings:
 
     def notes(self) -> list[str]:
         """Notes for results: what its methods' trainings have in common or not."""
-        notes = [self._about_rehearsal()] if self.rehearsal else []
+        notes = ["Minutes are those of the training whose model was taken, without the search."]
+        notes += [self._about_rehearsal()] if self.rehearsal else []
         return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
 
     def _about_rehearsal(self) -> str:
