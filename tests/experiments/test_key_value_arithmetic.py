@@ -15,10 +15,7 @@ from calm.attention import Connection
 from calm.experiments.key_value_arithmetic import baselines, bases, evaluate, recipe, reproduce, run, stages, workers
 from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection
 from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Task, build_tokenizer
-from calm.experiments.key_value_arithmetic.lines import (
-    Line,
-    encode,
-)
+from calm.experiments.key_value_arithmetic.lines import Line, encode
 from calm.experiments.key_value_arithmetic.stages import STAGES
 from calm.experiments.key_value_arithmetic.training import exact_match
 from calm.experiments.results import Asked

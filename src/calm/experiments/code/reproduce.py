@@ -140,8 +140,8 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             *preset.methods.notes(),
             "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
-            "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted, alone "
-            "and in the mixture; every other method without.",
+            "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted, alone, "
+            "in the mixture and in the pipeline; every other method without.",
             about_problems,
         ),
         seconds=seconds_of(folder, seeds),

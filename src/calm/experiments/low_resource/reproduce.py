@@ -38,7 +38,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             max_length=160,
             batch=32,
             # An hour has no room for the others.
-            methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "mixed_logits"),
+            methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "mixed_logits", "pipeline"),
         ),
     ),
     "gpu": Preset(

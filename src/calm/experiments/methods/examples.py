@@ -52,7 +52,7 @@ class TaskSet:
         examples: What is asked, with the reference.
         metric: The row's number.
         max_new_tokens: How long an answer may be.
-        few_shot: Put before the prompt for `m_B`, alone and in `mixed_logits`.
+        few_shot: Put before the prompt for `m_B`, alone, in `mixed_logits` and in `pipeline`.
         stop: An answer ends before the first of these strings.
         others: More metrics of the same answers.
     """
