@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import calm
 from calm import loss
 from calm.data import load_tokenizer
 from calm.errors import CalmError, DivergedError
@@ -85,6 +86,7 @@ def settings(anchor):
         general=Fit(2, 4, 1e-3),
         specialist=Fit(20, 16, 5e-3),
         connections=2,
+        num_heads=2,  # the anchor has 4
         steps=4,
         steps_on_all=6,
         rows=4,
@@ -125,6 +127,7 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     composed = finished[0] / "seed-0/cell/composed"
     assert {path.stem for path in composed.glob("*.json")} == set(searched)
     assert [path.name for path in composed.iterdir() if path.is_dir()] == [rate]  # the others are lighter for it
+    assert calm.CalmConfig.from_pretrained(composed / rate).num_heads == settings.num_heads
     assert outcomes["lora"]["training"]["searched"] == {}  # there was one to choose from
 
 
@@ -360,6 +363,9 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     assert all(name in longer for name in ("vanilla", "m_A", "m_B.json"))
 
     composed = dataclasses.replace(settings, methods=("composed",))
+    redone(data, composed, {"composed": 1e-3})
+    assert redone(data, composed, {"composed": 1e-3}) == ""
+    assert "composed.json" in redone(data, dataclasses.replace(composed, num_heads=None), {"composed": 1e-3})
     (left_behind,) = (tmp_path / "seed-0/cell/composed").glob("*/train.jsonl")
     rate = float(left_behind.parent.name)
     (left_behind.parent / "left_behind").touch()

@@ -60,6 +60,8 @@ class Settings:
         specialist: Further training of the vanilla `m_A`, which makes it `m_A`; or the folder or hub name of a public
             model that is `m_A`.
         connections: A number, or (augmenting layer, anchor layer) pairs.
+        num_heads: Of each connection; None for as many as the anchor has. Of many heads, each with its part of `m_A`'s
+            state, all but the first blur theirs over the positions before (docs/dev/LOG.md, "fewer heads").
         steps: Optimiser steps of every method that is trained on `D_C`.
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
@@ -87,11 +89,12 @@ class Settings:
     batch: int = 32
     dtype: str = "bfloat16"
     methods: tuple[str, ...] = tuple(METHODS)
+    num_heads: int | None = None
     rehearsal: float = 0.2
 
     def of_training(self) -> dict[str, Any]:
         """What a training depends on, besides its own length and learning rate, the models and the data."""
-        return {name: getattr(self, name) for name in ("connections", "rows", "max_length", "dtype")}
+        return {name: getattr(self, name) for name in ("connections", "num_heads", "rows", "max_length", "dtype")}
 
     def steps_of(self, method: str) -> int:
         """Optimiser steps of one of `TRAINED_ON_DC`."""

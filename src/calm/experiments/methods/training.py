@@ -161,6 +161,7 @@ def train_composition(
             "anchor": str(anchor),
             "augmenting": str(augmenting),
             "connections": connections if isinstance(connections, int) else [list(pair) for pair in connections],
+            "num_heads": settings.num_heads,
             "attend": attend,
             "dtype": settings.dtype,
             "data": {"train": str(data), "max_length": settings.max_length, "augmenting_outputs": "memory"},
