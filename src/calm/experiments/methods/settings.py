@@ -61,7 +61,7 @@ class Settings:
             model that is `m_A`.
         connections: A number, or (augmenting layer, anchor layer) pairs.
         num_heads: Of each connection; None for as many as the anchor has. Of many heads, each with its part of `m_A`'s
-            state, all but the first blur theirs over the positions before (docs/dev/LOG.md, "fewer heads").
+            state, those with small slopes begin with a mean over positions (docs/dev/LOG.md, "fewer heads").
         steps: Optimiser steps of every method that is trained on `D_C`.
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
