@@ -445,6 +445,11 @@ def test_results_hold_the_table_with_intervals_and_paired_differences(finished, 
         assert results.other["syllables BLEU"][method].mean == pytest.approx(
             sacrebleu.corpus_bleu(answers, references).score
         )
+        nats, tokens = np.sum(outcome["references"]["syllables"], axis=0)
+        perplexity = results.other["syllables perplexity of the reference"][method]
+        assert perplexity.mean == pytest.approx(np.exp(nats / tokens))
+        low, high = perplexity.interval
+        assert 0 < low < perplexity.mean < high
         low, high = results.table["syllables"][method].interval
         assert low <= results.table["syllables"][method].mean <= high
     kept, changes = results.preservation["Sums"], results.preservation_changes["Sums"]
@@ -521,6 +526,35 @@ def test_the_mixture_of_a_run_is_of_its_models_and_its_anchor_has_the_examples(f
     given = scoring.answers(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
     assert outcomes["mixed_logits"]["answers"]["syllables"] == given
     assert given != scoring.answers(first, tokenizer, task, 4, mix=(second, weight))
+
+
+def test_references_are_scored_after_the_prompts_that_are_answered(finished, anchor, data):
+    folder, outcomes, _ = finished
+    first, second = bases.load(anchor), bases.load(folder / "seed-0/cell/m_A")
+    tokenizer, task = load_tokenizer(anchor), data.tests["syllables"]
+
+    def nats_after(model, before: str) -> list[float]:
+        found = []
+        for example in task.examples:
+            prompt = tokenizer(before + example.prompt)["input_ids"]
+            ids = torch.tensor([prompt + tokenizer(example.completion)["input_ids"]])
+            predicted = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            found.append(float(-predicted.gather(-1, ids[0, len(prompt) :, None]).sum()))
+        return found
+
+    def nats(found) -> list[float]:
+        assert [tokens for _, tokens in found] == [len(tokenizer(e.completion)["input_ids"]) for e in task.examples]
+        return [nats for nats, _ in found]
+
+    shown = scoring.shown(task.few_shot)
+    with torch.no_grad():
+        alone = {"m_A": nats_after(second, ""), "m_B": nats_after(first, shown)}
+        assert nats_after(first, "") != pytest.approx(alone["m_B"], rel=1e-2), "the examples make a difference"
+    for method, expected in alone.items():
+        assert nats(outcomes[method]["references"]["syllables"]) == pytest.approx(expected, rel=1e-4)
+    for weight, method in ((0.0, "m_B"), (1.0, "m_A")):
+        mixed = scoring.reference_likelihoods(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
+        assert nats(mixed) == pytest.approx(alone[method], rel=1e-4)
 
 
 def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, tmp_path):

@@ -226,7 +226,7 @@ def _of_run(results: Results, again: str) -> list[str]:
         "",
     ]
     for heading, rows in (
-        ("More metrics of the same answers", results.other),
+        ("More metrics of the same examples", results.other),
         ("The composed model minus each method, on the same examples", results.differences),
     ):
         if any(rows.values()):

@@ -29,8 +29,8 @@ from calm.experiments.steps import fingerprint, once, read_json, write_json
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
 
 Outcome = dict[str, Any]
-"""What one method leaves: `answers` by row of `tests` and `preserved_tests`, `nll` by preserved text set, `training`,
-as plain JSON."""
+"""What one method leaves: `answers` by row of `tests` and `preserved_tests`, `references` (how unlikely it finds the
+right answers) by row of `tests`, `nll` by preserved text set, `training`, as plain JSON."""
 
 
 def run(
@@ -130,6 +130,7 @@ class _Run:
             {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in self.tasks.items()},
             dict(data.preserved),
             settings.max_length,
+            "references",
         )
 
     def all(self) -> dict[str, Outcome]:
@@ -379,9 +380,16 @@ class _Run:
     ) -> Outcome:
         settings = self.settings
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
+        tasks = tasks or self.tasks
         written = {
             row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
-            for row, task in (tasks or self.tasks).items()
+            for row, task in tasks.items()
+        }
+        references = {
+            row: scoring.reference_likelihoods(
+                model, self.tokenizer, tasks[row], settings.batch, few_shot=few_shot, mix=mix
+            )
+            for row in self.data.tests
         }
         nll = {}
         for name, texts in self.data.preserved.items():
@@ -389,6 +397,7 @@ class _Run:
             nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
         return {
             "answers": written,
+            "references": references,
             "nll": nll,
             "parameters": model.num_parameters(),
             "training": {"trainable_parameters": 0},

@@ -185,7 +185,41 @@ def negative_log_likelihoods(
     return found
 
 
-@torch.no_grad()
+def reference_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskSet,
+    batch: int,
+    *,
+    few_shot: bool = False,
+    mix: tuple[PreTrainedModel, float] | None = None,
+) -> list[tuple[float, int]]:
+    """How unlikely a model finds the references of a task set, each token after the right ones before it.
+
+    The end token does not count: what ends an answer is a stop string, which the examples before a prompt end with.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its tokenizer.
+        task: what is asked, with the references.
+        batch: sequences at a time, as for prompts without examples.
+        few_shot: put the task's examples before each prompt.
+        mix: `m_A` and its weight, for `mixed_logits`; `m_A` reads the prompts without the examples.
+
+    Returns:
+        Nats and tokens of each reference, in the order of the examples.
+    """
+    before = task.few_shot if few_shot else ()
+    if mix is not None:
+        augmenting, weight = mix
+        shown_before = [before] * len(task.examples)
+        of_examples = _mixtures(model, augmenting, task.examples, shown_before, (weight,), tokenizer, batch)
+        return [(nats[0], tokens) for nats, tokens in of_examples]
+    examples = [example._replace(prompt=shown(before) + example.prompt) for example in task.examples]
+    rows = completion_rows(examples, tokenizer, sys.maxsize, append_eos=False)
+    return negative_log_likelihoods(logits_of(model), rows, tokenizer, max(1, batch // (1 + len(before))))
+
+
 def mixture_losses(
     anchor: PreTrainedModel,
     augmenting: PreTrainedModel,
@@ -197,7 +231,7 @@ def mixture_losses(
 ) -> dict[float, float]:
     """Nats a token of completions by the two models' mixtures, by the weight of `m_A`.
 
-    The end token does not count: what ends an answer is a stop string, which the examples before a prompt end with.
+    The end token does not count, as for `reference_likelihoods`.
 
     Args:
         anchor: `m_B`.
@@ -208,11 +242,26 @@ def mixture_losses(
         tokenizer: of both.
         batch: sequences at a time, as for prompts without examples.
     """
+    of_examples = list(_mixtures(anchor, augmenting, examples, few_shot, weights, tokenizer, batch))
+    tokens = sum(count for _, count in of_examples)
+    return {weight: sum(nats[i] for nats, _ in of_examples) / tokens for i, weight in enumerate(weights)}
+
+
+@torch.no_grad()
+def _mixtures(
+    anchor: PreTrainedModel,
+    augmenting: PreTrainedModel,
+    examples: Sequence[Example],
+    few_shot: Sequence[Sequence[Example]],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+) -> Iterator[tuple[list[float], int]]:
+    """Each example's nats by every mixture, and its tokens; the two models read prompts of different lengths."""
     longer = [Example(shown(before) + e.prompt, e.completion) for before, e in zip(few_shot, examples, strict=True)]
     whole = sys.maxsize  # dropping an example on one side only would pair the others wrongly
     rows = [completion_rows(read, tokenizer, whole, append_eos=False) for read in (longer, examples)]
     batch = max(1, batch // (1 + max(map(len, few_shot))))
-    total, tokens = dict.fromkeys(weights, 0.0), 0
     for start in range(0, len(examples), batch):
         predicted = []
         for model, read in zip((anchor, augmenting), rows, strict=True):
@@ -221,10 +270,13 @@ def mixture_losses(
             labelled = targets != IGNORED
             predicted.append(logits_of(model)(inputs)[:, :-1][labelled])
             labels = targets[labelled].to(model.device)
-        tokens += len(labels)
-        for weight in weights:
-            total[weight] += float(cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="sum"))
-    return {weight: nats / tokens for weight, nats in total.items()}
+        counts = labelled.sum(1).tolist()
+        nats = [
+            cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="none").split(counts)
+            for weight in weights
+        ]
+        for index, count in enumerate(counts):
+            yield [float(of_weight[index].sum()) for of_weight in nats], count
 
 
 def mean_nll(found: Sequence[tuple[float, int]]) -> float:

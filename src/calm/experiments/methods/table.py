@@ -22,6 +22,7 @@ Statistics = Mapping[str, Sequence[np.ndarray]]
 
 SHOWN = 5
 """Examples with every method's answer that the results hold for each row."""
+_POSITIVE = (0.0, math.inf)
 
 
 def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
@@ -48,6 +49,14 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
             found["rows"][name] = _row(metric, len(task.examples), task.title)
             if metric is task.metric:
                 found["differences"][row] = _differences(statistics, metric)
+        likelihoods = {
+            method: [np.asarray(outcomes[s][method]["references"][row]) for s in seeds] for method in methods
+        }
+        name = f"{row} perplexity of the reference"
+        found["rows"][name] = _row(Perplexity(), len(task.examples), task.title)
+        found["other"][name] = {
+            method: intervals.cell(of_seeds, Perplexity().value, _POSITIVE) for method, of_seeds in likelihoods.items()
+        }
         found["examples"][row] = [
             {
                 "prompt": example.prompt,
@@ -104,7 +113,7 @@ def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> 
 
 def _preserve(found: dict[str, Any], row: str, statistics: Statistics, metric: Metric | Perplexity) -> None:
     """One row of preservation, and what each method changes of m_B's number there."""
-    bounds = (0.0, math.inf) if isinstance(metric, Perplexity) else intervals.PERCENT
+    bounds = _POSITIVE if isinstance(metric, Perplexity) else intervals.PERCENT
     found["preservation"][row] = {
         method: intervals.cell(of_seeds, metric.value, bounds) for method, of_seeds in statistics.items()
     }
