@@ -131,6 +131,21 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     assert outcomes["lora"]["training"]["searched"] == {}  # there was one to choose from
 
 
+def test_a_finished_run_is_its_json_files_and_goes_on_elsewhere_without_models(
+    finished, data, settings, monkeypatch, tmp_path
+):
+    folder, outcomes, _ = finished
+    for path in folder.rglob("*.json"):
+        if "fingerprint" in json.loads(path.read_text()):  # of a step, not of a model
+            (tmp_path / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(folder))
+    for name in ("fine_tune", "train_composition"):
+        monkeypatch.setattr(training, name, interrupted)
+    monkeypatch.setattr(bases, "load", interrupted)
+    cell, shared = tmp_path / "seed-0/cell", tmp_path / "seed-0/shared"
+    assert json.loads(json.dumps(run(data, settings, 0, cell, shared, Console(file=io.StringIO())))) == outcomes
+
+
 def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
     finished, data, settings, monkeypatch, tmp_path
 ):
