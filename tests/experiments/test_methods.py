@@ -131,7 +131,7 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     assert outcomes["lora"]["training"]["searched"] == {}  # there was one to choose from
 
 
-def test_a_finished_run_is_its_json_files_and_goes_on_elsewhere_without_models(
+def test_a_finished_run_is_its_json_files_and_is_done_elsewhere_without_models(
     finished, data, settings, monkeypatch, tmp_path
 ):
     folder, outcomes, _ = finished
@@ -541,6 +541,8 @@ def test_the_mixture_of_a_run_is_of_its_models_and_its_anchor_has_the_examples(f
     given = scoring.answers(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
     assert outcomes["mixed_logits"]["answers"]["syllables"] == given
     assert given != scoring.answers(first, tokenizer, task, 4, mix=(second, weight))
+    references = scoring.reference_likelihoods(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
+    np.testing.assert_allclose(outcomes["mixed_logits"]["references"]["syllables"], references, rtol=1e-5)
 
 
 def test_references_are_scored_after_the_prompts_that_are_answered(finished, anchor, data):
@@ -623,8 +625,11 @@ def test_in_a_pipeline_the_anchor_reads_what_m_a_answered_to_the_question_and_to
         f"{before}Hint: {answer.strip()}\n{example.prompt}"
         for example, answer in zip(task.examples, answered, strict=True)
     ]
-    asked = dataclasses.replace(task, examples=tuple(Example(prompt, "") for prompt in prompts))
+    pairs = zip(prompts, task.examples, strict=True)
+    asked = dataclasses.replace(task, examples=tuple(Example(prompt, e.completion) for prompt, e in pairs))
     assert outcomes["pipeline"]["answers"]["syllables"] == scoring.answers(first, tokenizer, asked, 4)
+    references = scoring.reference_likelihoods(first, tokenizer, asked, 4)
+    np.testing.assert_allclose(outcomes["pipeline"]["references"]["syllables"], references, rtol=1e-4)
     assert outcomes["pipeline"]["answers"] != outcomes["m_B"]["answers"]
     assert outcomes["pipeline"]["nll"] == outcomes["m_B"]["nll"], "plain text has no question"
 

@@ -12,6 +12,7 @@ from calm.experiments.results import Cell
 
 SAMPLES = 1000
 PERCENT = (0.0, 100.0)
+NOT_NEGATIVE = (0.0, math.inf)
 
 Value = Callable[[np.ndarray, int], float]
 """A metric of so many examples from the sums of their statistics."""

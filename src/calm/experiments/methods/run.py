@@ -130,7 +130,7 @@ class _Run:
             {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in self.tasks.items()},
             dict(data.preserved),
             settings.max_length,
-            "references",
+            "references",  # outcomes that were kept before there were any do not count
         )
 
     def all(self) -> dict[str, Outcome]:

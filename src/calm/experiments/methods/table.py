@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ Statistics = Mapping[str, Sequence[np.ndarray]]
 
 SHOWN = 5
 """Examples with every method's answer that the results hold for each row."""
-_POSITIVE = (0.0, math.inf)
 
 
 def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
@@ -55,7 +53,8 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
         name = f"{row} perplexity of the reference"
         found["rows"][name] = _row(Perplexity(), len(task.examples), task.title)
         found["other"][name] = {
-            method: intervals.cell(of_seeds, Perplexity().value, _POSITIVE) for method, of_seeds in likelihoods.items()
+            method: intervals.cell(of_seeds, Perplexity().value, intervals.NOT_NEGATIVE)
+            for method, of_seeds in likelihoods.items()
         }
         found["examples"][row] = [
             {
@@ -113,7 +112,7 @@ def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> 
 
 def _preserve(found: dict[str, Any], row: str, statistics: Statistics, metric: Metric | Perplexity) -> None:
     """One row of preservation, and what each method changes of m_B's number there."""
-    bounds = _POSITIVE if isinstance(metric, Perplexity) else intervals.PERCENT
+    bounds = intervals.NOT_NEGATIVE if isinstance(metric, Perplexity) else intervals.PERCENT
     found["preservation"][row] = {
         method: intervals.cell(of_seeds, metric.value, bounds) for method, of_seeds in statistics.items()
     }
