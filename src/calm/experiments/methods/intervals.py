@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from calm.experiments.results import Cell
 
 SAMPLES = 1000
+Z = 1.96
 PERCENT = (0.0, 100.0)
 NOT_NEGATIVE = (0.0, math.inf)
 
@@ -21,17 +22,24 @@ Value = Callable[[np.ndarray, int], float]
 def cell(statistics: Sequence[np.ndarray], value: Value, bounds: tuple[float, float] = PERCENT) -> Cell:
     """One method's number: the mean over seeds.
 
-    The interval joins, as independent errors, what other test examples would change (a percentile bootstrap of the mean
-    over these seeds, which answer the same examples) and what other seeds would (Student's t of the seeds' values:
-    resampling two or three of them would promise far too much). Of one seed it is the first alone.
+    The interval joins, as independent errors, what other test examples would change of the mean over these seeds,
+    which answer the same examples, and what other seeds would (Student's t of the seeds' values: resampling two or
+    three of them would promise far too much). Of one seed it is the first alone. For a share of right answers the
+    first is Agresti and Coull's (1998), for the difference of two Agresti and Min's (2005): where few answers are
+    right, or few differ, a bootstrap promises too much. For other metrics it is a percentile bootstrap.
 
     Args:
-        statistics: for each seed float64 [examples, statistics].
+        statistics: for each seed float64 [examples, statistics]. One statistic alone is a number from 0 to 1, whose
+            mean is the metric in parts of its greatest value.
         value: the metric.
         bounds: its least and its greatest value.
     """
     values = tuple(value(one.sum(axis=0), len(one)) for one in statistics)
-    return _cell(values, _samples(statistics, value), statistics[0].shape, bounds)
+    if statistics[0].shape[1] == 1:
+        ends = _share(_of_examples(statistics), 4, bounds[1])
+    else:
+        ends = _percentiles(_samples(statistics, value))
+    return _cell(values, ends, bounds)
 
 
 def difference(
@@ -49,9 +57,38 @@ def difference(
         value(one.sum(axis=0), len(one)) - value(two.sum(axis=0), len(two))
         for one, two in zip(first, second, strict=True)
     )
-    samples = _samples(first, value) - _samples(second, value)  # drawn alike, since the generator starts alike
     width = bounds[1] - bounds[0]
-    return _cell(values, samples, first[0].shape, (-width, width))
+    if first[0].shape[1] == 1:
+        ends = _share(_of_examples(first) - _of_examples(second), 2, bounds[1])
+    else:  # drawn alike, since the generator starts alike
+        ends = _percentiles(_samples(first, value) - _samples(second, value))
+    return _cell(values, ends, (-width, width))
+
+
+def _of_examples(statistics: Sequence[np.ndarray]) -> np.ndarray:
+    """Each example's mean over seeds, which have one statistic: [examples]."""
+    return np.mean(statistics, axis=0)[:, 0]
+
+
+def _share(of_examples: np.ndarray, added: int, whole: float) -> tuple[float, float]:
+    """A normal interval of the mean, after so many examples more.
+
+    Args:
+        of_examples: numbers from 0 to 1, or differences of two such, from -1 to 1.
+        added: 4 for numbers, of which 2 are ones; 2 for differences, of which 1/2 is 1 and 1/2 is -1. The others are
+            zeros.
+        whole: what 1 stands for.
+    """
+    examples = len(of_examples) + added
+    mean = (of_examples.sum() + (2 if added == 4 else 0)) / examples
+    square = (np.square(of_examples).sum() + added / 2) / examples
+    away = Z * math.sqrt((square - mean**2) / examples)
+    return whole * (mean - away), whole * (mean + away)
+
+
+def _percentiles(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _samples(statistics: Sequence[np.ndarray], value: Value) -> np.ndarray:
@@ -64,14 +101,9 @@ def _samples(statistics: Sequence[np.ndarray], value: Value) -> np.ndarray:
     return means
 
 
-def _cell(values: tuple[float, ...], samples: np.ndarray, shape: tuple[int, ...], bounds: tuple[float, float]) -> Cell:
+def _cell(values: tuple[float, ...], ends: tuple[float, float], bounds: tuple[float, float]) -> Cell:
     mean, seeds = float(np.mean(values)), len(values)
-    low, high = (float(end) for end in np.percentile(samples, [2.5, 97.5]))
-    if low == high and shape[1] == 1:
-        # all right or all wrong, of which a bootstrap knows nothing: how many others could still be hidden
-        # (Clopper-Pearson for 0 of n)
-        hidden = bounds[1] * (1 - 0.025 ** (1 / shape[0]))
-        low, high = low - hidden, high + hidden
+    low, high = ends
     among_seeds = float(student.ppf(0.975, seeds - 1)) * np.std(values, ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
     below, above = math.hypot(max(0.0, mean - low), among_seeds), math.hypot(max(0.0, high - mean), among_seeds)
     return Cell(mean=mean, interval=(max(bounds[0], mean - below), min(bounds[1], mean + above)), values=values)
