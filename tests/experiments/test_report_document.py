@@ -198,7 +198,13 @@ def test_a_run_of_other_settings_than_the_presets_is_called_outdated(tmp_path):
     )
     then = dataclasses.asdict(dataclasses.replace(preset, methods=weaker))
     said = "- **outdated**: 2 settings of the preset were others then (methods.specialist.rows, methods.steps);"
-    assert said in text_of(tmp_path, results(settings=then))
+    text = text_of(tmp_path, results(settings=then))
+    assert said in text
+    tables, verdicts = (
+        section(text, heading) for heading in ("The paper's tables beside ours", "Where composition does not help")
+    )
+    assert "ours, low_resource cpu (outdated): cy" in tables and "Ours, low_resource cpu (outdated):" in tables
+    assert "- low_resource, preset cpu (outdated): nowhere" in verdicts
 
 
 def test_an_x_that_was_measured_twice_has_two_rows(tmp_path):

@@ -281,3 +281,17 @@ def test_what_there_is_not_is_named():
         with pytest.raises(CalmError, match=rf"languages=\('cy',\): {domain} has none; low_resource and dictionary"):
             reproduce(domain, languages=["cy"])
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}
+
+
+def test_what_would_fail_after_the_work_fails_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(low_resource, "reproduce", pytest.fail)
+    places = {"output_dir": tmp_path / "runs", "results_dir": tmp_path / "results"}
+    other = tmp_path / "results/evaluation/lambada.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    with pytest.raises(CalmError, match=r"lambada\.json' holds no results of an experiment"):
+        reproduce("low_resource", **places)
+    (tmp_path / "file").write_text("")
+    for place in places:
+        with pytest.raises(CalmError, match="file' cannot be written to"):
+            reproduce("low_resource", **{**places, place: tmp_path / "file"})

@@ -40,7 +40,7 @@ def names_of(results: Results) -> Mapping[str, str]:
     """What each chart shows, by the end of its file's name; only charts that have something to show."""
     shown = {
         "table": (_filled(results.table), "every method on every row"),
-        "differences": (_filled(results.differences), "composed minus each method, on the same examples"),
+        "differences": (_compared(results), "composed minus each method, on the same examples"),
         "preservation": (_filled(results.preservation), "what is gained beside what is lost of the anchor"),
         "curves": (results.curves, "what was varied"),
     }
@@ -50,6 +50,11 @@ def names_of(results: Results) -> Mapping[str, str]:
 def _filled(rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, Mapping[str, Cell]]:
     """Without the rows that no method has; a run without the composed model has empty differences."""
     return {name: cells for name, cells in rows.items() if cells}
+
+
+def _compared(results: Results) -> dict[str, Mapping[str, Cell]]:
+    """The differences of the table's rows, without those of more metrics of the same examples."""
+    return {name: cells for name, cells in _filled(results.differences).items() if name in results.table}
 
 
 def _bars(results: Results) -> Figure:
@@ -80,7 +85,7 @@ def _differences(results: Results) -> Figure:
         "the composed model is not better": ("s", WORSE, "white", "not better (no interval)"),
         "the composed model is worse": ("s", WORSE, WORSE, "composed is worse"),
     }
-    rows = _filled(results.differences)
+    rows = _compared(results)
     figure, panels = _panels(len(rows), height=0.4 + 0.32 * max(map(len, rows.values())))
     used = set()
     for (axes,), (name, cells) in zip(panels, rows.items(), strict=True):

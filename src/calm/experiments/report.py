@@ -84,7 +84,7 @@ def newest(results_dir: Path) -> list[Results]:
 
 def no_help(results: Results) -> Iterator[str]:
     """One sentence for each row and each verdict of `verdict` there, which names the methods that it holds for."""
-    where = f"{results.domain}, preset {results.name}"
+    where = _run(results)
     for name, cells in results.differences.items():
         row = results.rows[name]
         rivals: dict[str, list[str]] = {}
@@ -122,7 +122,7 @@ def _beside(table: PaperTable, found: list[Results]) -> list[str]:
     for line, numbers in zip(body, table.rows.values(), strict=True):
         line += [f"{number:.0f}" if isinstance(number, int) else f"{number:.1f}" for number in numbers]
     for results in runs:
-        where = f"ours, {results.domain} {results.name}"
+        where = f"ours, {results.domain} {results.name}{_mark(results)}"
         if by_task:
             header += [f"{where}: {METHODS[method]}" for method in table.columns]
             columns = [{task: cells.get(method) for task, cells in results.table.items()} for method in table.columns]
@@ -135,7 +135,7 @@ def _beside(table: PaperTable, found: list[Results]) -> list[str]:
     for results in runs:
         examples = ", ".join(f"{escape(row)} {results.rows[row].examples:,}" for row in results.table)
         lines += [
-            f"Ours, {results.domain} {results.name}: {_sizes(results)}; test examples {examples}; "
+            f"Ours, {results.domain} {results.name}{_mark(results)}: {_sizes(results)}; test examples {examples}; "
             f"seeds {_seeds(results)}.",
             "",
         ]
@@ -147,7 +147,7 @@ def _beside(table: PaperTable, found: list[Results]) -> list[str]:
 def _where(found: list[Results]) -> Iterator[str]:
     """The sentences of `no_help`, and what cannot be said."""
     for results in found:
-        run = f"{results.domain}, preset {results.name}"
+        run = _run(results)
         compared = methods_of(results.differences)
         sentences = list(no_help(results))
         yield from (f"- {sentence}" for sentence in sentences)
@@ -183,7 +183,7 @@ def _preserved(found: list[Results]) -> list[str]:
     ]
     for results in found:
         rows = {name: cells for name, cells in results.preservation.items() if cells}
-        lines += [f"{results.domain}, preset {results.name}:", ""]
+        lines += [f"{_run(results)}:", ""]
         if not rows:
             lines += ["Not measured.", ""]
             continue
@@ -247,18 +247,31 @@ def _of_run(results: Results, again: str) -> list[str]:
 
 def _outdated(results: Results) -> list[str]:
     """A warning where the command would not make these numbers any more."""
-    presets = importlib.import_module(f"calm.experiments.{results.domain}.reproduce").PRESETS
-    if not results.settings or results.preset not in presets:
-        return []
-    now = dict(_settings(json.loads(json.dumps(dataclasses.asdict(presets[results.preset])))))
-    then = dict(_settings(json.loads(json.dumps(results.settings))))
-    changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    changed = _changed(results)
     if not changed:
         return []
     return [
         f"- **outdated**: {len(changed)} settings of the preset were others then ({', '.join(changed[:8])}"
         f"{', ...' if len(changed) > 8 else ''}); the command makes other numbers now"
     ]
+
+
+def _run(results: Results) -> str:
+    return f"{results.domain}, preset {results.name}{_mark(results)}"
+
+
+def _mark(results: Results) -> str:
+    return " (outdated)" if _changed(results) else ""
+
+
+def _changed(results: Results) -> list[str]:
+    """The settings that the preset of that name had otherwise when the results were made."""
+    presets = importlib.import_module(f"calm.experiments.{results.domain}.reproduce").PRESETS
+    if not results.settings or results.preset not in presets:
+        return []
+    now = dict(_settings(json.loads(json.dumps(dataclasses.asdict(presets[results.preset])))))
+    then = dict(_settings(json.loads(json.dumps(results.settings))))
+    return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 
 def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from calm.errors import CalmError
 from calm.experiments.charts import save_charts
-from calm.experiments.report import write_report
+from calm.experiments.report import newest, write_report
 from calm.experiments.results import Asked, Results
 from calm.experiments.tables import print_results
 
@@ -65,7 +66,7 @@ def reproduce(
 
     Raises:
         CalmError: no such domain or preset; languages of a domain that has none; data or models that cannot be had;
-            folders that cannot be written to.
+            folders that cannot be written to; a file among the results that holds none.
     """
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
@@ -84,8 +85,11 @@ def reproduce(
     for place in (folder, Path(results_dir)):
         try:
             place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
         except OSError as error:
             raise CalmError(f"{str(place)!r} cannot be written to ({error}); choose another folder.") from error
+    newest(Path(results_dir))  # what the report could not read is found before the work, not after
     run: Reproduce = module.reproduce
     results = run(preset, asked, folder, console)
     path = results.save(results_dir)

@@ -117,7 +117,7 @@ class Results(_Strict):
         seeds: Of data, weights and training.
         rows: How to read the rows of `table`, `other` and `preservation`.
         table: By row and method.
-        differences: By row and method, composed minus that method on the same examples.
+        differences: By row, of `table` and of `other`, and method: composed minus that method on the same examples.
         other: More metrics of the same test sets, by row and method (rows named such as "cy BLEU").
         preservation: What each method does to other abilities, by row (such as "English perplexity") and method.
         preservation_changes: By row of `preservation` and method, that method minus m_B on the same texts and examples.

@@ -52,10 +52,10 @@ def run(
         shared: where the vanilla `m_A` is kept, which several data sets share.
         console: is told what was done.
         rates: learning rate (for `mixed_logits` the weight) by method, found with another seed; searched for here
-            if not given.
+            if not given, and for a method that diverges at the one that is.
 
     Raises:
-        CalmError: a method diverged at every learning rate, or at the one that is given.
+        CalmError: a method diverged at every learning rate.
 
     Returns:
         The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
@@ -207,8 +207,8 @@ class _Run:
             trained = self._trained(method, rate, depends_on)
             if not math.isfinite(trained["nll"]):
                 raise CalmError(
-                    f"{method} diverged with seed {self.seed} at a learning rate of {rate:g}, the only one or the best "
-                    "one: give lower ones, or run this seed by itself, so that it searches for its own"
+                    f"{method} diverged with seed {self.seed} at every learning rate that was tried, the last one "
+                    f"{rate:g}: give lower ones"
                 )
             return self._once(
                 path,
@@ -228,7 +228,8 @@ class _Run:
             return self._measure(bases.load(self.specialist, dtype))
         anchor = bases.load(self.anchor, dtype)
         if method == "pipeline":
-            return self._measure(anchor, few_shot=True, tasks=self._hinted())
+            # there is no hint for a plain text, of which this is m_B alone
+            return self._measure(anchor, few_shot=True, tasks=self._hinted(), texts={})
         if method != "mixed_logits":
             return self._measure(anchor, few_shot=method == "m_B")
         augmenting = bases.load(self.specialist, dtype)
@@ -252,7 +253,10 @@ class _Run:
     def _rate(self, method: str, depends_on: Sequence[Any]) -> tuple[float, dict[str, float]]:
         """The learning rate whose model has the lowest loss on the development set, once it is trained to its end."""
         if self.rates is not None:
-            return self.rates[method], {}
+            rate = self.rates[method]
+            if math.isfinite(self._trained(method, rate, depends_on)["nll"]):
+                return rate, {}
+            self.console.print(f"{method} searches for a learning rate of its own with seed {self.seed}")
         kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
         candidates = self.settings.learning_rates[kind]
         if len(candidates) == 1:
@@ -377,10 +381,12 @@ class _Run:
         few_shot: bool = False,
         mix: tuple[PreTrainedModel, float] | None = None,
         tasks: Mapping[str, TaskSet] | None = None,
+        texts: Mapping[str, Sequence[str]] | None = None,
     ) -> Outcome:
         settings = self.settings
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
         tasks = tasks or self.tasks
+        texts = self.data.preserved if texts is None else texts
         written = {
             row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
             for row, task in tasks.items()
@@ -392,8 +398,8 @@ class _Run:
             for row in self.data.tests
         }
         nll = {}
-        for name, texts in self.data.preserved.items():
-            rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
+        for name, of_name in texts.items():
+            rows = scoring.text_rows(of_name, self.tokenizer, settings.max_length)
             nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
         return {
             "answers": written,

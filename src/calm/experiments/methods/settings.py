@@ -107,8 +107,18 @@ class Settings:
     def notes(self) -> list[str]:
         """Notes for results: what its methods' trainings have in common or not."""
         notes = ["Minutes are those of the training whose model was taken, without the search."]
+        notes += [self._about_vanilla()] if self.general and isinstance(self.specialist, Fit) else []
         notes += [self._about_rehearsal()] if self.rehearsal else []
         return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
+
+    def _about_vanilla(self) -> str:
+        general, own = self.general, self.specialist
+        assert isinstance(general, Fit) and isinstance(own, Fit)
+        return (
+            f"The vanilla m_A took {general.steps:,} steps of {general.rows} general texts, and m_A after these "
+            f"{own.steps:,} of {own.rows} of its own data: composed with the vanilla one, m_B lacks m_A's knowledge and "
+            "its longer training."
+        )
 
     def _about_rehearsal(self) -> str:
         return (

@@ -11,7 +11,7 @@ from calm.experiments.methods import intervals
 from calm.experiments.methods.examples import Data, Metric, TaskSet
 from calm.experiments.methods.metrics import Perplexity
 from calm.experiments.methods.run import Outcome
-from calm.experiments.results import Cell, Row, Training
+from calm.experiments.results import Row, Training
 
 Outcomes = Mapping[int, Mapping[str, Outcome]]
 """By seed and method."""
@@ -45,8 +45,7 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
             name = row if metric is task.metric else f"{row} {metric.name}"
             found["table" if metric is task.metric else "other"][name] = cells
             found["rows"][name] = _row(metric, len(task.examples), task.title)
-            if metric is task.metric:
-                found["differences"][row] = _differences(statistics, metric)
+            _compare(found, name, statistics, metric)
         likelihoods = {
             method: [np.asarray(outcomes[s][method]["references"][row]) for s in seeds] for method in methods
         }
@@ -56,6 +55,7 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
             method: intervals.cell(of_seeds, Perplexity().value, intervals.NOT_NEGATIVE)
             for method, of_seeds in likelihoods.items()
         }
+        _compare(found, name, likelihoods, Perplexity())
         found["examples"][row] = [
             {
                 "prompt": example.prompt,
@@ -65,7 +65,9 @@ def fields(data: Data, outcomes: Outcomes) -> dict[str, Any]:
             for index, example in enumerate(task.examples[:SHOWN])
         ]
     for name, texts in data.preserved.items():
-        of_texts = {method: [np.asarray(outcomes[s][method]["nll"][name]) for s in seeds] for method in methods}
+        # m_A has no hint to give on a plain text, of which a pipeline is m_B alone
+        read = [method for method in methods if method != "pipeline"]
+        of_texts = {method: [np.asarray(outcomes[s][method]["nll"][name]) for s in seeds] for method in read}
         found["rows"][f"{name} perplexity"] = _row(Perplexity(), len(texts), name)
         _preserve(found, f"{name} perplexity", of_texts, Perplexity())
     for row, task in data.preserved_tests.items():
@@ -110,9 +112,19 @@ def _statistics(outcomes: Outcomes, row: str, task: TaskSet, metric: Metric) -> 
     }
 
 
+def _compare(found: dict[str, Any], row: str, statistics: Statistics, metric: Metric | Perplexity) -> None:
+    """Composed minus each other method, where it was run."""
+    if "composed" in statistics:
+        found["differences"][row] = {
+            method: intervals.difference(statistics["composed"], of_seeds, metric.value, _bounds(metric))
+            for method, of_seeds in statistics.items()
+            if method != "composed"
+        }
+
+
 def _preserve(found: dict[str, Any], row: str, statistics: Statistics, metric: Metric | Perplexity) -> None:
     """One row of preservation, and what each method changes of m_B's number there."""
-    bounds = intervals.NOT_NEGATIVE if isinstance(metric, Perplexity) else intervals.PERCENT
+    bounds = _bounds(metric)
     found["preservation"][row] = {
         method: intervals.cell(of_seeds, metric.value, bounds) for method, of_seeds in statistics.items()
     }
@@ -123,14 +135,8 @@ def _preserve(found: dict[str, Any], row: str, statistics: Statistics, metric: M
     }
 
 
-def _differences(statistics: Statistics, metric: Metric) -> dict[str, Cell]:
-    if "composed" not in statistics:
-        return {}
-    return {
-        method: intervals.difference(statistics["composed"], of_seeds, metric.value)
-        for method, of_seeds in statistics.items()
-        if method != "composed"
-    }
+def _bounds(metric: Metric | Perplexity) -> tuple[float, float]:
+    return intervals.NOT_NEGATIVE if isinstance(metric, Perplexity) else intervals.PERCENT
 
 
 def _row(metric: Metric | Perplexity, examples: int, title: str) -> Row:
