@@ -116,7 +116,7 @@ class Settings:
         assert isinstance(general, Fit) and isinstance(own, Fit)
         return (
             f"The vanilla m_A took {general.steps:,} steps of {general.rows} general texts, and m_A after these "
-            f"{own.steps:,} of {own.rows} of its own data: composed with the vanilla one, m_B lacks m_A's knowledge and "
+            f"{own.steps:,} of {own.rows} of its own data: with the vanilla one, m_B lacks m_A's knowledge and "
             "its longer training."
         )
 
