@@ -115,7 +115,6 @@ class Machine:
 
 def training(pair: Pair, model: calm.CalmForCausalLM, planned: Plan, machine: Machine, turns: int) -> list[Reached]:
     """FLOP utilisation of a training step on one row, and its peak memory against the plan."""
-    model.connections.float()
     vocabulary = model.config.anchor_config.vocab_size
     step = Step(model, torch.randint(0, vocabulary, (1, planned.sequence_length), device=machine.device))
 

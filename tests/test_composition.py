@@ -102,13 +102,34 @@ def test_relative_folders_are_found_again_from_elsewhere(tmp_path: Path, monkeyp
 def test_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     factories.base("llama").save_pretrained(tmp_path)
     model = calm.compose(tmp_path, tmp_path, 2, dtype=dtype)
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model(IDS).logits.dtype == dtype
+    bases = {p.dtype for base in (model.anchor, model.augmenting) for p in base.parameters()}
+    assert bases == {dtype} and model(IDS).logits.dtype == dtype
     mixed = calm.compose(factories.base("llama").to(dtype), factories.base("gpt2"), 2)
-    assert {p.dtype for p in mixed.connections.parameters()} == {dtype}
     assert {p.dtype for p in mixed.augmenting.parameters()} == {torch.float32}
     factories.perturb(mixed)
     assert mixed(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_connections_of_half_precision_bases_learn(dtype: torch.dtype, tmp_path: Path) -> None:
+    """W_O begins as an identity, next to which an update of 1e-3 is less than half a step of bfloat16."""
+    model = calm.compose(factories.base("llama").to(dtype), factories.base("gpt2").to(dtype), 2)
+    assert {p.dtype for p in model.connections.parameters()} == {torch.float32}
+    factories.perturb(model)  # gates are open
+    before = [connection.w_o.weight.diagonal().clone() for connection in model.connections]
+    optimizer = torch.optim.SGD(model.connections.parameters(), lr=1e-3)
+    model.train()(IDS, labels=IDS).loss.backward()
+    for weight in model.connections.parameters():
+        weight.grad.sign_()
+    optimizer.step()
+    for connection, old in zip(model.connections, before, strict=True):
+        assert (connection.w_o.weight.diagonal() - old).abs().min() > 5e-4
+    model.eval().save_pretrained(tmp_path)
+    bases = {"anchor": model.anchor, "augmenting": dict(model.augmenting)}
+    again = calm.CalmForCausalLM.from_pretrained(tmp_path, **bases)
+    assert {p.dtype for p in again.connections.parameters()} == {dtype}
+    model.connections.to(dtype)
+    assert_identical(again(IDS).logits, model(IDS).logits)
 
 
 # -- what stays as it was ---------------------------------------------------------------------------------------------

@@ -58,7 +58,9 @@ def compose(
             composition.
 
     Returns:
-        The composed model in evaluation mode; its connections have the anchor's dtype and devices.
+        The composed model in evaluation mode. Its connections have the anchor's devices and are float32 whatever the
+        bases are, as PEFT's adapters: they are there to be trained, and small updates vanish in half precision.
+        (`from_pretrained` gives trained ones the anchor's dtype.)
 
     Raises:
         CalmError: If connections, heads or modes do not fit the models, or if an argument is unknown.
@@ -145,7 +147,9 @@ def compose(
         if model is not None:
             fingerprints.check_finite(model, f"the augmenting model {_name(base, source)}")
         config.augmenting_references[name] = _reference(base, source, model, quantizations[name])
-    return CalmForCausalLM(config, anchor_model, augmenting_models).eval()
+    model = CalmForCausalLM(config, anchor_model, augmenting_models).eval()
+    model.connections.float()
+    return model
 
 
 def _look_at(base: Any, role: str, load_kwargs: Mapping[str, Any]) -> tuple[Any, PreTrainedConfig, Source | None]:

@@ -233,6 +233,7 @@ def plan(
             anchor_tokenizer=anchor_tokenizer,
             augmenting_tokenizer=tokenizers,
         )
+    composed.connections.to(DTYPES[dtype])  # as `from_pretrained` gives them; a step is counted in float32
     _check_length(composed, sequence_length)
     try:
         return _count(composed, sequence_length, batch_size, dtype, processes, activation_checkpointing, calibration)

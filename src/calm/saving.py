@@ -151,7 +151,8 @@ class CompositionSaving(PreTrainedModel):
                 `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 
         Returns:
-            The composed model in evaluation mode, connections in the anchor's dtype.
+            The composed model in evaluation mode, connections in the anchor's dtype: to train half-precision ones
+            further, `model.connections.float()` first.
 
         Raises:
             CalmError: If an argument is none that a composition is loaded with.
