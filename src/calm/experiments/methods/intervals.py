@@ -36,7 +36,7 @@ def cell(statistics: Sequence[np.ndarray], value: Value, bounds: tuple[float, fl
     """
     values = tuple(value(one.sum(axis=0), len(one)) for one in statistics)
     if statistics[0].shape[1] == 1:
-        ends = _share(_of_examples(statistics), 4, bounds[1])
+        ends = _share(_of_examples(statistics), bounds[1], added=4, total=2, squares=2)
     else:
         ends = _percentiles(_samples(statistics, value))
     return _cell(values, ends, bounds)
@@ -59,7 +59,7 @@ def difference(
     )
     width = bounds[1] - bounds[0]
     if first[0].shape[1] == 1:
-        ends = _share(_of_examples(first) - _of_examples(second), 2, bounds[1])
+        ends = _share(_of_examples(first) - _of_examples(second), bounds[1], added=2, total=0, squares=1)
     else:  # drawn alike, since the generator starts alike
         ends = _percentiles(_samples(first, value) - _samples(second, value))
     return _cell(values, ends, (-width, width))
@@ -70,18 +70,19 @@ def _of_examples(statistics: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean(statistics, axis=0)[:, 0]
 
 
-def _share(of_examples: np.ndarray, added: int, whole: float) -> tuple[float, float]:
-    """A normal interval of the mean, after so many examples more.
+def _share(of_examples: np.ndarray, whole: float, *, added: int, total: float, squares: float) -> tuple[float, float]:
+    """A normal interval of the mean, as if there were some examples more.
 
     Args:
         of_examples: numbers from 0 to 1, or differences of two such, from -1 to 1.
-        added: 4 for numbers, of which 2 are ones; 2 for differences, of which 1/2 is 1 and 1/2 is -1. The others are
-            zeros.
         whole: what 1 stands for.
+        added: how many more: 4 of which 2 are ones, or 2 of which one half is 1 and one half -1.
+        total: their sum.
+        squares: the sum of their squares.
     """
     examples = len(of_examples) + added
-    mean = (of_examples.sum() + (2 if added == 4 else 0)) / examples
-    square = (np.square(of_examples).sum() + added / 2) / examples
+    mean = (of_examples.sum() + total) / examples
+    square = (np.square(of_examples).sum() + squares) / examples
     away = Z * math.sqrt((square - mean**2) / examples)
     return whole * (mean - away), whole * (mean + away)
 

@@ -228,8 +228,7 @@ class _Run:
             return self._measure(bases.load(self.specialist, dtype))
         anchor = bases.load(self.anchor, dtype)
         if method == "pipeline":
-            # there is no hint for a plain text, of which this is m_B alone
-            return self._measure(anchor, few_shot=True, tasks=self._hinted(), texts={})
+            return self._measure(anchor, few_shot=True, tasks=self._hinted())
         if method != "mixed_logits":
             return self._measure(anchor, few_shot=method == "m_B")
         augmenting = bases.load(self.specialist, dtype)
@@ -381,12 +380,10 @@ class _Run:
         few_shot: bool = False,
         mix: tuple[PreTrainedModel, float] | None = None,
         tasks: Mapping[str, TaskSet] | None = None,
-        texts: Mapping[str, Sequence[str]] | None = None,
     ) -> Outcome:
         settings = self.settings
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
         tasks = tasks or self.tasks
-        texts = self.data.preserved if texts is None else texts
         written = {
             row: scoring.answers(model, self.tokenizer, task, settings.batch, few_shot=few_shot, mix=mix)
             for row, task in tasks.items()
@@ -398,8 +395,8 @@ class _Run:
             for row in self.data.tests
         }
         nll = {}
-        for name, of_name in texts.items():
-            rows = scoring.text_rows(of_name, self.tokenizer, settings.max_length)
+        for name, texts in self.data.preserved.items():
+            rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
             nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
         return {
             "answers": written,
