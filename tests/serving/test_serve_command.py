@@ -51,6 +51,9 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(composed: Pa
     with patched(vllm_server, is_installed=lambda: True):
         message = refused(composed, "--device", "cpu", "--log-prompts", code=2)
         assert "--log-prompts, --device: for --engine transformers" in message
+        for option in ("--host", "--host=0.0.0.0", "--ho", "--port", "--port=1", "--uds", "--ud=x"):  # as vLLM takes it
+            message = refused(composed, "--", "--max-model-len", "9", option, "0.0.0.0", code=2)
+            assert f"{option} after --: where the server listens is said before it" in message
 
 
 def test_a_port_in_use_is_named(composed: Path):

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from calm.errors import CalmError
-from calm.hosts import is_loopback
+from calm.hosts import in_url, is_loopback
 from calm.inspection import Inspection
 from calm.inspection.measure import MAX_TOKENS
 from calm.inspection.page import name_of
@@ -256,7 +256,7 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
     page.queue(max_size=32, api_open=False)
     try:
         _, url, _ = page.launch(
-            server_name=f"[{host}]" if ":" in host else host,  # it makes URLs of it
+            server_name=in_url(host),  # it makes URLs of it
             server_port=port,
             auth=auth,
             prevent_thread_lock=not block,

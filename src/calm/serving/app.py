@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from calm import hosts
 from calm.model import CalmForCausalLM
 from calm.serving import errors
 from calm.serving.access import ApiKey, refused
@@ -35,7 +36,6 @@ from calm.serving.observing import Observe
 from calm.serving.requests import ChatRequest, CompletionRequest
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # FastAPI's words for one
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class ListedModel(Model):
@@ -99,9 +99,9 @@ def build(
         lifespan=lifespan,
         middleware=[
             Middleware(Observe, metrics=metrics),
-            Middleware(AuthenticationMiddleware, backend=ApiKey(api_key), on_error=refused)
+            Middleware(AuthenticationMiddleware, backend=ApiKey([api_key]), on_error=refused)
             if api_key is not None
-            else Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, f"[{host}]" if ":" in host else host]),
+            else Middleware(TrustedHostMiddleware, allowed_hosts=hosts.names_of(host)),
             Middleware(LimitSize, limits=limits),
         ],
         responses={"default": {"model": ErrorBody}},
