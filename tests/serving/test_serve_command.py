@@ -47,6 +47,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(composed: Pa
         assert "vLLM is not installed" in refused(composed, "--engine", "vllm")
         assert "takes no options of vLLM" in refused(composed, "--", "--max-model-len", "9", code=2)
         assert "takes an API key" in refused(composed, "--host", "0.0.0.0")
+        assert "seconds=inf (--timeout): expected a number" in refused(composed, "--timeout", "inf")
         assert "cannot listen on nowhere.invalid" in refused(composed, "--host", "nowhere.invalid", "--api-key", "x")
     with patched(vllm_server, is_installed=lambda: True):
         message = refused(composed, "--device", "cpu", "--log-prompts", code=2)
