@@ -180,7 +180,7 @@ class Generating:
             param = "messages"
             if tokenizer.chat_template is None:
                 raise APIError(400, "this model has no chat template: use /v1/completions", param="messages")
-            messages = [{"role": message.role, "content": message.text} for message in self._asked.messages]
+            messages = [message.for_template for message in self._asked.messages]
             try:
                 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:
