@@ -151,13 +151,37 @@ def test_greedy_rows_are_what_generate_gives(
         assert_same(one.logprobs[:, 1:], steps.topk(3).values)
 
 
-def test_no_defaults_of_a_model_come_in_between(engine: Callable[..., Engine], mixed: list[Asked]):
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [20, 21], "max_time": 0},
+        {"encoder_repetition_penalty": 5.0},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"cache_implementation": "quantized"},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_no_defaults_of_a_model_come_in_between(
+    engine: Callable[..., Engine], mixed: list[Asked], defaults: dict[str, object]
+):
     """A request says how its tokens are chosen: many models bring a penalty for repeating, which padding changes."""
     expected = together(engine(), mixed)
-    defaults = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": expected[0][0], "max_time": 0}
     running = engine()
     with patched(running.model.generation_config, **defaults):
         assert together(running, mixed) == expected
+
+
+def test_answers_grow_on_a_cache_whatever_the_model_says(engine: Callable[..., Engine], mixed: list[Asked]):
+    running, lengths = engine(), []
+    with patched(running.model.generation_config, use_cache=False):
+        hook = running.model.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        together(running, [mixed[1]])
+        hook.remove()
+    assert lengths == [len(mixed[1].prompt), 1, 1, 1, 1]
 
 
 def test_a_tokenizer_without_padding_will_do(engine: Callable[..., Engine], mixed: list[Asked]):

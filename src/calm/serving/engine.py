@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingC
 
 from calm.config import text_config
 from calm.errors import CalmError
-from calm.generation import NO_DEFAULTS
+from calm.generation import without_defaults
 from calm.model import CalmForCausalLM
 from calm.serving.choosing import ChooseTokens
 from calm.serving.limits import Limits
@@ -149,19 +149,13 @@ class Engine:
             mask[index, longest - len(row.prompt) :] = 1
         self._metrics.prompt_tokens.inc(int(mask.sum()))
         choose = ChooseTokens(rows)
-        with self.model.augmenting_disabled(*rows[0].off):
+        with without_defaults(self.model), self.model.augmenting_disabled(*rows[0].off):
             self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max(row.sampling.max_tokens for row in rows),
                 pad_token_id=pad,
-                # requests say how their tokens are chosen, and a single one is left for each when `choose` has run
-                **NO_DEFAULTS,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                do_sample=False,  # a single token is left for each row when `choose` has run
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([_Deliver(self, rows, choose)]),
             )
