@@ -36,7 +36,7 @@ def playground(
     except ImportError as error:
         raise CalmError(f"The page needs Gradio ({error}). Install it: pip install 'calm-lm[serve]'") from error
     auth = _auth()
-    app.check_host(host, auth)
+    app.check_address(host, port, auth)
     page = app.Page(load_company(model, anchor, augmenting, dtype, device)).build()
     Console(highlight=False, soft_wrap=True).print(
         f"http://{in_url(host)}:{port} shows {model}; Ctrl-C ends it", markup=False
