@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +441,25 @@ def test_a_request_that_takes_too_long_ends_and_the_next_is_answered(guarded: Se
     generated = metric(guarded, "calm_generated_tokens_total", "the-right-key") - before
     assert generated <= 4, "what nobody waits for is not generated"
     assert client.completions.create(**asked).usage.completion_tokens == 50
+
+
+def test_the_time_of_a_request_begins_when_it_arrives(composed: Path):
+    """And not when all of its body is there, which may come late or never."""
+    body = json.dumps(GREEDY | {"prompt": "x", "max_tokens": 50}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"content-length: %d\r\n\r\n" % len(body)
+    with serving(composed, limits=Limits(seconds=2)) as short, held(short.engine):
+        address = ("127.0.0.1", int(short.url.rpartition(":")[2]))
+        for late in (b"", body[10:]):
+            started = time.monotonic()
+            with socket.create_connection(address, timeout=30) as client:
+                client.sendall(head + body[:10])
+                time.sleep(1.5)
+                client.sendall(late)
+                answer = HTTPResponse(client)
+                answer.begin()
+                assert (answer.status, json.load(answer)["error"]["code"]) == (504, "timeout")
+            assert 2 <= time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

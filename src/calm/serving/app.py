@@ -25,7 +25,7 @@ from calm import hosts
 from calm.model import CalmForCausalLM
 from calm.serving import errors
 from calm.serving.access import ApiKey, refused
-from calm.serving.bodies import LimitSize
+from calm.serving.bodies import LimitBodies
 from calm.serving.engine import Engine
 from calm.serving.errors import APIError, ErrorBody
 from calm.serving.generating import Generating
@@ -102,7 +102,7 @@ def build(
             Middleware(AuthenticationMiddleware, backend=ApiKey([api_key]), on_error=refused)
             if api_key is not None
             else Middleware(TrustedHostMiddleware, allowed_hosts=hosts.names_of(host)),
-            Middleware(LimitSize, limits=limits),
+            Middleware(LimitBodies, limits=limits),
         ],
         responses={"default": {"model": ErrorBody}},
     )
