@@ -66,9 +66,8 @@ class Page:
         with gr.Blocks(title="calm playground", analytics_enabled=False, fill_width=True) as page:
             shown = gr.State(None, time_to_live=KEPT)
             exported = gr.Textbox(visible="hidden", show_label=False)
-            run = gr.Number(
-                0, precision=0, visible="hidden", show_label=False
-            )  # sent with what is asked, unlike a state
+            # not a state, which would be read only when it is the question's turn
+            run = gr.Number(0, precision=0, visible="hidden", show_label=False)
             gr.HTML(view.intro(self.company), **_PLAIN)
             with gr.Row(equal_height=False, elem_id="ask"):
                 with gr.Column(scale=3, min_width=300):
@@ -303,7 +302,7 @@ def check_address(host: str, port: int, auth: tuple[str, str] | None) -> None:
             "are then asked for, or leave --host out."
         )
     try:
-        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as Gradio takes it
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise _cannot_listen(host, port, error) from error

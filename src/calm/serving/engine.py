@@ -22,8 +22,6 @@ from calm.serving.rows import AnswerText, FinishReason, Piece, Row
 logger = logging.getLogger(__name__)
 
 GATHERING = 0.01  # seconds that the first row of an idle engine waits for others
-
-
 PROMPT = 1024  # tokens; prompts of so many fill a batch together with the longest answers
 
 
