@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedConfig,
+    PreTrainedModel,
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -21,26 +24,25 @@ from calm.cache import CalmCache
 from calm.config import text_config
 from calm.errors import CalmError
 
-NO_DEFAULTS: dict[str, None] = dict.fromkeys(
-    (
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "guidance_scale",
-        "max_time",
-        "min_length",
-        "min_new_tokens",
-        "no_repeat_ngram_size",
-        "repetition_penalty",
-        "sequence_bias",
-        "stop_strings",
-        "suppress_tokens",
+
+@contextmanager
+def without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Let `generate` take what its arguments leave out from transformers, and from the model its special tokens only.
+
+    A model's own generation settings change which tokens are likely, or end an answer early: many instruction-tuned
+    models bring a repetition penalty. Fresh settings leave all of them out, also those to come in transformers.
+
+    Args:
+        model: Any that generates; nothing else may use its settings meanwhile.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-)
-"""Arguments of `generate` without which a model's own generation settings would change which tokens are likely, or end
-an answer early: many instruction-tuned models bring a repetition penalty."""
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class CompositionGeneration(GenerationMixin):

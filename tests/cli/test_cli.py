@@ -173,6 +173,15 @@ def test_generate_options(composed: Path):
     assert generate("--temperature", 2, "--top-k", 1, "--seed", 3) == expected(composed, "1+2=", 8)
 
 
+def test_no_defaults_of_a_model_come_in_between(composed: Path, tmp_path: Path):
+    folder = shutil.copytree(composed, tmp_path / "copy")
+    settings = folder / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"encoder_repetition_penalty": 5.0}))
+    assert expected(folder, "1+2=", 8) != expected(composed, "1+2=", 8), "control: it would change the answer"
+    completion = run("generate", folder, "1+2=", "--max-new-tokens", 8).stdout
+    assert completion == run("generate", composed, "1+2=", "--max-new-tokens", 8).stdout
+
+
 def test_generate_errors(tmp_path: Path, composed: Path, tiny_bases: dict[str, str]):
     assert "prompt is empty" in run("generate", composed, "", code=1).stderr
     assert "prompt is empty" in run("generate", composed, "-", stdin="\n", code=1).stderr

@@ -70,6 +70,24 @@ def test_no_defaults_of_a_model_come_in_between():
     assert plain[0, -8:].tolist() not in free, "control: without the arguments it would have come in"
 
 
+@pytest.mark.parametrize(
+    "default", [{"min_p": 1.0}, {"top_h": 0.01}, {"epsilon_cutoff": 0.9}, {"typical_p": 0.01}], ids=str
+)
+def test_nor_do_those_of_sampling(default: dict[str, float]):
+    parts = Company(TWO.build(), TWO.augmenting_models(), word_tokenizer())
+    free = [answer.token_ids for answer in last(parts, Question(PROMPT, SAMPLED))]
+    for model in (parts.composed, parts.composed.anchor, *parts.augmenting.values()):
+        model.generation_config.update(**default)
+    assert [answer.token_ids for answer in last(parts, Question(PROMPT, SAMPLED))] == free
+    drawn = [
+        parts.composed.anchor.generate(
+            **word_tokenizer()(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=True, top_k=0
+        )[0, -8:].tolist()
+        for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1], "control: it leaves one token to be drawn"
+
+
 def test_answers_that_share_random_numbers_are_others():
     """Control: without a random state of its own, an answer depends on who else is asked."""
     parts = company()

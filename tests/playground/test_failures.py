@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -29,6 +31,35 @@ def test_a_measurement_that_fails_leaves_the_answers(caplog: pytest.LogCaptureFi
     assert "out of memory, say" in caplog.text and "out of memory" not in status
     assert (as_html["interactive"], as_json["interactive"]) == (False, True)
     assert kept is shown and "After an answer" in looked
+
+
+def test_stop_holds_for_what_was_asked_before_it_and_for_nothing_after():
+    """Also where the next question comes before the round that runs has ended."""
+    page = app.Page(company(Mix("llama", ("qwen2",))))
+    visitor, other = SimpleNamespace(session_hash="visitor"), SimpleNamespace(session_hash="other")
+
+    def generate(request: SimpleNamespace) -> Iterator[tuple]:
+        return page._generate(request, page._begin()[1], words(5, 9, 34), 20, 0.0, 1.0, 0, False, True)
+
+    running, waiting, others = generate(visitor), generate(visitor), generate(other)
+    for answers in (running, others):
+        next(answers), next(answers)
+    page._stop(visitor)
+    asked_anew = generate(visitor)
+    rounds = [len(list(answers)) for answers in (running, waiting, others, asked_anew)]
+    assert rounds == [1, 3, 20, 22]
+
+
+def test_a_name_that_leads_here_from_elsewhere_is_refused():
+    """A page that has it could else ask the models, and read the answers."""
+    page = app.Page(company(Mix("llama", ("qwen2",)))).build()
+    url = app.serve(page, "127.0.0.1", port := free_port(), None, block=False)
+    try:
+        for name, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"evil.example:{port}", 400)):
+            for path in ("", "config", "gradio_api/info"):
+                assert httpx.get(f"{url}{path}", headers={"host": name}).status_code == status
+    finally:
+        page.close(verbose=False)
 
 
 def test_version_6_of_the_internet_too():

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import calm
 from calm.errors import CalmError
-from calm.serving.engine import Engine, QueueFullError
+from calm.serving.engine import Engine, GenerationFailedError, QueueFullError
 from calm.serving.limits import Limits
 from calm.serving.metrics import Metrics
 from calm.serving.rows import Piece, Row, Sampling
@@ -151,13 +151,37 @@ def test_greedy_rows_are_what_generate_gives(
         assert_same(one.logprobs[:, 1:], steps.topk(3).values)
 
 
-def test_no_defaults_of_a_model_come_in_between(engine: Callable[..., Engine], mixed: list[Asked]):
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [20, 21], "max_time": 0},
+        {"encoder_repetition_penalty": 5.0},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"cache_implementation": "quantized"},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_no_defaults_of_a_model_come_in_between(
+    engine: Callable[..., Engine], mixed: list[Asked], defaults: dict[str, object]
+):
     """A request says how its tokens are chosen: many models bring a penalty for repeating, which padding changes."""
     expected = together(engine(), mixed)
-    defaults = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": expected[0][0], "max_time": 0}
     running = engine()
     with patched(running.model.generation_config, **defaults):
         assert together(running, mixed) == expected
+
+
+def test_answers_grow_on_a_cache_whatever_the_model_says(engine: Callable[..., Engine], mixed: list[Asked]):
+    running, lengths = engine(), []
+    with patched(running.model.generation_config, use_cache=False):
+        hook = running.model.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        together(running, [mixed[1]])
+        hook.remove()
+    assert lengths == [len(mixed[1].prompt), 1, 1, 1, 1]
 
 
 def test_a_tokenizer_without_padding_will_do(engine: Callable[..., Engine], mixed: list[Asked]):
@@ -193,6 +217,19 @@ def test_rows_that_would_not_fit_into_the_context_together_run_one_after_the_oth
     found = together(running, rows)
     assert batches(running) == [2, 2]
     assert [reason for *_, reason in found] == ["length", "length"]
+
+
+def test_a_long_prompt_does_not_make_its_batch_long(engine: Callable[..., Engine], mixed: list[Asked]):
+    """Padded to it, the short ones would take as much memory and time each: 4 x 64 tokens, where 4 x 24 may be."""
+    rows = [replace(mixed[0], prompt=[5] * length, sampling=greedy(4)) for length in (4, 60, 5, 6)]
+    with patched(calm.serving.engine, PROMPT=20):
+        running = engine(batch_size=4, max_tokens=4)
+        found = together(running, rows)
+        assert batches(running) == [2, 4]
+        assert found == [together(engine(), [row])[0] for row in rows]
+    running = engine(batch_size=4, max_tokens=4)
+    together(running, rows)
+    assert batches(running) == [1, 4], "control"
 
 
 def test_a_seed_makes_an_answer_come_again_and_none_does_not(engine: Callable[..., Engine], mixed: list[Asked]):
@@ -291,10 +328,64 @@ def test_a_batch_that_fails_does_not_end_the_engine(engine: Callable[..., Engine
     running.submit([bad.row()])
     running.start()
     assert bad.ended.wait(60)
-    assert isinstance(bad.pieces[0], IndexError)
+    failed = bad.pieces[0]
+    assert isinstance(failed, GenerationFailedError)
+    assert failed.__traceback__ is failed.__context__ is None, "frames would hold what was computed"
     running.submit([mixed[0].row()])
     assert mixed[0].result[2] == "length"
     assert running.alive
+
+
+def test_rows_whose_batch_fails_are_answered_without_the_one_that_failed(
+    engine: Callable[..., Engine], mixed: list[Asked]
+):
+    expected = together(engine(), mixed)
+    bad = replace(mixed[0], prompt=[10**6])
+    running = engine()
+    running.submit([one.row() for one in (mixed[0], bad, *mixed[1:])])
+    running.start()
+    assert [one.result for one in mixed] == expected
+    assert isinstance(bad.pieces[0], GenerationFailedError) and len(bad.pieces) == 1
+
+
+def test_rows_that_do_not_fit_into_memory_together_run_alone(engine: Callable[..., Engine], mixed: list[Asked]):
+    def fail_together(_: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError
+
+    expected = together(engine(), mixed)
+    running = engine()
+    hook = running.model.register_forward_pre_hook(fail_together, with_kwargs=True)
+    try:
+        assert together(running, mixed) == expected
+    finally:
+        hook.remove()
+
+
+def test_rows_that_have_begun_are_not_begun_anew(engine: Callable[..., Engine], mixed: list[Asked]):
+    def fail_later(_: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            raise torch.OutOfMemoryError
+
+    running = engine()
+    hook = running.model.register_forward_pre_hook(fail_later, with_kwargs=True)
+    try:
+        running.submit([one.row() for one in mixed])
+        running.start()
+        assert all(one.ended.wait(60) for one in mixed)
+    finally:
+        hook.remove()
+    for one in mixed:
+        assert [type(piece) for piece in one.pieces] == [Piece, GenerationFailedError]
+
+
+def test_tokens_are_those_that_every_model_knows(
+    engine: Callable[..., Engine], model: calm.CalmForCausalLM, tokenizer: PreTrainedTokenizerBase
+):
+    """Larger ones are refused when they come (`test_tokens_that_the_model_does_not_have_are_refused`)."""
+    assert engine().vocabulary == len(tokenizer)
+    with patched(model, known_tokens=100):
+        assert engine().vocabulary == 100
 
 
 def test_a_slow_tokenizer_is_refused(model: calm.CalmForCausalLM, tokenizer: PreTrainedTokenizerBase):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from servers import NAME, held, serving, until
 
+from calm.errors import CalmError
 from calm.serving.limits import Limits
 from calm.serving.server import bind, url_of
 from calm.serving.vllm import limiting
@@ -269,6 +271,44 @@ def test_without_the_variable_there_are_no_limits(monkeypatch: pytest.MonkeyPatc
     config = SimpleNamespace(override_generation_config={"temperature": 0})
     limiting.limit_answers(config)
     assert config.override_generation_config == {"temperature": 0}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        *(
+            {name: value}
+            for name in ("batch_size", "queue", "max_tokens", "body_size")
+            for value in ("64", -1, 1.5, True)
+        ),
+        *({"seconds": value} for value in ("600", 0, -1, float("inf"), float("nan"), 10**400, None)),
+        {"batch_size": 0},
+    ],
+    ids=str,
+)
+def test_what_is_no_limit_is_refused(limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Where it is read, with the variable that it comes from, and not when the first request is counted."""
+    ((name, value),) = limits.items()
+    with pytest.raises(CalmError, match=f"^{name}={re.escape(repr(value))}.*: expected a"):
+        Limits(**limits)
+    monkeypatch.setenv(LIMITS, json.dumps(limits))
+    with pytest.raises(CalmError, match=rf"^CALM_LIMITS: {name}=.*: expected a.*For example {{\"queue\": 64"):
+        limiting.limit_answers(SimpleNamespace(override_generation_config={}))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "is not JSON"),
+        ("queue=64", "is not JSON"),
+        ("[64]", "some of batch_size, queue"),
+        ('{"rows": 1}', "some of"),
+    ],
+)
+def test_limits_that_cannot_be_read_are_named(value: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(LIMITS, value)
+    with pytest.raises(CalmError, match=f"CALM_LIMITS={re.escape(repr(value))}.*{message}.*For example"):
+        limiting.handed_over()
 
 
 @pytest.mark.parametrize(("own", "most"), [({}, 50), ({"max_new_tokens": 9}, 9), ({"max_new_tokens": 99}, 50)])

@@ -47,10 +47,14 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(composed: Pa
         assert "vLLM is not installed" in refused(composed, "--engine", "vllm")
         assert "takes no options of vLLM" in refused(composed, "--", "--max-model-len", "9", code=2)
         assert "takes an API key" in refused(composed, "--host", "0.0.0.0")
+        assert "seconds=inf (--timeout): expected a number" in refused(composed, "--timeout", "inf")
         assert "cannot listen on nowhere.invalid" in refused(composed, "--host", "nowhere.invalid", "--api-key", "x")
     with patched(vllm_server, is_installed=lambda: True):
         message = refused(composed, "--device", "cpu", "--log-prompts", code=2)
         assert "--log-prompts, --device: for --engine transformers" in message
+        for option in ("--host", "--host=0.0.0.0", "--ho", "--port", "--port=1", "--uds", "--ud=x"):  # as vLLM takes it
+            message = refused(composed, "--", "--max-model-len", "9", option, "0.0.0.0", code=2)
+            assert f"{option} after --: where the server listens is said before it" in message
 
 
 def test_a_port_in_use_is_named(composed: Path):

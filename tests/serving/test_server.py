@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -238,12 +241,67 @@ def test_stop_strings(client: OpenAI):
         assert answer.usage.completion_tokens < 30
 
 
+NEUTRAL: dict[str, list[dict[str, Any]]] = {
+    "completions": [{"suffix": None}, {"logit_bias": {}}, {"logit_bias": None}],
+    "chat/completions": [
+        *({"logit_bias": value} for value in (None, {})),
+        *({"response_format": value} for value in (None, {"type": "text"})),
+        *({"tools": value} for value in (None, [])),
+        *({"tool_choice": value} for value in (None, "none")),
+        *({"parallel_tool_calls": value} for value in (None, True, False)),
+        *({"service_tier": value} for value in (None, "auto", "default")),
+        *({"store": value} for value in (None, False)),
+        *({"metadata": value} for value in (None, {})),
+        {"messages": [CHAT[0] | {"role": "developer"}, CHAT[1]]},
+        {"messages": [CHAT[0], CHAT[1] | {"name": "ada"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(path, body) for path, bodies in NEUTRAL.items() for body in bodies], ids=str
+)
+def test_what_changes_nothing_is_accepted(served: Served, path: str, body: dict[str, Any]):
+    """Many clients write such values into each of their requests."""
+    asked = GREEDY | {"max_tokens": 5} | ({"messages": CHAT} if path.startswith("chat") else {"prompt": "x"})
+    plain, response = [httpx2.post(f"{served.url}/v1/{path}", json=one) for one in (asked, asked | body)]
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_stream_that_is_not_obfuscated_is_one(client: OpenAI, value: bool | None):
+    options = {"include_usage": True, "include_obfuscation": value}
+    *_, last = client.completions.create(prompt="x", max_tokens=5, stream=True, stream_options=options, **GREEDY)
+    assert last.usage.completion_tokens == 5
+
+
+def test_a_chat_template_may_say_whose_message_it_is(composed: Path):
+    with serving(composed) as named:
+        named.engine.tokenizer.chat_template = "{% for m in messages %}{{ m.name or m.role }}{% endfor %}"
+        for name, prompt in (("ada", "ada"), (None, "user")):
+            messages = [{"role": "user", "content": "hi", "name": name}]
+            answer = named.client().chat.completions.create(messages=messages, max_tokens=1, **GREEDY)
+            assert answer.usage.prompt_tokens == len(prompt)  # a token is a byte
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
         ("completions", {"tools": []}, "tools: this server does not know or support"),
-        ("chat/completions", {"tools": []}, "tools: this server does not know or support"),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format: this server does not"),
+        ("completions", {"suffix": "x"}, "suffix: Input should be None"),
+        ("completions", {"logit_bias": {"5": 1}}, "logit_bias: Dictionary should have at most 0 items"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "tools: List should have at most 0 items"),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice: Input should be 'none'"),
+        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format.type: Input should be"),
+        ("chat/completions", {"store": True}, "store: Input should be False"),
+        ("chat/completions", {"metadata": {"a": "b"}}, "metadata: Dictionary should have at most 0 items"),
+        ("chat/completions", {"service_tier": "flex"}, "service_tier: Input should be 'auto' or 'default'"),
+        (
+            "chat/completions",
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation: Input should be False",
+        ),
         ("completions", {"echo": True}, "echo: Input should be False"),
         ("completions", {"best_of": 3}, "best_of: Input should be 1"),
         ("completions", {"presence_penalty": 0.5}, "presence_penalty: Input should be less than or equal to 0"),
@@ -383,6 +441,25 @@ def test_a_request_that_takes_too_long_ends_and_the_next_is_answered(guarded: Se
     generated = metric(guarded, "calm_generated_tokens_total", "the-right-key") - before
     assert generated <= 4, "what nobody waits for is not generated"
     assert client.completions.create(**asked).usage.completion_tokens == 50
+
+
+def test_the_time_of_a_request_begins_when_it_arrives(composed: Path):
+    """And not when all of its body is there, which may come late or never."""
+    body = json.dumps(GREEDY | {"prompt": "x", "max_tokens": 50}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"content-length: %d\r\n\r\n" % len(body)
+    with serving(composed, limits=Limits(seconds=2)) as short, held(short.engine):
+        address = ("127.0.0.1", int(short.url.rpartition(":")[2]))
+        for late in (b"", body[10:]):
+            started = time.monotonic()
+            with socket.create_connection(address, timeout=30) as client:
+                client.sendall(head + body[:10])
+                time.sleep(1.5)
+                client.sendall(late)
+                answer = HTTPResponse(client)
+                answer.begin()
+                assert (answer.status, json.load(answer)["error"]["code"]) == (504, "timeout")
+            assert 2 <= time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

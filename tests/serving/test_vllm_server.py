@@ -43,6 +43,7 @@ MIDDLEWARE = [
     *("--middleware", "calm.serving.vllm.middleware.Augmenting"),
     *("--middleware", "calm.serving.vllm.limiting.Limiting"),
     *("--middleware", "calm.serving.vllm.ending.Ending"),
+    *("--middleware", "calm.serving.vllm.guarding.Guarding"),
 ]
 
 

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
     "quantization": (PLAIN, {"quantization": "fp8"}, "quantization"),
     "scheduler": (PLAIN, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "a scheduler class of your own"),
     "halves of a batch": (PLAIN, {"enable_dbo": True}, "dual batch overlap"),
+    "embeddings": (PLAIN, {"enable_prompt_embeds": True}, "prompts as embeddings"),
     "parts of a prompt": (PLAIN, {"prefill_context_parallel_size": 2}, "prefill context parallelism"),
     "load format": (PLAIN, {"load_format": "sharded_state"}, "load_format='sharded_state'.*safetensors"),
 }

@@ -28,6 +28,8 @@ def chat(
     """Talk to a composition. Without a chat template each line is a prompt of its own, and is completed."""
     from transformers import TextStreamer
 
+    from calm.generation import without_defaults
+
     composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
     options = loading.sampling(temperature, top_p, top_k, seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -67,7 +69,7 @@ def chat(
                 inputs = tokenizer(line, return_tensors="pt")
             inputs = inputs.to(composed.device)
             try:
-                with composed.composition_disabled() if disabled else nullcontext():
+                with without_defaults(composed), composed.composition_disabled() if disabled else nullcontext():
                     outputs = composed.generate(
                         **inputs,
                         **options,

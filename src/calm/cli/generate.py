@@ -37,11 +37,13 @@ def generate(
         raise CalmError("a prompt is empty; there is nothing to continue")
     from transformers import TextStreamer
 
+    from calm.generation import without_defaults
+
     with stdout_for(as_json):
         composed, tokenizer = loading.load(model, anchor, augmenting, dtype, device)
         inputs = tokenizer(prompts, padding=len(prompts) > 1, return_tensors="pt").to(composed.device)
         streams = len(prompts) == 1 and num_beams == 1 and not as_json
-        with composed.composition_disabled() if off else nullcontext():
+        with without_defaults(composed), composed.composition_disabled() if off else nullcontext():
             outputs = composed.generate(
                 **inputs,
                 **loading.sampling(temperature, top_p, top_k, seed),

@@ -107,13 +107,11 @@ def length(composed: CalmForCausalLM, prompt_length: int, max_new_tokens: int | 
 
 
 def sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> dict[str, object]:
-    """The arguments of `generate` for these options, all given, so that no base's defaults come in between."""
+    """The arguments of `generate` for these options, to be used within `without_defaults`."""
     from transformers import set_seed
-
-    from calm.generation import NO_DEFAULTS
 
     if seed is not None:
         set_seed(seed)
     if temperature == 0:
-        return NO_DEFAULTS | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return NO_DEFAULTS | {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

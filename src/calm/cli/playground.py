@@ -11,6 +11,7 @@ from rich.console import Console
 from calm.cli import loading
 from calm.cli.arguments import Dtype, parse_augmenting
 from calm.errors import CalmError
+from calm.hosts import in_url
 
 if TYPE_CHECKING:
     from calm.playground.answers import Company
@@ -35,10 +36,11 @@ def playground(
     except ImportError as error:
         raise CalmError(f"The page needs Gradio ({error}). Install it: pip install 'calm-lm[serve]'") from error
     auth = _auth()
-    app.check_host(host, auth)
+    app.check_address(host, port, auth)
     page = app.Page(load_company(model, anchor, augmenting, dtype, device)).build()
-    shown = f"[{host}]" if ":" in host else host
-    Console(highlight=False, soft_wrap=True).print(f"http://{shown}:{port} shows {model}; Ctrl-C ends it", markup=False)
+    Console(highlight=False, soft_wrap=True).print(
+        f"http://{in_url(host)}:{port} shows {model}; Ctrl-C ends it", markup=False
+    )
     app.serve(page, host, port, auth)
 
 

@@ -59,6 +59,11 @@ def serve(
         raise typer.BadParameter(f"{options}: for --engine transformers; vLLM's own options come after --")
     if engine == "transformers" and vllm_options:
         raise typer.BadParameter(f"{' '.join(vllm_options)}: --engine transformers takes no options of vLLM")
+    if moved := [option for option in vllm_options or () if vllm_server.sets_address(option)]:
+        raise typer.BadParameter(
+            f"{' '.join(moved)} after --: where the server listens is said before it, to calm serve, which asks for an "
+            "API key where other machines get in"
+        )
     try:
         from calm.serving import server
         from calm.serving.app import build

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.attention import Connection
 from calm.connections import LayerPair
 from calm.errors import CalmError
-from calm.generation import NO_DEFAULTS
+from calm.generation import without_defaults
 from calm.model import CalmForCausalLM
 
 MAX_TOKENS = 1024
@@ -137,18 +137,14 @@ def inspect_prompt(
             f"max_new_tokens={max_new_tokens} for a prompt of {prompt_length} tokens: expected at least 1, and at most "
             f"{MAX_TOKENS} together, since each head's attention between all of them is kept. Shorten either."
         )
-    token_ids = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        **NO_DEFAULTS,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )[0]
+    with without_defaults(model):
+        token_ids = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )[0]
     return inspect_tokens(model, tokenizer, prompt, token_ids, prompt_length)
 
 

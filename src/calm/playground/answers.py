@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import CalmError
-from calm.generation import NO_DEFAULTS
+from calm.generation import without_defaults
 from calm.inspection import Inspection, inspect_tokens
 from calm.model import CalmForCausalLM
 
@@ -53,11 +53,10 @@ class Sampling:
                 raise CalmError(f"{name}={getattr(self, name)}: expected {expected}.")
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `generate`, all given, so that no base's defaults come in between."""
+        """Those of `generate`, to be used within `without_defaults`."""
         if self.temperature == 0:
-            return NO_DEFAULTS | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return NO_DEFAULTS | chosen
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 @dataclass
@@ -223,7 +222,7 @@ class _Lane:
     def step(self, sampling: Sampling) -> int:
         """Produce one token."""
         devices = [self.ids.device] if self.ids.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._switches():
+        with torch.random.fork_rng(devices), without_defaults(self.model), self._switches():
             if self.random:
                 torch.set_rng_state(self.random[0])
                 for device, state in zip(devices, self.random[1:], strict=True):
@@ -236,7 +235,6 @@ class _Lane:
                 **({} if self.cache is None else {"past_key_values": self.cache}),
                 **sampling.arguments(),
                 max_new_tokens=1,
-                num_beams=1,
                 use_cache=self.keeps_cache,
                 pad_token_id=self.pad,
                 return_dict_in_generate=True,

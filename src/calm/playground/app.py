@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from calm.errors import CalmError
-from calm.hosts import is_loopback
+from calm.hosts import in_url, is_loopback, names_of
 from calm.inspection import Inspection
 from calm.inspection.measure import MAX_TOKENS
 from calm.inspection.page import name_of
@@ -50,7 +54,8 @@ class Page:
 
     def __init__(self, company: Company):
         self.company = company
-        self._stopping: set[str] = set()  # sessions whose visitor wants no more tokens
+        self._numbers = itertools.count(1)  # of runs and stops, as they come
+        self._stopped: dict[str, int] = {}  # the last stop of a session, which holds for the runs before it
 
     def build(self) -> gr.Blocks:
         """Lay the page out and connect its parts; nothing is served yet."""
@@ -61,6 +66,8 @@ class Page:
         with gr.Blocks(title="calm playground", analytics_enabled=False, fill_width=True) as page:
             shown = gr.State(None, time_to_live=KEPT)
             exported = gr.Textbox(visible="hidden", show_label=False)
+            # not a state, which would be read only when it is the question's turn
+            run = gr.Number(0, precision=0, visible="hidden", show_label=False)
             gr.HTML(view.intro(self.company), **_PLAIN)
             with gr.Row(equal_height=False, elem_id="ask"):
                 with gr.Column(scale=3, min_width=300):
@@ -131,10 +138,10 @@ class Page:
                 as_html = gr.Button("Export as a page (HTML)", size="sm", interactive=False, elem_id="export-html")
                 as_json = gr.Button("Export as data (JSON)", size="sm", interactive=False, elem_id="export-json")
 
-            inputs = [prompt, max_new_tokens, temperature, top_p, seed, chat, *switches]
+            inputs = [run, prompt, max_new_tokens, temperature, top_p, seed, chat, *switches]
             quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
             one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "models"}
-            gr.on([generate.click, prompt.submit], self._begin, None, status, queue=False, **quiet).then(
+            gr.on([generate.click, prompt.submit], self._begin, None, [status, run], queue=False, **quiet).then(
                 self._generate, inputs, [answers, status, shown], **one_at_a_time, **quiet
             ).then(
                 self._measure,
@@ -152,17 +159,17 @@ class Page:
                 )
         return page
 
-    def _begin(self, request: gr.Request) -> str:
+    def _begin(self) -> tuple[str, int]:
         """Runs at once, even while another visitor's answers are being written."""
-        self._stopping.discard(str(request.session_hash))
-        return view.status("Waiting for the models …")
+        return view.status("Waiting for the models …"), next(self._numbers)
 
     def _stop(self, request: gr.Request) -> None:
-        self._stopping.add(str(request.session_hash))
+        self._stopped[str(request.session_hash)] = next(self._numbers)
 
     def _generate(
         self,
         request: gr.Request,
+        run: int,
         prompt: str,
         max_new_tokens: int,
         temperature: float,
@@ -180,7 +187,7 @@ class Page:
             yield self._answers([], off, running=True), view.status("Reading the prompt …"), None
             for last in self.company.answers(question):
                 yield self._answers(last, off, running=True), view.status("Writing …"), None
-                if request.session_hash in self._stopping:
+                if run < self._stopped.get(str(request.session_hash), 0):
                     break
         except CalmError as error:
             yield self._answers(last, off, running=False), view.status(str(error), error=True), None
@@ -252,13 +259,16 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
     Raises:
         CalmError: If the address is not this machine's own and there is no password, or if it cannot be listened on.
     """
-    check_host(host, auth)
-    page.queue(max_size=32, api_open=False)
+    check_address(host, port, auth)
+    page.queue(api_open=False)
+    # a web page that has a name of its own lead here (DNS rebinding) is known by that name
+    local = [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))]
     try:
         _, url, _ = page.launch(
-            server_name=f"[{host}]" if ":" in host else host,  # it makes URLs of it
+            server_name=in_url(host),  # it makes URLs of it
             server_port=port,
             auth=auth,
+            app_kwargs={"middleware": local if auth is None else []},
             prevent_thread_lock=not block,
             quiet=True,
             share=False,
@@ -275,13 +285,13 @@ def serve(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, b
             head=f"<style>{(FOLDER / 'page.css').read_text(encoding='utf-8')}</style>",  # css= would rewrite it
             js=(FOLDER / "page.js").read_text(encoding="utf-8"),
         )
-    except OSError as error:
-        raise CalmError(f"Cannot listen on {host}:{port} ({error}). Choose another --port.") from error
+    except OSError as error:  # taken since it was looked at
+        raise _cannot_listen(host, port, error) from error
     return str(url)
 
 
-def check_host(host: str, auth: tuple[str, str] | None) -> None:
-    """Refuse an address that others can reach, unless a password is asked for.
+def check_address(host: str, port: int, auth: tuple[str, str] | None) -> None:
+    """Refuse an address that others can reach, unless a password is asked for, or that cannot be listened on.
 
     Raises:
         CalmError: As said.
@@ -291,6 +301,15 @@ def check_host(host: str, auth: tuple[str, str] | None) -> None:
             f"--host {host} can be reached from other machines: set CALM_PLAYGROUND_AUTH=USER:PASSWORD, which visitors "
             "are then asked for, or leave --host out."
         )
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as Gradio takes it
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> CalmError:
+    return CalmError(f"Cannot listen on {in_url(host)}:{port} ({error}). Choose another --port or --host.")
 
 
 def theme() -> gr.themes.Base:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 
 from fastapi.responses import JSONResponse
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
@@ -14,21 +15,28 @@ OPEN = ("/health",)  # for load balancers, which have no key and learn nothing
 
 
 class ApiKey(AuthenticationBackend):
-    """Lets those in who send `Authorization: Bearer KEY`; for Starlette's authentication middleware."""
+    """Lets those in who send `Authorization: Bearer KEY`; for Starlette's authentication middleware.
 
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
+    Args:
+        keys: Any of which will do.
+        unlocked: Paths that take none.
+    """
+
+    def __init__(self, keys: Collection[str], unlocked: Collection[str] = OPEN) -> None:
+        self._keys = [key.encode() for key in keys]
+        self._unlocked = unlocked
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser] | None:
-        """Compare the key.
+        """Compare the key with each of those that will do.
 
         Raises:
             AuthenticationError: If it is missing or wrong.
         """
-        if conn.scope["path"] in OPEN:  # what is routed by, and no part of it is taken from a header
+        if conn.scope["path"] in self._unlocked:  # what is routed by, and no part of it is taken from a header
             return None
         scheme, _, key = conn.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(key.strip().encode(), self._key):
+        given = key.strip().encode()
+        if scheme.lower() != "bearer" or not any([secrets.compare_digest(given, one) for one in self._keys]):
             raise AuthenticationError
         return AuthCredentials(["key"]), SimpleUser("key")
 

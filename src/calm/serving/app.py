@@ -21,10 +21,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from calm import hosts
 from calm.model import CalmForCausalLM
 from calm.serving import errors
 from calm.serving.access import ApiKey, refused
-from calm.serving.bodies import LimitSize
+from calm.serving.bodies import LimitBodies
 from calm.serving.engine import Engine
 from calm.serving.errors import APIError, ErrorBody
 from calm.serving.generating import Generating
@@ -35,7 +36,6 @@ from calm.serving.observing import Observe
 from calm.serving.requests import ChatRequest, CompletionRequest
 
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # FastAPI's words for one
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class ListedModel(Model):
@@ -99,10 +99,10 @@ def build(
         lifespan=lifespan,
         middleware=[
             Middleware(Observe, metrics=metrics),
-            Middleware(AuthenticationMiddleware, backend=ApiKey(api_key), on_error=refused)
+            Middleware(AuthenticationMiddleware, backend=ApiKey([api_key]), on_error=refused)
             if api_key is not None
-            else Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, f"[{host}]" if ":" in host else host]),
-            Middleware(LimitSize, limits=limits),
+            else Middleware(TrustedHostMiddleware, allowed_hosts=hosts.names_of(host)),
+            Middleware(LimitBodies, limits=limits),
         ],
         responses={"default": {"model": ErrorBody}},
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from fastapi import HTTPException
@@ -43,6 +45,23 @@ def within_size(scope: Scope, receive: Receive, limits: Limits) -> Receive:
     return counted
 
 
+async def whole_in_time(receive: Receive, limits: Limits, arrived: float) -> Message:
+    """A request's body as one message.
+
+    Args:
+        receive: Receives it.
+        limits: With the time that a request has.
+        arrived: When it came, in seconds of `time.monotonic`.
+
+    Raises:
+        APIError: 504 if the body takes all of that time.
+    """
+    try:
+        return await asyncio.wait_for(whole(receive), arrived + limits.seconds - time.monotonic())
+    except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+        raise limits.out_of_time() from None
+
+
 async def answer(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, read: Callable[[], Awaitable[Message]]
 ) -> None:
@@ -73,12 +92,12 @@ async def answer(
         await refused.response()(scope, receive, send)
 
 
-class LimitSize:
-    """ASGI middleware that refuses bodies above the limit.
+class LimitBodies:
+    """ASGI middleware that refuses bodies that are too large, or take too long to come.
 
     Args:
         app: The application.
-        limits: With the most bytes.
+        limits: With the most bytes and seconds.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -91,4 +110,5 @@ class LimitSize:
             await self._app(scope, receive, send)
             return
         within = within_size(scope, receive, self._limits)
-        await answer(self._app, scope, receive, send, lambda: whole(within))
+        arrived = scope["state"]["arrived"]
+        await answer(self._app, scope, receive, send, lambda: whole_in_time(within, self._limits, arrived))

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingC
 
 from calm.config import text_config
 from calm.errors import CalmError
-from calm.generation import NO_DEFAULTS
+from calm.generation import without_defaults
 from calm.model import CalmForCausalLM
 from calm.serving.choosing import ChooseTokens
 from calm.serving.limits import Limits
@@ -22,10 +22,15 @@ from calm.serving.rows import AnswerText, FinishReason, Piece, Row
 logger = logging.getLogger(__name__)
 
 GATHERING = 0.01  # seconds that the first row of an idle engine waits for others
+PROMPT = 1024  # tokens; prompts of so many fill a batch together with the longest answers
 
 
 class QueueFullError(Exception):
     """More rows than may wait."""
+
+
+class GenerationFailedError(Exception):
+    """Generating a row failed; the log says why."""
 
 
 class Engine:
@@ -34,6 +39,8 @@ class Engine:
     Rows of one batch have the same augmenting models on; each has its own sampling, length, stop strings and seed, and
     gets what it would get alone (invariant 3 of DESIGN.md). A batch runs until its last row has ended: transformers'
     continuous batching, which lets rows join in between, drives the attention of one model and cannot run several.
+    All rows are padded to the longest prompt: a batch has no more tokens, padding included, than `batch_size` prompts
+    of 1024 tokens with the longest answers, so that a long prompt runs with few others, or alone.
 
     Args:
         model: The composition; nothing else may use it while the engine runs.
@@ -59,7 +66,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.limits = limits
-        self.vocabulary = min(len(tokenizer), text_config(model.config.anchor_config).vocab_size)
+        self.vocabulary = min(len(tokenizer), model.known_tokens or text_config(model.config.anchor_config).vocab_size)
         self._metrics = metrics
         self._waiting: list[Row] = []
         self._running: list[Row] = []
@@ -103,15 +110,25 @@ class Engine:
         while rows := self._next_batch():
             self._metrics.running.set(len(rows))
             self._metrics.batch_rows.observe(len(rows))
-            try:
-                self._generate(rows)
-            except Exception as error:  # whatever went wrong ends this batch and not the server
-                logger.exception("a batch of %d rows failed", len(rows))
-                for row in rows:
-                    row.deliver(error)
+            self._answer(rows)
             with self._changed:
                 self._running = []
             self._metrics.running.set(0)
+
+    def _answer(self, rows: list[Row]) -> None:
+        """Generate; where that fails before anything was delivered, each row alone: it may be one row's fault."""
+        try:
+            self._generate(rows)
+            return
+        except Exception:  # whatever went wrong ends this batch and not the server
+            logger.exception("a batch of %d rows failed", len(rows))
+        if len(rows) > 1 and not any(row.begun for row in rows):
+            for row in rows:
+                if not row.cancelled:
+                    self._answer([row])
+            return
+        for row in rows:
+            row.deliver(GenerationFailedError())  # and not what was raised, whose traceback holds all that was computed
 
     def _next_batch(self) -> list[Row]:
         """The longest waiting row and those that can run with it; empty at the end, and only there."""
@@ -134,10 +151,10 @@ class Engine:
                 return batch
 
     def _fits(self, rows: list[Row]) -> bool:
-        """Whether rows have the same switches, and fit into the context when padded to the longest."""
+        """Whether rows have the same switches, and fit into context and memory when padded to the longest."""
         length = max(len(row.prompt) for row in rows) + max(row.sampling.max_tokens for row in rows)
-        context = self.model.context_length
-        return rows[0].off == rows[-1].off and (context is None or length <= context)
+        context, most = self.model.context_length, self.limits.batch_size * (PROMPT + self.limits.max_tokens)
+        return rows[0].off == rows[-1].off and (context is None or length <= context) and len(rows) * length <= most
 
     def _generate(self, rows: list[Row]) -> None:
         longest = max(len(row.prompt) for row in rows)
@@ -149,19 +166,13 @@ class Engine:
             mask[index, longest - len(row.prompt) :] = 1
         self._metrics.prompt_tokens.inc(int(mask.sum()))
         choose = ChooseTokens(rows)
-        with self.model.augmenting_disabled(*rows[0].off):
+        with without_defaults(self.model), self.model.augmenting_disabled(*rows[0].off):
             self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max(row.sampling.max_tokens for row in rows),
                 pad_token_id=pad,
-                # requests say how their tokens are chosen, and a single one is left for each when `choose` has run
-                **NO_DEFAULTS,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                do_sample=False,  # a single token is left for each row when `choose` has run
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([_Deliver(self, rows, choose)]),
             )
@@ -192,6 +203,7 @@ class _Deliver(StoppingCriteria):
 
     def _deliver(self, index: int, token: int) -> bool:
         row, text = self._rows[index], self._texts[index]
+        row.begun = True
         self._counts[index] += 1
         self._metrics.generated_tokens.inc()
         reason: FinishReason | None = None

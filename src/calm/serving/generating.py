@@ -53,7 +53,7 @@ class Generating:
     ) -> None:
         self._engine, self._metrics, self._request, self._asked = engine, metrics, request, asked
         self._log_prompts = log_prompts
-        self._started = time.monotonic()
+        self._arrived: float = request.state.arrived
         self._off = names.off(asked.model, asked.augmenting)
         self._pieces: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._rows: list[Row] = []
@@ -149,7 +149,7 @@ class Generating:
         limits = self._engine.limits
         first = True
         while not self.answer.complete:
-            left = self._started + limits.seconds - time.monotonic()
+            left = self._arrived + limits.seconds - time.monotonic()
             try:
                 index, piece = await asyncio.wait_for(self._pieces.get(), left)
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
@@ -159,7 +159,7 @@ class Generating:
             if isinstance(piece, Exception):
                 raise APIError(500, "generating failed; the server's log says why")
             if first:
-                self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
+                self._metrics.first_token_seconds.observe(time.monotonic() - self._arrived)
                 first = False
             yield index, piece
 
@@ -180,7 +180,7 @@ class Generating:
             param = "messages"
             if tokenizer.chat_template is None:
                 raise APIError(400, "this model has no chat template: use /v1/completions", param="messages")
-            messages = [{"role": message.role, "content": message.text} for message in self._asked.messages]
+            messages = [message.for_template for message in self._asked.messages]
             try:
                 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
+from calm.errors import CalmError
 from calm.serving.errors import APIError
 
 RETRY_AFTER = 5  # seconds; the queue has moved by then, or has not
@@ -19,6 +21,9 @@ class Limits:
         max_tokens: Tokens generated for a row.
         body_size: Bytes of a request's body.
         seconds: From a request's arrival to its last token, waiting included.
+
+    Raises:
+        CalmError: If one is no number, or out of range.
     """
 
     batch_size: int = 8
@@ -26,6 +31,14 @@ class Limits:
     max_tokens: int = 1024
     body_size: int = 1 << 20
     seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("queue", 0), ("max_tokens", 1), ("body_size", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise CalmError(f"{name}={value!r}: expected a whole number, {least} or more")
+        if type(self.seconds) not in (int, float) or not 0 < self.seconds <= sys.float_info.max:
+            raise CalmError(f"seconds={self.seconds!r} (--timeout): expected a number, more than 0 and finite")
 
     def queue_full(self) -> APIError:
         """For a request whose rows would be more than may wait."""

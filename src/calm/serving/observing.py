@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class Observe:
-    """ASGI middleware: a metric, a log line, and an `X-Request-ID` header for every answer."""
+    """ASGI middleware: a metric, a log line, and an `X-Request-ID` header for every answer.
+
+    What comes after it finds the id, and when the request arrived, in the request's state.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -26,7 +29,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started, status, request_id = time.monotonic(), 0, uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=started)
 
         async def noting(message: Message) -> None:
             nonlocal status

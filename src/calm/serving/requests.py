@@ -1,4 +1,7 @@
-"""The requests that are understood, in OpenAI's words; a parameter that is not here is refused, never ignored."""
+"""The requests that are understood, in OpenAI's words; a parameter that is not here is refused, never ignored.
+
+What is not supported is accepted with the values that change nothing, since many clients write them into every request.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ TokenId = Annotated[Int, Field(ge=0)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 NotSupported = "Only what changes nothing is accepted: 0."
+NothingOnly = "Only what changes nothing is accepted."
 
 MAX_CHOICES = 16
 
@@ -31,6 +37,7 @@ class StreamOptions(_Strict):
     """What a stream tells besides its text."""
 
     include_usage: bool = Field(False, description="Count the tokens in a last chunk.")
+    include_obfuscation: Literal[False] | None = Field(False, description=NothingOnly)
 
 
 class _Request(_Strict):
@@ -57,6 +64,7 @@ class _Request(_Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = Field(0, description=NotSupported)
     presence_penalty: Zero | None = Field(0, description=NotSupported)
+    logit_bias: EmptyObject | None = Field(None, description=NothingOnly)
     user: str | None = Field(None, description="Accepted, of no effect and not kept.")
 
     @property
@@ -75,6 +83,7 @@ class CompletionRequest(_Request):
     logprobs: Int | None = Field(None, ge=0, le=5, description="Alternatives beside each token's log-probability.")
     echo: Literal[False] | None = Field(False, description="Not supported: false.")
     best_of: Literal[1] | None = Field(None, description="Not supported: 1.")
+    suffix: None = Field(None, description=NothingOnly)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -101,8 +110,9 @@ class TextPart(_Strict):
 class Message(_Strict):
     """A message of the conversation, as the chat template takes it."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer: the same as system.")
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = Field(None, description="Whose message it is, for chat templates that say so.")
     # what OpenAI's client writes, all null, of an answer that is sent back with all the fields that it knows
     annotations: None = None
     audio: None = None
@@ -115,6 +125,18 @@ class Message(_Strict):
         """The parts as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    @property
+    def for_template(self) -> dict[str, str]:
+        """As chat templates know messages: they have no developer."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.text} | ({} if self.name is None else {"name": self.name})
+
+
+class TextFormat(_Strict):
+    """The only kind of answers."""
+
+    type: Literal["text"]
+
 
 class ChatRequest(_Request):
     """A request for the next message of a conversation."""
@@ -126,6 +148,13 @@ class ChatRequest(_Request):
     max_tokens: Int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
     top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
+    response_format: TextFormat | None = Field(None, description=NothingOnly)
+    tools: EmptyList | None = Field(None, description=NothingOnly)
+    tool_choice: Literal["none"] | None = Field(None, description=NothingOnly)
+    parallel_tool_calls: bool | None = Field(None, description="Of no effect: there are no tools.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="Of no effect: there is one.")
+    store: Literal[False] | None = Field(None, description=NothingOnly)
+    metadata: EmptyObject | None = Field(None, description=NothingOnly)
 
     @property
     def alternatives(self) -> int | None:

@@ -131,6 +131,7 @@ class Row:
         deliver: Called from the engine's thread with each piece, the last of which has a finish reason, or with an
             exception that ends the row.
         cancelled: Set by whoever no longer wants the answer.
+        begun: Set when a piece is delivered.
     """
 
     prompt: list[int]
@@ -138,3 +139,4 @@ class Row:
     sampling: Sampling
     deliver: Callable[[Piece | Exception], None]
     cancelled: bool = field(default=False)
+    begun: bool = field(default=False, init=False)

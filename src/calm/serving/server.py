@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from calm.errors import CalmError
-from calm.hosts import is_loopback
+from calm.hosts import in_url, is_loopback
 
 
 def check_access(host: str, api_key: str | None) -> None:
@@ -61,7 +61,7 @@ def bind(host: str, port: int) -> socket.socket:
 def url_of(bound: socket.socket) -> str:
     """Where the server is."""
     host, port = bound.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{in_url(host)}:{port}"
 
 
 class Server(uvicorn.Server):

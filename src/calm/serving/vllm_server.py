@@ -18,8 +18,11 @@ MIDDLEWARE = (
     "calm.serving.vllm.middleware.Augmenting",
     "calm.serving.vllm.limiting.Limiting",
     "calm.serving.vllm.ending.Ending",
+    "calm.serving.vllm.guarding.Guarding",
 )
 """From the innermost to the outermost."""
+
+ADDRESS = ("--host", "--port", "--uds")
 
 LIMITS = "CALM_LIMITS"
 """The variable that holds the limits, as JSON, for what runs in vLLM's processes."""
@@ -28,6 +31,12 @@ LIMITS = "CALM_LIMITS"
 def is_installed() -> bool:
     """Whether vLLM is in this environment."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def sets_address(option: str) -> bool:
+    """Whether one of vLLM's options says where its server listens, also shortened, as its parser takes it."""
+    name = option.partition("=")[0]
+    return len(name) > len("--") and any(one.startswith(name) for one in ADDRESS)
 
 
 def command(
@@ -49,7 +58,7 @@ def command(
         host: Address to listen on.
         port: Port to listen on.
         dtype: Of the weights.
-        options: vLLM's own; the last word where they say something of what is set here.
+        options: vLLM's own, none that `sets_address`; the last word where they say something of what is set here.
         api_key: Goes into the environment: everyone on the machine can read a command line.
         limits: Of requests.
         batch_size: Rows generated together; by default as many as vLLM takes.

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.errors import CalmError
-from calm.experiments.methods.scoring import without_defaults
+from calm.generation import without_defaults
 
 TOKENS = 40
 """Length of a text at most, about that of a short example with its answer."""

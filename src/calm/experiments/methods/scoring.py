@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers import (
 from calm.data import IGNORED, CompletionCollator, Row, load_examples
 from calm.experiments.methods.examples import Example, TaskSet
 from calm.experiments.methods.mixing import MixedLogits, mix
+from calm.generation import without_defaults
 
 Item = TypeVar("Item")
 
@@ -118,19 +118,6 @@ def hinted(examples: Sequence[Example], answers: Sequence[str]) -> tuple[Example
 def _padded_left(prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Tensor]:
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     return {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-
-
-@contextmanager
-def without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Let `generate` take what a config leaves out from transformers and not from the model.
-
-    A penalty that one checkpoint comes with would hold for some methods and not for others.
-    """
-    of_model, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = of_model
 
 
 def until(text: str, stop: Sequence[str]) -> str:

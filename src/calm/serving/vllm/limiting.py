@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import fields
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from calm.errors import CalmError
 from calm.serving import bodies
 from calm.serving.errors import APIError
 from calm.serving.limits import Limits
@@ -24,13 +26,31 @@ from calm.serving.vllm_server import LIMITS
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """What requests of vLLM's interfaces call the most tokens of an answer."""
 
+_EXPECTED = """For example {"queue": 64, "seconds": 600}."""
+
 GRACE = 1.0  # seconds that an answer may take to end when it is told that it is over; streams that run are not told
 
 
 def handed_over() -> Limits | None:
-    """The limits in this process's environment; `None` where there are none."""
+    """The limits in this process's environment; `None` where there are none.
+
+    Raises:
+        CalmError: If they cannot be read, or are none.
+    """
     value = os.environ.get(LIMITS)
-    return None if value is None else Limits(**json.loads(value))
+    if value is None:
+        return None
+    names = [limit.name for limit in fields(Limits)]
+    try:
+        given = json.loads(value)
+    except ValueError as error:
+        raise CalmError(f"{LIMITS}={value!r} is not JSON ({error}). {_EXPECTED}") from error
+    if not isinstance(given, dict) or given.keys() - set(names):
+        raise CalmError(f"{LIMITS}={value!r}: expected an object with some of {', '.join(names)}. {_EXPECTED}")
+    try:
+        return Limits(**given)
+    except CalmError as error:
+        raise CalmError(f"{LIMITS}: {error}. {_EXPECTED}") from error
 
 
 def limit_answers(model_config: Any) -> None:

@@ -10,6 +10,8 @@ from vllm.v1.worker.gpu.states import RequestState
 class CalmModelState(DefaultModelState):
     """What vLLM has a model do before each step, outside of CUDA graphs."""
 
+    supports_prompt_embeds = False  # each of the composed models embeds the tokens itself
+
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Look up what is on for each token; the step's graph reads it where it always is.
 
