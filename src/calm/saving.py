@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -100,18 +100,19 @@ class CompositionSaving(PreTrainedModel):
     ) -> Any:
         """Upload the composition with its model card (which bases, which connections, how many parameters).
 
-        A card that is in the repository already stays as it is.
+        A card that is in the repository already stays as it is. Of bases that are folders of this computer, no more
+        than the folder's name is uploaded: a warning says that whoever loads the composition has to give them.
 
         Args:
             repo_id: `OWNER/NAME`; made if missing.
             private: Whether a new repository is private.
             token: Access token; that of `hf auth login` by default.
-            revision: Branch.
+            revision: Branch; made if missing.
             create_pr: Open a pull request instead of committing.
             commit_message: The commit's message.
 
         Returns:
-            What `huggingface_hub.HfApi.upload_folder` returns.
+            What `huggingface_hub.HfApi.create_commit` returns.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -199,13 +200,14 @@ def _upload(
     commit_message: str = "Upload composition",
 ) -> Any:
     """Upload a composition that is saved in a folder; arguments and result as for `push_to_hub`."""
+    files = checkpoint.uploads(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
-        ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
+    if api.file_exists(repo_id, "README.md", revision=revision):
+        del files["README.md"]
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, file) for name, file in files.items()],
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,

@@ -407,6 +407,12 @@ def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
             f"{role} had an adapter (PEFT) when this composition was made, which no reference names: load "
             f"{name or 'the model'!r} with its adapter, and pass {argument} with it."
         )
+    if folder := reference.get("folder"):
+        file = f"the file {reference['gguf_file']!r} in " if reference.get("gguf_file") else ""
+        raise CheckpointError(
+            f"{role} was {file}a folder {folder!r} on the computer of whoever uploaded this composition: pass "
+            f"{argument} with the model or where it is here."
+        )
     if not name:
         raise CheckpointError(
             f"{role} was given as a loaded model when this composition was made, so there is no reference to load it "
