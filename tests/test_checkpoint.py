@@ -146,6 +146,16 @@ def test_upload(through: str, tmp_path: Path, sent: dict[str, Any]) -> None:
     factories.assert_identical(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_branch_is_made_if_missing(sent: dict[str, Any]) -> None:
+    """A commit makes none; pull requests have theirs."""
+    model = Mix().shared()
+    for arguments in ({}, {"revision": "refs/pr/3"}, {"revision": "dev", "create_pr": True}):
+        model.push_to_hub("mine", **arguments)
+        assert not sent["branches"]
+    model.push_to_hub("mine", revision="dev")
+    assert sent["branches"] == [("me/mine", "dev")]
+
+
 def test_a_card_on_the_hub_is_kept(tmp_path: Path, sent: dict[str, Any]) -> None:
     sent["holds"] = {"README.md"}
     model = Mix().shared()

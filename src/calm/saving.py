@@ -143,7 +143,8 @@ class CompositionSaving(PreTrainedModel):
             pretrained_model_name_or_path: Folder or hub name of the composition.
             model_args: None are accepted.
             config: The composition's configuration, a `CalmConfig`, if already read.
-            anchor: The anchor, or where it is now, instead of the recorded reference.
+            anchor: The anchor, or where it is now, instead of the recorded reference. Verified, this is what the
+                composition records when it is saved again.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights or configurations are not those trained against.
@@ -177,6 +178,8 @@ class CompositionSaving(PreTrainedModel):
             config = checkpoint.read_config(name, **hub_kwargs)
         kwargs = config.asked_of_bases | kwargs
         anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **kwargs)
+        if verify_bases:  # else what is recorded could name weights that its fingerprint refuses
+            config = sources.record_given(config, anchor, augmenting)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
         weights = checkpoint.read_weights(name, expected, **hub_kwargs)
@@ -203,6 +206,8 @@ def _upload(
     files = checkpoint.uploads(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     if api.file_exists(repo_id, "README.md", revision=revision):
         del files["README.md"]
     return api.create_commit(

@@ -75,6 +75,21 @@ class Source:
             raise CheckpointError(f"{text!r}: no such folder. Give the folder that holds config.json, or a hub name.")
         return cls(text, None, revision)
 
+    @classmethod
+    def of(cls, base: PreTrainedModel | str | os.PathLike[str], revision: str | None = None) -> Source:
+        """Where a base is or came from, a loaded model as far as it says; `name_or_path` is empty if it does not.
+
+        Raises:
+            CheckpointError: As `parse`.
+        """
+        return cls(base.name_or_path) if isinstance(base, PreTrainedModel) else cls.parse(base, revision)
+
+    def reference(self) -> dict[str, Any]:
+        """What a composition records of where a base is; a folder by its absolute path."""
+        name = self.name_or_path
+        name = str(Path(name).absolute()) if name and Path(name).is_dir() else name
+        return {"name_or_path": name, "gguf_file": self.gguf_file, "revision": self.revision}
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of every `from_pretrained`."""
         return {key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value}
@@ -282,19 +297,8 @@ def load_bases(
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
     anchor = unwrapped(anchor)
-    given: dict[str, Any] = {}
-    wanted = config.augmenting_configs
-    if augmenting is not None:
-        by_name = augmenting if isinstance(augmenting, Mapping) else {"": augmenting}
-        given = {name: unwrapped(base) for name, base in by_name.items()}
-        wanted = wanted if given else {}
-        if "" in given and len(config.augmenting_configs) == 1:
-            given = {next(iter(config.augmenting_configs)): given[""]}
-        if unknown := sorted(set(given) - set(config.augmenting_configs)):
-            raise CheckpointError(
-                f"augmenting={unknown or list(given)}: this composition has the augmenting models "
-                f"{sorted(config.augmenting_configs)}; give them by name."
-            )
+    given = _given(config, augmenting)
+    wanted = config.augmenting_configs if given or augmenting is None else {}
 
     anchor_source = (
         None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
@@ -316,6 +320,46 @@ def load_bases(
         for name, model in models.items():
             check_fingerprint(model, config.augmenting_references.get(name, {}), f"the augmenting model {name!r}")
     return anchor_model, models
+
+
+def record_given(config: CalmConfig, anchor: Any = None, augmenting: Any = None) -> CalmConfig:
+    """A composition with the places of bases that were given by hand, after `load_bases` has checked them.
+
+    A loaded model that does not say where it came from leaves the recorded place as it is.
+
+    Args:
+        config: The composition; stays as it is.
+        anchor: As for `load_bases`.
+        augmenting: Likewise.
+
+    Returns:
+        A copy with other references; fingerprints are kept.
+    """
+    config = copy.deepcopy(config)
+    config.anchor_reference = _moved(config.anchor_reference, unwrapped(anchor))
+    for name, base in _given(config, augmenting).items():
+        config.augmenting_references[name] = _moved(config.augmenting_references.get(name, {}), base)
+    return config
+
+
+def _moved(reference: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    if base is None or (isinstance(base, PreTrainedModel) and (not base.name_or_path or reference.get("gguf_file"))):
+        return dict(reference)  # of a GGUF file a loaded model tells the folder only
+    return {key: value for key, value in reference.items() if key != "folder"} | Source.of(base).reference()
+
+
+def _given(config: CalmConfig, augmenting: Any) -> dict[str, Any]:
+    """Augmenting models given by hand, by name; a single one needs none."""
+    by_name = augmenting if isinstance(augmenting, Mapping) else {} if augmenting is None else {"": augmenting}
+    given = {name: unwrapped(base) for name, base in by_name.items()}
+    if "" in given and len(config.augmenting_configs) == 1:
+        given = {next(iter(config.augmenting_configs)): given[""]}
+    if unknown := sorted(set(given) - set(config.augmenting_configs)):
+        raise CheckpointError(
+            f"augmenting={unknown or list(given)}: this composition has the augmenting models "
+            f"{sorted(config.augmenting_configs)}; give them by name."
+        )
+    return given
 
 
 def locate(role: str, reference: Mapping[str, Any], expected: PreTrainedConfig) -> tuple[Source, PreTrainedConfig]:
