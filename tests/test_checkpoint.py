@@ -11,6 +11,7 @@ from typing import Any
 import factories
 import pytest
 import yaml
+from bases import byte_tokenizer
 from factories import Mix
 from huggingface_hub import CommitOperationAdd, ModelCard
 from safetensors.torch import load
@@ -233,9 +234,11 @@ def test_what_was_saved_is_what_is_uploaded(
     (tmp_path / "checkpoint-2").mkdir()
     for beside in ("optimizer.pt", "checkpoint-2/model.safetensors"):
         (tmp_path / beside).write_bytes(b"")
+    byte_tokenizer(chat=True).save_pretrained(tmp_path)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     monkeypatch.setattr(model, "_gathered_connections", lambda: pytest.fail("only one process is here"))
     model.save_pretrained(tmp_path, state_dict=weights, max_shard_size=10_000, push_to_hub=True, repo_id="mine")
-    card = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"}
+    card = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"} | tokenizer
     shards = {name: content for name, content in sent["files"].items() if name not in card}
     assert len(shards) > 1 and set(sent["files"]) == card | set(shards)
     uploaded = {name: weight for content in shards.values() for name, weight in load(content).items()}

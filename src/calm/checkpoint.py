@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FILES = ("README.md", "config.json", "generation_config.json", WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME)
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 CONNECTIONS_PREFIX = "connections."
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -277,7 +281,7 @@ model = calm.CalmForCausalLM.from_pretrained("THIS_REPOSITORY")
 
 
 def uploads(directory: str | os.PathLike[str]) -> dict[str, str | bytes]:
-    """What of a folder that holds a composition goes to a hub; training leaves other files beside it.
+    """What of a folder that holds a composition, and perhaps its tokenizer, goes to a hub; training leaves other files.
 
     Where this computer's folders lie does not concern others: the configuration goes without, and a warning says what
     they have to do.
@@ -290,7 +294,10 @@ def uploads(directory: str | os.PathLike[str]) -> dict[str, str | bytes]:
     """
     folder = Path(directory)
     files: dict[str, str | bytes] = {
-        path.name: str(path) for pattern in FILES for path in sorted(folder.glob(pattern)) if path.is_file()
+        path.relative_to(folder).as_posix(): str(path)
+        for pattern in (*FILES, *TOKENIZER_FILES)
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
     }
     values = json.loads((folder / "config.json").read_text())
     here = values["anchor_reference"], values["augmenting_references"]

@@ -52,7 +52,8 @@ class CompositionSaving(PreTrainedModel):
             max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
-            push_to_hub: Upload what was saved, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
+            push_to_hub: Upload what was saved, with a tokenizer that lies beside it, see `push_to_hub` (`repo_id` and
+                its other arguments in `kwargs`).
             kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
