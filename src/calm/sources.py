@@ -236,6 +236,9 @@ def check_same_tokenizer(
 ) -> None:
     """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes, and warn.
 
+    The composition reads what the anchor's tokenizer writes. An augmenting model may know tokens beyond these (a
+    specialist that was given a `[PAD]` of its own): it never sees them, and a warning says so.
+
     Args:
         anchor: The anchor's tokenizer, if known.
         augmenting: The augmenting model's tokenizer, if known.
@@ -249,12 +252,20 @@ def check_same_tokenizer(
     advice = "Compose models that share a tokenizer; different tokenizers are not supported yet."
     if anchor is not None and augmenting is not None:
         ours, theirs = anchor.get_vocab(), augmenting.get_vocab()
-        if ours != theirs:
-            shared = len(ours.items() & theirs.items())
+        shared = len(ours.items() & theirs.items())
+        if shared < len(ours):
+            if shared == len(theirs):
+                advice += " If what only the anchor's has never occurs, pass it as augmenting_tokenizer=, too."
             raise TokenizerMismatchError(
                 f"The anchor {names[0]} and the augmenting model {names[1]} have different tokenizers "
                 f"({type(anchor).__name__} with {len(ours)} tokens, {type(augmenting).__name__} with {len(theirs)}; "
                 f"{shared} tokens have the same id in both). {advice}"
+            )
+        if shared < len(theirs):
+            logger.warning(
+                "The augmenting model %s has tokens that the anchor %s lacks (%d, %r among them) and will not be given "
+                "them: the composition reads what the anchor's tokenizer writes.",
+                *(names[1], names[0], len(theirs) - shared, min(theirs.keys() - ours.keys())),
             )
         return
     ours, theirs = (getattr(text_config(c), "vocab_size", None) for c in (anchor_config, augmenting_config))
