@@ -33,7 +33,16 @@ def test_names_folders_and_gguf_files(tmp_path: Path) -> None:
     assert Source.parse(tmp_path / "a.gguf") == Source(str(tmp_path), "a.gguf")
     assert Source.parse("owner/name/model-q8.gguf") == Source("owner/name", "model-q8.gguf")
     assert Source("a", "b.gguf", "c").arguments() == {"gguf_file": "b.gguf", "revision": "c"}
-    for wrong in ("./no", "/no/such/folder", "~/no", "a/b/c", str(tmp_path / "b.gguf"), "b.gguf", "./o/n/b.gguf"):
+    for wrong in (
+        "./no",
+        "/no/such/folder",
+        "~/no",
+        "a/b/c",
+        str(tmp_path / "b.gguf"),
+        "b.gguf",
+        "./o/n/b.gguf",
+        "/o/b.gguf",
+    ):
         with pytest.raises(CheckpointError, match="no such"):
             Source.parse(wrong)
 

@@ -68,7 +68,7 @@ class Source:
             if path.is_file():
                 return cls(str(path.parent), path.name, revision)
             parts = text.split("/")
-            if len(parts) == 3 and not text.startswith((".", "~")):
+            if len(parts) == 3 and not text.startswith((".", "/", "~")):
                 return cls("/".join(parts[:2]), parts[2], revision)
             raise CheckpointError(f"{text!r}: no such GGUF file. Give its path, or OWNER/REPOSITORY/FILE.gguf.")
         if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
