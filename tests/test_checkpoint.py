@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,13 @@ from typing import Any
 import factories
 import pytest
 import yaml
+from bases import byte_tokenizer
 from factories import Mix
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitOperationAdd, ModelCard
 from safetensors.torch import load
 
 import calm
-from calm import checkpoint
+from calm import checkpoint, sources
 
 
 def composition(**references: str) -> calm.CalmForCausalLM:
@@ -92,7 +93,7 @@ def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a hub is sent that does no more than write it down, and the names of files that it `holds`."""
-    sent: dict[str, Any] = {"holds": set()}
+    sent: dict[str, Any] = {"holds": set(), "branches": []}
 
     class Hub:
         def __init__(self, token: str | None = None) -> None:
@@ -105,11 +106,15 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
             return filename in sent["holds"]
 
-        def upload_folder(self, repo_id: str, folder_path: str, **kwargs: Any) -> str:
-            folder = Path(folder_path)
-            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            patterns = {key: kwargs.pop(key) for key in ("allow_patterns", "ignore_patterns")}
-            sent["files"] = {name: (folder / name).read_bytes() for name in filter_repo_objects(names, **patterns)}
+        def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+            assert exist_ok
+            sent["branches"].append((repo_id, branch))
+
+        def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **kwargs: Any) -> str:
+            sent["files"] = {}
+            for operation in operations:
+                with operation.as_file() as file:
+                    sent["files"][operation.path_in_repo] = file.read()
             sent["uploaded"] = (repo_id, kwargs)
             return "commit"
 
@@ -142,6 +147,16 @@ def test_upload(through: str, tmp_path: Path, sent: dict[str, Any]) -> None:
     factories.assert_identical(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_branch_is_made_if_missing(sent: dict[str, Any]) -> None:
+    """A commit makes none; pull requests have theirs."""
+    model = Mix().shared()
+    for arguments in ({}, {"revision": "refs/pr/3"}, {"revision": "dev", "create_pr": True}):
+        model.push_to_hub("mine", **arguments)
+        assert not sent["branches"]
+    model.push_to_hub("mine", revision="dev")
+    assert sent["branches"] == [("me/mine", "dev")]
+
+
 def test_a_card_on_the_hub_is_kept(tmp_path: Path, sent: dict[str, Any]) -> None:
     sent["holds"] = {"README.md"}
     model = Mix().shared()
@@ -149,6 +164,65 @@ def test_a_card_on_the_hub_is_kept(tmp_path: Path, sent: dict[str, Any]) -> None
     assert set(sent["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
     assert set(sent["files"]) == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("through", ["push_to_hub", "save_pretrained"])
+def test_folders_of_this_computer_are_not_uploaded(
+    through: str, tmp_path: Path, sent: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their own names are, for the words of an error; where they are is kept on the disk alone."""
+    factories.base("llama").save_pretrained(tmp_path / "my-anchor")
+    factories.base("gpt2", 24, 4, 2, seed=1).save_pretrained(tmp_path / "my-expert")
+    model = factories.perturb(calm.compose(tmp_path / "my-anchor", tmp_path / "my-expert", 2))
+    model.config.anchor_config._name_or_path = str(tmp_path / "my-anchor")  # as checkpoints from before have it
+    out = tmp_path / "mine"
+    model.save_pretrained(out)
+    caplog.clear()
+    if through == "push_to_hub":
+        calm.CalmForCausalLM.from_pretrained(out).push_to_hub("mine")
+    else:
+        model.save_pretrained(out, push_to_hub=True)
+    for name, content in sent["files"].items():
+        assert str(tmp_path).encode() not in content, name
+    assert "has to pass anchor= and augmenting=" in caplog.text
+    on_disk, uploaded = json.loads((out / "config.json").read_text()), json.loads(sent["files"]["config.json"])
+    assert on_disk["anchor_reference"]["name_or_path"] == str(tmp_path / "my-anchor")
+    assert "_name_or_path" not in on_disk["anchor_config"]
+    for name, before, after in (
+        ("my-anchor", on_disk["anchor_reference"], uploaded["anchor_reference"]),
+        ("my-expert", *(values["augmenting_references"]["augmenting"] for values in (on_disk, uploaded))),
+    ):
+        assert after == before | {"name_or_path": None, "folder": name}
+    references = ("anchor_reference", "augmenting_references")
+    assert uploaded == on_disk | {key: uploaded[key] for key in references}
+
+    (tmp_path / "downloaded").mkdir()
+    for name, content in sent["files"].items():
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    with pytest.raises(
+        calm.CheckpointError, match=r"the anchor was a folder 'my-anchor' on the computer.*pass anchor="
+    ):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "downloaded")
+    with pytest.raises(calm.CheckpointError, match=r"'augmenting' was a folder 'my-expert'.*pass augmenting="):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "downloaded", anchor=tmp_path / "my-anchor")
+    uploaded["anchor_reference"]["gguf_file"] = "a.gguf"
+    with pytest.raises(calm.CheckpointError, match=r"the anchor was the file 'a\.gguf' in a folder 'my-anchor'"):
+        sources.locate("the anchor", uploaded["anchor_reference"], model.config.anchor_config)
+    loaded = calm.CalmForCausalLM.from_pretrained(
+        tmp_path / "downloaded", anchor=tmp_path / "my-anchor", augmenting=tmp_path / "my-expert"
+    )
+    ids = factories.tokens(2, 8)
+    factories.assert_identical(loaded(ids).logits, model(ids).logits)
+
+
+def test_hub_names_are_uploaded_without_a_warning(sent: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model = composition()
+    caplog.clear()
+    model.push_to_hub("mine")
+    uploaded = json.loads(sent["files"]["config.json"])
+    assert uploaded["anchor_reference"] == model.config.anchor_reference
+    assert uploaded["augmenting_references"] == model.config.augmenting_references
+    assert not caplog.records
 
 
 def test_what_was_saved_is_what_is_uploaded(
@@ -160,9 +234,11 @@ def test_what_was_saved_is_what_is_uploaded(
     (tmp_path / "checkpoint-2").mkdir()
     for beside in ("optimizer.pt", "checkpoint-2/model.safetensors"):
         (tmp_path / beside).write_bytes(b"")
+    byte_tokenizer(chat=True).save_pretrained(tmp_path)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     monkeypatch.setattr(model, "_gathered_connections", lambda: pytest.fail("only one process is here"))
     model.save_pretrained(tmp_path, state_dict=weights, max_shard_size=10_000, push_to_hub=True, repo_id="mine")
-    card = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"}
+    card = {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"} | tokenizer
     shards = {name: content for name, content in sent["files"].items() if name not in card}
     assert len(shards) > 1 and set(sent["files"]) == card | set(shards)
     uploaded = {name: weight for content in shards.values() for name, weight in load(content).items()}

@@ -224,6 +224,22 @@ def test_the_smaller_context_counts() -> None:
         reversed_roles(factories.tokens(1, 13))
 
 
+@pytest.mark.parametrize("anchor", ["llama", "gpt2", "gemma3_text"])
+def test_hidden_states_hold_what_connections_add_whatever_the_anchor_did_before(anchor: str) -> None:
+    """Asked once for its hidden states, a model records them with hooks that stay, and were there before ours."""
+    asked, fresh = factories.base(anchor), factories.base(anchor)
+    alone = asked(IDS, output_hidden_states=True).hidden_states
+    models = []
+    for base in (asked, fresh):
+        torch.manual_seed(0)
+        models.append(factories.perturb(calm.compose(base, factories.base("opt"), [(0, 1), (2, 2)])))
+    found, expected = (model(IDS, output_hidden_states=True).hidden_states for model in models)
+    assert len(found) == len(expected) == len(alone)
+    for state, wanted in zip(found, expected, strict=True):
+        factories.assert_identical(state, wanted)
+    assert [torch.equal(state, before) for state, before in zip(found, alone, strict=True)] == [True] * 2 + [False] * 3
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
 def test_tokens_that_one_model_has_not(kwargs: dict[str, Any]) -> None:
     """Embeddings padded differently for one tokenizer: the anchor's head would emit what the other cannot read."""

@@ -33,7 +33,16 @@ def test_names_folders_and_gguf_files(tmp_path: Path) -> None:
     assert Source.parse(tmp_path / "a.gguf") == Source(str(tmp_path), "a.gguf")
     assert Source.parse("owner/name/model-q8.gguf") == Source("owner/name", "model-q8.gguf")
     assert Source("a", "b.gguf", "c").arguments() == {"gguf_file": "b.gguf", "revision": "c"}
-    for wrong in ("./no", "/no/such/folder", "~/no", "a/b/c", str(tmp_path / "b.gguf"), "b.gguf", "./o/n/b.gguf"):
+    for wrong in (
+        "./no",
+        "/no/such/folder",
+        "~/no",
+        "a/b/c",
+        str(tmp_path / "b.gguf"),
+        "b.gguf",
+        "./o/n/b.gguf",
+        "/o/b.gguf",
+    ):
         with pytest.raises(CheckpointError, match="no such"):
             Source.parse(wrong)
 
@@ -192,6 +201,28 @@ def test_a_padded_embedding_with_one_tokenizer(tmp_path: Path) -> None:
     calm.compose(loaded[0], {"m": loaded[1]}, 2, anchor_tokenizer=words, augmenting_tokenizer={"m": words})
     with pytest.raises(TokenizerMismatchError):
         calm.compose(*loaded, 2, anchor_tokenizer=words, augmenting_tokenizer=factories.word_tokenizer(60, prefix="v"))
+
+
+def test_an_augmenting_model_may_have_more_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A specialist with a `[PAD]` of its own, the embedding resized for it or not. The other way round, it is blind."""
+    words, more = factories.word_tokenizer(), factories.word_tokenizer()
+    more.add_special_tokens({"pad_token": "[PAD]"})
+    anchor = save(tmp_path / "a", "llama", words)
+    for name, vocab in (("resized", 65), ("padded", 72)):
+        specialist = save(tmp_path / name, "gpt2", more, vocab=vocab)
+        caplog.clear()
+        model = factories.perturb(calm.compose(anchor, specialist, 2))
+        assert "lacks (1, '[PAD]' among them) and will not be given them" in caplog.text
+        assert model.generate(IDS, max_new_tokens=4).max() < factories.VOCAB
+        with pytest.raises(CalmError, match="input_ids hold 64: expected ids below 64"):
+            model(torch.tensor([[3, 64]]))
+        with pytest.raises(TokenizerMismatchError, match=r"65 tokens.*; 64 tokens.*pass it as augmenting_tokenizer="):
+            calm.compose(specialist, anchor, 2)
+    calm.compose(save(tmp_path / "c", "llama", more, vocab=72), anchor, 2, augmenting_tokenizer=more)
+    moved = factories.word_tokenizer(63)
+    moved.add_tokens(["w99", "w63"])
+    with pytest.raises(TokenizerMismatchError, match=r"63 tokens have the same id in both\). Compose models"):
+        calm.compose(anchor, save(tmp_path / "d", "gpt2", moved, vocab=65), 2)
 
 
 def test_loaded_models_are_compared_by_the_tokenizers_where_they_came_from(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -26,10 +28,17 @@ from transformers.utils import cached_file
 from calm.config import CalmConfig
 from calm.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FILES = ("README.md", "config.json", "generation_config.json", WEIGHTS_NAME, "model-*-of-*.safetensors", INDEX_NAME)
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 CONNECTIONS_PREFIX = "connections."
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -224,17 +233,19 @@ def model_card(config: CalmConfig, num_parameters: int) -> ModelCard:
     Returns:
         The card, with the hub's metadata.
     """
-    anchor = describe_reference(_for_others(config.anchor_reference), config.anchor_config.model_type)
+    anchor_reference = _for_others(config.anchor_reference)
+    references = {name: _for_others(reference) for name, reference in config.augmenting_references.items()}
+    anchor = describe_reference(anchor_reference, config.anchor_config.model_type)
     augmenting = {
-        name: describe_reference(_for_others(config.augmenting_references.get(name, {})), base.model_type)
+        name: describe_reference(references.get(name, {}), base.model_type)
         for name, base in config.augmenting_configs.items()
     }
-    references = [config.anchor_reference, *config.augmenting_references.values()]
+    named = [r["name_or_path"] for r in (anchor_reference, *references.values()) if r.get("name_or_path")]
     data = ModelCardData(
         library_name="calm-lm",
         pipeline_tag="text-generation",
         tags=["calm", "composition"],
-        base_model=[r["name_or_path"] for r in references if r.get("name_or_path") and not _is_local(r)] or None,
+        base_model=named or None,
     )
     rows = "\n".join(
         f"| {pair.augmenting} | {pair.augmenting_layer} | {pair.anchor_layer} |" for pair in config.layer_pairs
@@ -269,20 +280,56 @@ model = calm.CalmForCausalLM.from_pretrained("THIS_REPOSITORY")
     )
 
 
-def _is_local(reference: Mapping[str, Any]) -> bool:
-    name = reference.get("name_or_path") or ""
-    return os.path.isabs(name) or os.path.exists(name)
+def uploads(directory: str | os.PathLike[str]) -> dict[str, str | bytes]:
+    """What of a folder that holds a composition, and perhaps its tokenizer, goes to a hub; training leaves other files.
+
+    Where this computer's folders lie does not concern others: the configuration goes without, and a warning says what
+    they have to do.
+
+    Args:
+        directory: The folder; nothing in it changes.
+
+    Returns:
+        Files by name: their paths, and the configuration's content.
+    """
+    folder = Path(directory)
+    files: dict[str, str | bytes] = {
+        path.relative_to(folder).as_posix(): str(path)
+        for pattern in (*FILES, *TOKENIZER_FILES)
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    values = json.loads((folder / "config.json").read_text())
+    here = values["anchor_reference"], values["augmenting_references"]
+    values["anchor_reference"] = _for_others(here[0])
+    values["augmenting_references"] = {name: _for_others(reference) for name, reference in here[1].items()}
+    arguments = [] if values["anchor_reference"] == here[0] else ["anchor="]
+    arguments += [] if values["augmenting_references"] == here[1] else ["augmenting="]
+    if arguments:
+        logger.warning(
+            "Bases of this composition are folders of this computer, which nobody else can load: who loads what is "
+            "uploaded has to pass %s. Upload these bases too, and compose with their hub names, to spare them that.",
+            " and ".join(arguments),
+        )
+    files["config.json"] = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    return files
 
 
 def _for_others(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """A reference as readers of a card may see it: where folders lie on this computer does not concern them."""
+    """A reference as others may see it: of a folder of this computer no more than its own name, which is no place."""
     name = reference.get("name_or_path")
-    return {**reference, "name_or_path": Path(name).name if name and _is_local(reference) else name}
+    if not name or not _is_local(name):
+        return dict(reference)
+    return {**reference, "name_or_path": None, "folder": PureWindowsPath(name).name}  # which takes both slashes
+
+
+def _is_local(name: str) -> bool:
+    return not _HUB_NAME.fullmatch(name) or os.path.exists(name)
 
 
 def describe_reference(reference: Mapping[str, Any], model_type: str) -> str:
     """A base in a few words: its name, file, revision and architecture."""
-    name = reference.get("name_or_path") or "given by hand"
+    name = reference.get("name_or_path") or reference.get("folder") or "given by hand"
     parts = [f"`{name}`", f"({model_type})"]
     if reference.get("gguf_file"):
         parts.insert(1, f"file `{reference['gguf_file']}`")

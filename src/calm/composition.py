@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from torch import nn
@@ -213,13 +212,8 @@ def _snapshot(config: PreTrainedConfig, quantization: dict[str, Any] | None) -> 
 def _reference(
     base: Any, source: Source | None, model: PreTrainedModel | None, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    name = source.name_or_path if source else base.name_or_path
-    reference = {
-        "name_or_path": str(Path(name).absolute()) if name and Path(name).is_dir() else name,
-        "gguf_file": source.gguf_file if source else None,
-        "revision": source.revision if source else None,
-        "fingerprint": fingerprints.fingerprint(model) if model is not None else {},
-    }
+    reference = (source or Source.of(base)).reference()
+    reference["fingerprint"] = fingerprints.fingerprint(model) if model is not None else {}
     if model is not None:  # rounded or quantized, the same weights come of it in the same dtype only
         reference["dtype"] = fingerprints.precision_of(model)
         if quantization is not None:

@@ -30,7 +30,8 @@ class CalmConfig(PreTrainedConfig):
         attend: `"causal"` (anchor position t sees augmenting positions up to t, prompt and generated) or `"prompt"`
             (of these, only the prompt's; the paper's ablation of the augmenting model as an encoder).
         anchor_reference: Where the anchor's weights are: `name_or_path`, `revision`, `gguf_file`; their `fingerprint`,
-            and the `dtype` that they were composed in; `adapter` if there was one on them.
+            and the `dtype` that they were composed in; `adapter` if there was one on them; uploaded, `folder` instead
+            of `name_or_path` if they lay in a folder of this name, and where does not concern others.
         augmenting_references: The same for each augmenting model, by name.
         format_version: Version of the checkpoint format.
         asked_of_bases: Kernels (`attn_implementation`, `experts_implementation`) that were passed to an Auto class and
@@ -135,9 +136,17 @@ class CalmConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values, nested configurations included."""
         output = super().to_dict()
-        output["augmenting_configs"] = {name: c.to_dict() for name, c in self.augmenting_configs.items()}
+        output["anchor_config"] = _without_place(output["anchor_config"])
+        output["augmenting_configs"] = {n: _without_place(c.to_dict()) for n, c in self.augmenting_configs.items()}
         output.pop("asked_of_bases", None)  # how it is loaded this time
         return output
+
+
+def _without_place(values: Any) -> Any:
+    """Without where a configuration was read from, which references say, and which uploads must not."""
+    if isinstance(values, dict):
+        return {key: _without_place(value) for key, value in values.items() if key != "_name_or_path"}
+    return values
 
 
 def text_config(config: Any) -> PreTrainedConfig:

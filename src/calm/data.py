@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from calm.errors import CalmError, CheckpointError
 if TYPE_CHECKING:  # checking a recipe or a data file needs neither torch nor transformers
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from calm.sources import Source as BaseSource
 
 logger = logging.getLogger(__name__)
 
@@ -96,33 +99,45 @@ def load_examples(
     return rows
 
 
-def load_tokenizer(name: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | os.PathLike[str], anchor: str | os.PathLike[str] | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base (hub name, folder or GGUF file) or of a saved composition.
 
     A composition that was saved without a tokenizer has its anchor's.
+
+    Args:
+        name: The base or composition.
+        anchor: Where a composition's anchor is now, instead of its recorded reference.
 
     Raises:
         CalmError: If there is none.
     """
     from calm import sources
-    from calm.checkpoint import read_config
 
-    source = sources.Source.parse(name)
-    tokenizer = sources.load_tokenizer(source)
-    if tokenizer is None and source.gguf_file is None:
-        try:
-            anchor = read_config(name).anchor_reference
-        except CheckpointError:
-            anchor = {}
-        if anchor.get("name_or_path"):
-            tokenizer = sources.load_tokenizer(
-                sources.Source(anchor["name_or_path"], anchor.get("gguf_file"), anchor.get("revision"))
-            )
-    if tokenizer is None:
-        raise CalmError(
-            f"no tokenizer was found for {os.fspath(name)!r}; save one there: tokenizer.save_pretrained(...)"
-        )
-    return tokenizer
+    looked = []
+    for source in _tokenizer_places(name, anchor):
+        looked.append(repr(source.name_or_path))
+        if (tokenizer := sources.load_tokenizer(source)) is not None:
+            return tokenizer
+    raise CalmError(
+        f"no tokenizer was found in {' or '.join(looked)}; save one there (tokenizer.save_pretrained), or if this is a "
+        "composition whose anchor has moved, say where it is (anchor=, --anchor)"
+    )
+
+
+def _tokenizer_places(name: str | os.PathLike[str], anchor: str | os.PathLike[str] | None) -> Iterator[BaseSource]:
+    from calm.checkpoint import read_config
+    from calm.sources import Source as BaseSource
+
+    yield BaseSource.parse(name)
+    if anchor is not None:
+        yield BaseSource.parse(anchor)
+        return
+    with suppress(CheckpointError):
+        reference = read_config(name).anchor_reference
+        if reference.get("name_or_path"):
+            yield BaseSource(reference["name_or_path"], reference.get("gguf_file"), reference.get("revision"))
 
 
 def is_file_source(source: str | Path) -> bool:

@@ -132,7 +132,10 @@ class CalmForCausalLM(CompositionSaving, CompositionGeneration, GenerationMixin)
         self.known_tokens = backbones.known_tokens(*bases)
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
-            anchor_layers[layer_index].register_forward_hook(backbones.CompositionHook(self, "_inject", here))
+            hook = backbones.CompositionHook(self, "_inject", here)
+            # before those that the anchor has already, such as transformers' that record hidden states: whoever looks
+            # at a layer's output sees what the layer passes on, no matter when they began
+            anchor_layers[layer_index].register_forward_hook(hook, prepend=True)
         for name, layer_index in sorted({(pair.augmenting, pair.augmenting_layer) for pair in pairs}):
             if name in self.augmenting:
                 layer = backbones.layers_of(self.augmenting[name])[layer_index]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -52,7 +52,8 @@ class CompositionSaving(PreTrainedModel):
             max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
-            push_to_hub: Upload what was saved, see `push_to_hub` (`repo_id` and its other arguments in `kwargs`).
+            push_to_hub: Upload what was saved, with a tokenizer that lies beside it, see `push_to_hub` (`repo_id` and
+                its other arguments in `kwargs`).
             kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
 
         Raises:
@@ -100,18 +101,19 @@ class CompositionSaving(PreTrainedModel):
     ) -> Any:
         """Upload the composition with its model card (which bases, which connections, how many parameters).
 
-        A card that is in the repository already stays as it is.
+        A card that is in the repository already stays as it is. Of bases that are folders of this computer, no more
+        than the folder's name is uploaded: a warning says that whoever loads the composition has to give them.
 
         Args:
             repo_id: `OWNER/NAME`; made if missing.
             private: Whether a new repository is private.
             token: Access token; that of `hf auth login` by default.
-            revision: Branch.
+            revision: Branch; made if missing.
             create_pr: Open a pull request instead of committing.
             commit_message: The commit's message.
 
         Returns:
-            What `huggingface_hub.HfApi.upload_folder` returns.
+            What `huggingface_hub.HfApi.create_commit` returns.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -142,7 +144,8 @@ class CompositionSaving(PreTrainedModel):
             pretrained_model_name_or_path: Folder or hub name of the composition.
             model_args: None are accepted.
             config: The composition's configuration, a `CalmConfig`, if already read.
-            anchor: The anchor, or where it is now, instead of the recorded reference.
+            anchor: The anchor, or where it is now, instead of the recorded reference. Verified, this is what the
+                composition records when it is saved again.
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights or configurations are not those trained against.
@@ -177,6 +180,8 @@ class CompositionSaving(PreTrainedModel):
             config = checkpoint.read_config(name, **hub_kwargs)
         kwargs = config.asked_of_bases | kwargs
         anchor_model, augmenting_models = sources.load_bases(config, anchor, augmenting, verify_bases, **kwargs)
+        if verify_bases:  # else what is recorded could name weights that its fingerprint refuses
+            config = sources.record_given(config, anchor, augmenting)
         model = cls(config, anchor_model, augmenting_models)
         expected = model.connections.state_dict(prefix=checkpoint.CONNECTIONS_PREFIX)
         weights = checkpoint.read_weights(name, expected, **hub_kwargs)
@@ -200,13 +205,16 @@ def _upload(
     commit_message: str = "Upload composition",
 ) -> Any:
     """Upload a composition that is saved in a folder; arguments and result as for `push_to_hub`."""
+    files = checkpoint.uploads(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=os.fspath(folder),
-        allow_patterns=list(checkpoint.FILES),  # training leaves others beside them
-        ignore_patterns="README.md" if api.file_exists(repo_id, "README.md", revision=revision) else None,
+    if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if api.file_exists(repo_id, "README.md", revision=revision):
+        del files["README.md"]
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, file) for name, file in files.items()],
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,

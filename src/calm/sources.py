@@ -68,12 +68,27 @@ class Source:
             if path.is_file():
                 return cls(str(path.parent), path.name, revision)
             parts = text.split("/")
-            if len(parts) == 3 and not text.startswith((".", "~")):
+            if len(parts) == 3 and not text.startswith((".", "/", "~")):
                 return cls("/".join(parts[:2]), parts[2], revision)
             raise CheckpointError(f"{text!r}: no such GGUF file. Give its path, or OWNER/REPOSITORY/FILE.gguf.")
         if not Path(text).is_dir() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
             raise CheckpointError(f"{text!r}: no such folder. Give the folder that holds config.json, or a hub name.")
         return cls(text, None, revision)
+
+    @classmethod
+    def of(cls, base: PreTrainedModel | str | os.PathLike[str], revision: str | None = None) -> Source:
+        """Where a base is or came from, a loaded model as far as it says; `name_or_path` is empty if it does not.
+
+        Raises:
+            CheckpointError: As `parse`.
+        """
+        return cls(base.name_or_path) if isinstance(base, PreTrainedModel) else cls.parse(base, revision)
+
+    def reference(self) -> dict[str, Any]:
+        """What a composition records of where a base is; a folder by its absolute path."""
+        name = self.name_or_path
+        name = str(Path(name).absolute()) if name and Path(name).is_dir() else name
+        return {"name_or_path": name, "gguf_file": self.gguf_file, "revision": self.revision}
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of every `from_pretrained`."""
@@ -221,6 +236,9 @@ def check_same_tokenizer(
 ) -> None:
     """Refuse two bases whose tokens do not line up; without tokenizers, ask for equal vocabulary sizes, and warn.
 
+    The composition reads what the anchor's tokenizer writes. An augmenting model may know tokens beyond these (a
+    specialist that was given a `[PAD]` of its own): it never sees them, and a warning says so.
+
     Args:
         anchor: The anchor's tokenizer, if known.
         augmenting: The augmenting model's tokenizer, if known.
@@ -234,12 +252,20 @@ def check_same_tokenizer(
     advice = "Compose models that share a tokenizer; different tokenizers are not supported yet."
     if anchor is not None and augmenting is not None:
         ours, theirs = anchor.get_vocab(), augmenting.get_vocab()
-        if ours != theirs:
-            shared = len(ours.items() & theirs.items())
+        shared = len(ours.items() & theirs.items())
+        if shared < len(ours):
+            if shared == len(theirs):
+                advice += " If what only the anchor's has never occurs, pass it as augmenting_tokenizer=, too."
             raise TokenizerMismatchError(
                 f"The anchor {names[0]} and the augmenting model {names[1]} have different tokenizers "
                 f"({type(anchor).__name__} with {len(ours)} tokens, {type(augmenting).__name__} with {len(theirs)}; "
                 f"{shared} tokens have the same id in both). {advice}"
+            )
+        if shared < len(theirs):
+            logger.warning(
+                "The augmenting model %s has tokens that the anchor %s lacks (%d, %r among them) and will not be given "
+                "them: the composition reads what the anchor's tokenizer writes.",
+                *(names[1], names[0], len(theirs) - shared, min(theirs.keys() - ours.keys())),
             )
         return
     ours, theirs = (getattr(text_config(c), "vocab_size", None) for c in (anchor_config, augmenting_config))
@@ -282,19 +308,8 @@ def load_bases(
         CheckpointError: If one is missing, unreadable, or not the base that was trained against.
     """
     anchor = unwrapped(anchor)
-    given: dict[str, Any] = {}
-    wanted = config.augmenting_configs
-    if augmenting is not None:
-        by_name = augmenting if isinstance(augmenting, Mapping) else {"": augmenting}
-        given = {name: unwrapped(base) for name, base in by_name.items()}
-        wanted = wanted if given else {}
-        if "" in given and len(config.augmenting_configs) == 1:
-            given = {next(iter(config.augmenting_configs)): given[""]}
-        if unknown := sorted(set(given) - set(config.augmenting_configs)):
-            raise CheckpointError(
-                f"augmenting={unknown or list(given)}: this composition has the augmenting models "
-                f"{sorted(config.augmenting_configs)}; give them by name."
-            )
+    given = _given(config, augmenting)
+    wanted = config.augmenting_configs if given or augmenting is None else {}
 
     anchor_source = (
         None if isinstance(anchor, PreTrainedModel) else _find("the anchor", anchor, config.anchor_reference)
@@ -316,6 +331,46 @@ def load_bases(
         for name, model in models.items():
             check_fingerprint(model, config.augmenting_references.get(name, {}), f"the augmenting model {name!r}")
     return anchor_model, models
+
+
+def record_given(config: CalmConfig, anchor: Any = None, augmenting: Any = None) -> CalmConfig:
+    """A composition with the places of bases that were given by hand, after `load_bases` has checked them.
+
+    A loaded model that does not say where it came from leaves the recorded place as it is.
+
+    Args:
+        config: The composition; stays as it is.
+        anchor: As for `load_bases`.
+        augmenting: Likewise.
+
+    Returns:
+        A copy with other references; fingerprints are kept.
+    """
+    config = copy.deepcopy(config)
+    config.anchor_reference = _moved(config.anchor_reference, unwrapped(anchor))
+    for name, base in _given(config, augmenting).items():
+        config.augmenting_references[name] = _moved(config.augmenting_references.get(name, {}), base)
+    return config
+
+
+def _moved(reference: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    if base is None or (isinstance(base, PreTrainedModel) and (not base.name_or_path or reference.get("gguf_file"))):
+        return dict(reference)  # of a GGUF file a loaded model tells the folder only
+    return {key: value for key, value in reference.items() if key != "folder"} | Source.of(base).reference()
+
+
+def _given(config: CalmConfig, augmenting: Any) -> dict[str, Any]:
+    """Augmenting models given by hand, by name; a single one needs none."""
+    by_name = augmenting if isinstance(augmenting, Mapping) else {} if augmenting is None else {"": augmenting}
+    given = {name: unwrapped(base) for name, base in by_name.items()}
+    if "" in given and len(config.augmenting_configs) == 1:
+        given = {next(iter(config.augmenting_configs)): given[""]}
+    if unknown := sorted(set(given) - set(config.augmenting_configs)):
+        raise CheckpointError(
+            f"augmenting={unknown or list(given)}: this composition has the augmenting models "
+            f"{sorted(config.augmenting_configs)}; give them by name."
+        )
+    return given
 
 
 def locate(role: str, reference: Mapping[str, Any], expected: PreTrainedConfig) -> tuple[Source, PreTrainedConfig]:
@@ -406,6 +461,12 @@ def _find(role: str, base: Any, reference: dict[str, Any]) -> Source:
         raise CheckpointError(
             f"{role} had an adapter (PEFT) when this composition was made, which no reference names: load "
             f"{name or 'the model'!r} with its adapter, and pass {argument} with it."
+        )
+    if folder := reference.get("folder"):
+        file = f"the file {reference['gguf_file']!r} in " if reference.get("gguf_file") else ""
+        raise CheckpointError(
+            f"{role} was {file}a folder {folder!r} on the computer of whoever uploaded this composition: pass "
+            f"{argument} with the model or where it is here."
         )
     if not name:
         raise CheckpointError(

@@ -22,7 +22,8 @@ from factories import open_gates
 from typer.testing import CliRunner, Result
 
 import calm
-from calm.cli import app
+from calm import sources
+from calm.cli import app, loading
 from calm.cli.arguments import parse_augmenting, parse_connections
 from calm.data import load_tokenizer
 
@@ -214,6 +215,29 @@ def test_generate_with_a_base_that_has_moved(tmp_path: Path, tiny_bases: dict[st
     run("generate", tmp_path / "out", "1+2=", code=1)
     moved = run("generate", tmp_path / "out", "1+2=", "--max-new-tokens", 4, "--anchor", tmp_path / "moved").stdout
     assert moved == before
+
+
+def test_the_tokenizer_of_an_anchor_that_has_moved(
+    tmp_path: Path, tiny_bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """A composition without a tokenizer of its own; looked for before any weights are loaded."""
+    anchor = shutil.copytree(tiny_bases["anchor"], tmp_path / "anchor")
+    calm.compose(anchor, tiny_bases["augmenting"], 1).save_pretrained(tmp_path / "out")
+    before = expected(tmp_path / "out", "1+2=", 4)
+    anchor.rename(tmp_path / "moved")
+    moved = ("--anchor", tmp_path / "moved")
+    printed = run("generate", tmp_path / "out", "1+2=", "--max-new-tokens", 4, *moved).stdout
+    assert printed.strip() == before.strip()
+    for part in ("anchor", "augmenting"):
+        _, tokenizer = loading.load_model(str(tmp_path / "out"), part, str(moved[1]), None, "auto", "cpu")
+        assert tokenizer.get_vocab() == load_tokenizer(tiny_bases["anchor"]).get_vocab()
+
+    for file in (tmp_path / "moved").glob("*token*"):
+        file.unlink()
+    monkeypatch.setattr(sources, "load_bases", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    error = run("generate", tmp_path / "out", "1+2=", *moved, code=1).stderr
+    assert f"no tokenizer was found in '{tmp_path / 'out'}' or '{tmp_path / 'moved'}'" in " ".join(error.split())
+    assert "not a composition" in run("generate", tmp_path / "moved", "x", code=1).stderr, "not: no tokenizer"
 
 
 def test_chat_completes_lines_and_switches_the_composition(composed: Path):

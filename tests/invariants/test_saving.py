@@ -123,8 +123,9 @@ def test_composed_of_loaded_models(anchor: str, tmp_path: Path) -> None:
     loaded = CalmForCausalLM.from_pretrained(tmp_path / "out", anchor=tmp_path / "anchor", augmenting=augmenting)
     check_same_logits(loaded, model)
     assert loaded.config.to_dict() == model.config.to_dict() | {
-        key: loaded.config.to_dict()[key] for key in ("architectures", "dtype", "_name_or_path")
+        key: loaded.config.to_dict()[key] for key in ("architectures", "dtype", "_name_or_path", "anchor_reference")
     }
+    assert loaded.config.anchor_reference == model.config.anchor_reference | {"name_or_path": str(tmp_path / "anchor")}
     loaded.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "_name_or_path" not in written  # a folder of this machine
@@ -379,6 +380,32 @@ def test_a_missing_base(saved: Saved, tmp_path: Path, part: str) -> None:
     shutil.move(getattr(saved, part), tmp_path / "elsewhere")
     check_refused(saved.load, f"the {part}", str(tmp_path / part), "not there", f"pass {part}=")
     check_same_logits(saved.load(**{part: tmp_path / "elsewhere"}), saved.model)
+
+
+@pytest.mark.parametrize("given", ["folders", "models"])
+def test_where_a_base_is_now_is_recorded(saved: Saved, tmp_path: Path, given: str) -> None:
+    """Saved again, the composition looks for its bases where they were given, with the fingerprints that it had."""
+    before = saved.model.config
+    bases: dict[str, object] = {}
+    for part in ("anchor", "augmenting"):
+        bases[part] = shutil.move(getattr(saved, part), tmp_path / f"{part}-2")
+        if given == "models":
+            bases[part] = AutoModelForCausalLM.from_pretrained(bases[part])
+    read = calm.CalmConfig.from_pretrained(saved.out)
+    loaded = saved.load(config=read, anchor=bases["anchor"], augmenting={"augmenting": bases["augmenting"]})
+    assert read.anchor_reference == before.anchor_reference, "the caller's own"
+    loaded.save_pretrained(tmp_path / "out2")
+    check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "out2"), saved.model)
+    place = {"name_or_path": str(tmp_path / "anchor-2"), "gguf_file": None, "revision": None}
+    assert loaded.config.anchor_reference == before.anchor_reference | place
+
+    uploaded = before.anchor_reference | {"name_or_path": None, "folder": "anchor"}
+    saved.edit_config(anchor_reference=uploaded)
+    assert "folder" not in saved.load(**bases).config.anchor_reference
+    nameless = factories.base("llama")
+    nameless.load_state_dict(saved.model.anchor.state_dict())
+    assert saved.load(**bases | {"anchor": nameless}).config.anchor_reference == uploaded, "it says nothing of a place"
+    assert saved.load(**bases, verify_bases=False).config.anchor_reference == uploaded, "not compared with it"
 
 
 def test_an_incomplete_base(saved: Saved) -> None:

@@ -122,6 +122,16 @@ def test_a_later_run_does_not_load_the_augmenting_model(
             trainer.train(recipe_in(tmp_path, bases, "third", **common))
 
 
+def test_outputs_of_another_model_are_not_resumed_with(tmp_path: Path, bases: dict[str, str]) -> None:
+    """Kept by another run, they spare loading the model, whose weights have to be the right ones nevertheless."""
+    common = {"augmenting_outputs": "disk", "augmenting_outputs_dir": str(tmp_path / "kept")}
+    other = bases | {"augmenting": str(save_base(tmp_path / "other", byte_tokenizer(), seed=5, width=24))}
+    for models, out in ((bases, "first"), (other, "second")):
+        trainer.train(recipe_in(tmp_path, models, out, **common))
+    with pytest.raises(CalmError, match=r"augmenting: '.*other' holds other weights.*checkpoint-8 was trained against"):
+        trainer.train(recipe_in(tmp_path, other, "first", **common), resume=True)
+
+
 def test_what_is_kept_is_named_by_everything_that_it_depends_on(bases: dict[str, str]) -> None:
     rows = [{"input_ids": torch.arange(4).numpy()}, {"input_ids": torch.arange(3).numpy()}]
     shifted = [{"input_ids": torch.arange(3).numpy()}, {"input_ids": torch.arange(4).numpy()}]

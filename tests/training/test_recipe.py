@@ -34,9 +34,14 @@ def fields(**changes: Any) -> dict[str, Any]:
     ("changes", "line"),
     [
         ({"anchor": 3}, "anchor = 3: expected the name or path of the anchor"),
-        ({"anchor": "./nowhere"}, "anchor = './nowhere': there is no ./nowhere (looked from"),
+        ({"anchor": "./nowhere"}, "anchor = './nowhere': './nowhere': no such folder. Give the folder that holds"),
+        ({"anchor": "~/nowhere"}, "anchor = '~/nowhere': '~/nowhere': no such folder"),
+        ({"anchor": "nowhere/a.gguf"}, "anchor = 'nowhere/a.gguf': 'nowhere/a.gguf': no such GGUF file. Give its path"),
         ({"augmenting": {}}, "augmenting = {}: there is nothing in it; expected the name or path"),
-        ({"augmenting": {"a": "/no/where.gguf"}}, "augmenting = {'a': '/no/where.gguf'}: there is no /no/where.gguf"),
+        (
+            {"augmenting": {"a": "/no/where.gguf"}},
+            "augmenting = {'a': '/no/where.gguf'}: '/no/where.gguf': no such GGUF",
+        ),
         ({"connections": "many"}, "connections = 'many': expected a number of connections above 0, or pairs"),
         ({"connections": True}, "connections = True: expected a number"),
         ({"connections": 0}, "connections = 0: expected a number"),
@@ -91,6 +96,11 @@ def test_all_problems_are_reported_at_once():
         "data.trai",
         "training.seed",
     ]
+
+
+def test_models_on_a_hub_may_be_gguf_files():
+    recipe = check_recipe(fields(anchor="owner/repository/model-q8.gguf", augmenting={"a": "owner/other/b.gguf"}))
+    assert recipe.bases == ["owner/repository/model-q8.gguf", "owner/other/b.gguf"]
 
 
 def test_gguf_files_are_not_quantized_once_more(tmp_path: Path):

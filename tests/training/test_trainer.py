@@ -496,6 +496,42 @@ def test_run_that_was_killed_between_its_last_step_and_its_end_is_only_ended(mak
     assert all(torch.equal(w, final[k]) for k, w in weights(out).items())
 
 
+def test_a_run_is_resumed_with_the_models_where_the_recipe_says_they_are(
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    tiny_bases: dict[str, str],
+    whole: Recipe,
+    die_at: DieAt,
+    caplog: pytest.LogCaptureFixture,
+):
+    bases = {name: str(shutil.copytree(folder, tmp_path / name)) for name, folder in tiny_bases.items()}
+    with die_at(7), pytest.raises(Killed):
+        trainer.train(make_recipe(top=bases))
+    moved = {name: str(shutil.move(folder, tmp_path / f"{name}-moved")) for name, folder in bases.items()}
+    with pytest.raises(CalmError, match=r"another augmenting \(augmenting: '.*' -> \{'other'"):
+        trainer.train(make_recipe(top=moved | {"augmenting": {"other": moved["augmenting"]}}), resume=True)
+    recipe = make_recipe(top=moved)
+    assert trainer.train(recipe, resume=True).resumed_from == 6
+    assert losses(recipe) == losses(whole)
+    assert f"anchor: '{bases['anchor']}' -> '{moved['anchor']}'" in caplog.text
+    assert "they have to be the same ones" in caplog.text and "will not be what" not in caplog.text
+    saved = json.loads(Path(recipe.training.output_dir, "config.json").read_text())
+    assert saved["anchor_reference"]["name_or_path"] == moved["anchor"]
+    assert saved["augmenting_references"]["augmenting"]["name_or_path"] == moved["augmenting"]
+
+    other = make_recipe(top=moved | {"anchor": str(save_base(tmp_path / "other", byte_tokenizer(), seed=7))})
+    with pytest.raises(CalmError, match="not those that this composition was trained against"):
+        trainer.train(other, resume=True)
+
+
+def test_a_model_that_a_recipe_no_longer_names_is_noticed(make_recipe: MakeRecipe, tiny_bases: dict[str, str]):
+    two = {"one": tiny_bases["augmenting"], "two": tiny_bases["augmenting"]}
+    trainer.train(make_recipe(top={"augmenting": two}, max_steps=2))
+    del two["two"]
+    with pytest.raises(CalmError, match=r"another augmenting\.two \(augmenting\.two: '.*' -> None\)"):
+        trainer.train(make_recipe(top={"augmenting": two}, max_steps=4), resume=True)
+
+
 def test_a_base_that_changed_since_is_not_resumed_with(
     make_recipe: MakeRecipe, tmp_path: Path, tiny_bases: dict[str, str]
 ):

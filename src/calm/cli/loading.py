@@ -38,14 +38,20 @@ def load(
         CalmError: If either cannot be loaded, or if there is no such device.
     """
     import calm
+    from calm.checkpoint import read_config
     from calm.data import load_tokenizer
 
     place = _usable(device)
+    config = read_config(model)  # where there is no composition, that is to be said, not that it has no tokenizer
+    tokenizer = load_tokenizer(model, anchor)
     composed = calm.CalmForCausalLM.from_pretrained(
-        model, anchor=anchor, augmenting=parse_augmenting(augmenting) if augmenting else None, dtype=dtype
+        model,
+        config=config,
+        anchor=anchor,
+        augmenting=parse_augmenting(augmenting) if augmenting else None,
+        dtype=dtype,
     )
     composed.to(place)
-    tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -76,13 +82,15 @@ def load_model(
             return load(model, anchor, augmenting, dtype, device)
         moved = parse_augmenting(augmenting) if augmenting else None
         where = anchor if part == "anchor" else moved.get(part) if isinstance(moved, dict) else moved
+        tokenizer = load_tokenizer(model, anchor)
         loaded = sources.load_part(config, part, where, dtype=dtype)
     elif part is not None or anchor or augmenting:
         raise CalmError(f"{model!r} is not a composition, but a {config.model_type!r}: it has no parts to name.")
     else:
+        tokenizer = load_tokenizer(model)
         loaded = sources.load_anchor(source, config, dtype=dtype)
     loaded.eval().to(place)
-    return loaded, load_tokenizer(model)
+    return loaded, tokenizer
 
 
 def _usable(device: str | None) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from calm.data import is_file_source
-from calm.errors import CalmError
+from calm.errors import CalmError, CheckpointError
 
 # Strict, so that `true` is not taken for 1. Floats are not: YAML reads 2e-3 (without a dot) as a string.
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
@@ -174,10 +174,15 @@ class Recipe(_Section):
     @classmethod
     def _local_model_exists(cls, models: str | dict[str, str]) -> str | dict[str, str]:
         for model in [models] if isinstance(models, str) else models.values():
-            # "organisation/name" may be a hub name, but these can only be paths.
-            local = model.startswith(("/", "./", "../")) or model.endswith(".gguf")
-            if local and not Path(model).exists():
-                raise ValueError(f"there is no {model} (looked from {Path.cwd()})")
+            # "organisation/name" may be a hub name, but few of these can be anything but paths
+            looks_local = model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith(".gguf")
+            if looks_local and not Path(model).exists():
+                from calm.sources import Source  # which takes seconds, so only now
+
+                try:
+                    Source.parse(model)
+                except CheckpointError as error:
+                    raise ValueError(f"{str(error).removesuffix('.')} (looked from {Path.cwd()})") from error
         return models
 
     @field_validator("connections", "augmenting")

@@ -84,7 +84,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     Args:
         recipe: From `load_recipe`.
         resume: Go on from the last checkpoint in the recipe's `output_dir`. The losses are then those that the
-            uninterrupted run would have had.
+            uninterrupted run would have had. The models are taken from where the recipe says they are now; other
+            weights are refused.
 
     Returns:
         What was done; `training_log.json` in `output_dir` has the same, every logged loss and the recipe.
@@ -121,7 +122,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         for name, reference in augmenting_outputs.references(kept_dirs["training"]).items():
             # what only a loaded model tells; where it lies may have changed since
             told = {key: reference[key] for key in ("fingerprint", "dtype", "loaded_with") if key in reference}
-            model.config.augmenting_references[name] |= told
+            recorded, base = model.config.augmenting_references[name], recipe.augmenting_by_name[name]
+            if recorded.get("fingerprint") not in (None, {}, reference["fingerprint"]):
+                raise CheckpointError(
+                    f"augmenting: {base!r} holds other weights than those that {checkpoint} was trained against (its "
+                    "outputs were kept by another run); put the right model there, or give another training.output_dir"
+                )
+            recorded |= told | Source.parse(base).reference()
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
@@ -204,12 +211,20 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes:
         raise CalmError(
             f"{output_dir / RECIPE_FILE}, the recipe that the run was begun with, cannot be read: {error}"
         ) from error
-    changed = _differences(before, recipe.model_dump(mode="json"))
+    now = recipe.model_dump(mode="json")
+    changed = _differences(before, now)
+    places = ("anchor", "augmenting") if _names(before) == _names(now) else ("anchor",)
+    moved = [changed.pop(field) for field in list(changed) if field.split(".")[0] in places]
     fixed = [field for field in changed if not field.startswith(("training.", "data."))]
     if fixed:
         raise CalmError(
             f"{output_dir} was trained with another {', '.join(fixed)} ({'; '.join(changed[f] for f in fixed)}), so "
             "its checkpoints do not fit; put the recipe back as it was, or give another training.output_dir"
+        )
+    if moved:  # fingerprints tell whether they are the same
+        logger.warning(
+            "%s: the models are not where they were when the run was begun (%s); they have to be the same ones",
+            *(output_dir, "; ".join(moved)),
         )
     sizes = [
         values["training"]["per_device_batch_size"] * values["training"]["gradient_accumulation"] * count
@@ -243,12 +258,18 @@ def _finished_result(output_dir: Path, recipe: Recipe) -> TrainingResult | None:
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> dict[str, str]:
     """The fields that differ, each with "field: before -> now"."""
     found: dict[str, str] = {}
-    for key in now:
-        if isinstance(now[key], dict) and isinstance(before.get(key), dict) and not path:
-            found |= _differences(before[key], now[key], f"{key}.")
-        elif before.get(key) != now[key]:
-            found[f"{path}{key}"] = f"{path}{key}: {before.get(key)!r} -> {now[key]!r}"
+    for key in before | now:
+        old, new = before.get(key), now.get(key)
+        if isinstance(new, dict) and isinstance(old, dict) and not path:
+            found |= _differences(old, new, f"{key}.")
+        elif old != new:
+            found[f"{path}{key}"] = f"{path}{key}: {old!r} -> {new!r}"
     return found
+
+
+def _names(recipe: dict[str, Any]) -> set[str]:
+    """How the augmenting models of a recipe are called, which is read as it was written: its models may have moved."""
+    return set(recipe["augmenting"]) if isinstance(recipe["augmenting"], dict) else {"augmenting"}
 
 
 def _processes_of(checkpoint: str) -> int:
@@ -360,7 +381,7 @@ def _load_model(
     """
     if checkpoint is not None:  # its weights, rounded here to the bases' dtype, are read again by the Trainer
         model = calm.CalmForCausalLM.from_pretrained(
-            checkpoint, augmenting=None if load_augmenting else {}, **load_kwargs
+            checkpoint, anchor=recipe.anchor, augmenting=recipe.augmenting if load_augmenting else {}, **load_kwargs
         )
     else:
         model = calm.compose(
