@@ -75,12 +75,13 @@ def save_base(
     return folder
 
 
-def cache_as(name: str, folder: Path, cache: Path) -> None:
+def cache_as(name: str, folder: Path, cache: Path, revision: str = "main") -> None:
     """Puts a folder into a cache of the hub's, as if it had been downloaded from the repository of that name."""
     repository = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
+    commit = revision.encode().hex().zfill(40)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -81,6 +81,23 @@ def test_a_card_that_was_edited_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_a_card_of_ours_is_written_anew(tmp_path: Path, sent: dict[str, Any]) -> None:
+    """On the disk and on the hub, where another composition was saved before; a changed one is somebody's own."""
+    first, second = Mix().shared(), composition()
+    first.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+    second.save_pretrained(tmp_path)
+    check_card((tmp_path / "README.md").read_text(), second)
+    for on_the_hub, uploaded in ((before, True), (before + b"And more.", False)):
+        sent["holds"] = {"README.md": on_the_hub}
+        second.push_to_hub("mine")
+        assert ("README.md" in sent["files"]) == uploaded
+    changed = (tmp_path / "README.md").read_text().replace("# A composition", "# My composition")
+    (tmp_path / "README.md").write_text(changed)
+    first.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == changed
+
+
 def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None:
     model = Mix().shared()
     for wrong in ({"nonsense": 1}, {"safe_serialization": False}, {"private": True}):
@@ -91,9 +108,9 @@ def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a hub is sent that does no more than write it down, and the names of files that it `holds`."""
-    sent: dict[str, Any] = {"holds": set(), "branches": []}
+def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a hub is sent that does no more than write it down, and the files that it `holds`."""
+    sent: dict[str, Any] = {"holds": {}, "branches": []}
 
     class Hub:
         def __init__(self, token: str | None = None) -> None:
@@ -105,6 +122,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
             return filename in sent["holds"]
+
+        def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
+            (tmp_path_factory.getbasetemp() / filename).write_bytes(sent["holds"][filename])
+            return str(tmp_path_factory.getbasetemp() / filename)
 
         def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
             assert exist_ok
@@ -158,7 +179,7 @@ def test_a_branch_is_made_if_missing(sent: dict[str, Any]) -> None:
 
 
 def test_a_card_on_the_hub_is_kept(tmp_path: Path, sent: dict[str, Any]) -> None:
-    sent["holds"] = {"README.md"}
+    sent["holds"] = {"README.md": b"theirs"}
     model = Mix().shared()
     model.push_to_hub("mine")
     assert set(sent["files"]) == {"config.json", "generation_config.json", "model.safetensors"}

@@ -32,6 +32,10 @@ def test_names_folders_and_gguf_files(tmp_path: Path) -> None:
     assert Source.parse(tmp_path) == Source(str(tmp_path))
     assert Source.parse(tmp_path / "a.gguf") == Source(str(tmp_path), "a.gguf")
     assert Source.parse("owner/name/model-q8.gguf") == Source("owner/name", "model-q8.gguf")
+    assert Source.parse("owner/name@v2", "main") == Source("owner/name", None, "v2")
+    assert Source.parse("owner/name/model-q8.gguf@v2") == Source("owner/name", "model-q8.gguf", "v2")
+    (tmp_path / "b@v2").mkdir()
+    assert Source.parse(tmp_path / "b@v2") == Source(str(tmp_path / "b@v2"))
     assert Source("a", "b.gguf", "c").arguments() == {"gguf_file": "b.gguf", "revision": "c"}
     for wrong in (
         "./no",

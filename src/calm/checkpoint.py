@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
     *("chat_template*", "additional_chat_templates/*"),
 )
 CONNECTIONS_PREFIX = "connections."
+_CARD_MARK = re.compile(r"<!-- calm-lm wrote this card.*: (\w+) -->")
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -50,6 +52,8 @@ def write(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a composition: `config.json`, its weights as safetensors, and a model card.
+
+    A card that somebody else wrote or changed stays as it is.
 
     Everything is first written beside its final place and then renamed, so that an interrupted or failed write (a
     full disk) leaves what was there before.
@@ -84,7 +88,8 @@ def write(
         config.save_pretrained(staging)
         if generation_config is not None:
             generation_config.save_pretrained(staging)
-        if not (target / "README.md").exists():
+        card = target / "README.md"
+        if not card.exists() or wrote_card(card):
             model_card(config, sum(w.numel() for w in weights.values())).save(staging / "README.md")
         _move_over(staging, target)
     except (OSError, SafetensorError) as error:
@@ -251,7 +256,7 @@ def model_card(config: CalmConfig, num_parameters: int) -> ModelCard:
         f"| {pair.augmenting} | {pair.augmenting_layer} | {pair.anchor_layer} |" for pair in config.layer_pairs
     )
     models = "\n".join(f"- augmenting model `{name}`: {text}" for name, text in augmenting.items())
-    return ModelCard(
+    card = ModelCard(
         f"""---
 {data.to_yaml()}
 ---
@@ -278,6 +283,20 @@ model = calm.CalmForCausalLM.from_pretrained("THIS_REPOSITORY")
 ```
 """
     )
+    digest = _text_digest(str(card))
+    card.text += f"\n<!-- calm-lm wrote this card, and replaces it as long as it is unchanged: {digest} -->\n"
+    return card
+
+
+def wrote_card(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a `model_card` that nobody has changed since."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    mark = _CARD_MARK.search(text)
+    return mark is not None and mark[1] == _text_digest(text.replace(mark[0], ""))
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
 
 
 def uploads(directory: str | os.PathLike[str]) -> dict[str, str | bytes]:

@@ -40,7 +40,8 @@ def compose(
     choice of models and layers is checked on their configurations, before any weight is loaded.
 
     Args:
-        anchor: The anchor `m_B`: a causal language model, or its hub name, folder or GGUF file.
+        anchor: The anchor `m_B`: a causal language model, or its hub name (`NAME@REVISION` for
+            one of its revisions), folder or GGUF file.
         augmenting: The augmenting model `m_A` likewise, or several by name; cost is linear in their number.
         connections: How many connections at a uniform gap (per augmenting model), or `(augmenting layer, anchor
             layer)` pairs, 0-based, or either by the augmenting model's name.
@@ -53,8 +54,8 @@ def compose(
             cached repository) that the model came from.
         augmenting_tokenizer: The tokenizer(s) of augmenting models given as loaded models, likewise.
         load_kwargs: For `from_pretrained` of bases given by name (`dtype`, `device_map`, `quantization_config`,
-            `revision`, `token`, ...). A base that is quantized while it is loaded will be so again with the saved
-            composition.
+            `revision` of all of them, `token`, ...). A base that is quantized while it is loaded will be so again with
+            the saved composition.
 
     Returns:
         The composed model in evaluation mode. Its connections have the anchor's devices and are float32 whatever the

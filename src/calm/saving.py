@@ -101,8 +101,9 @@ class CompositionSaving(PreTrainedModel):
     ) -> Any:
         """Upload the composition with its model card (which bases, which connections, how many parameters).
 
-        A card that is in the repository already stays as it is. Of bases that are folders of this computer, no more
-        than the folder's name is uploaded: a warning says that whoever loads the composition has to give them.
+        A card that somebody wrote or changed in the repository stays as it is. Of bases that are folders of this
+        computer, no more than the folder's name is uploaded: a warning says that whoever loads the composition has to
+        give them.
 
         Args:
             repo_id: `OWNER/NAME`; made if missing.
@@ -211,7 +212,9 @@ def _upload(
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if api.file_exists(repo_id, "README.md", revision=revision):
-        del files["README.md"]
+        card = api.hf_hub_download(repo_id, "README.md", revision=revision)
+        if not checkpoint.wrote_card(card):
+            del files["README.md"]
     return api.create_commit(
         repo_id,
         [CommitOperationAdd(name, file) for name, file in files.items()],

@@ -59,10 +59,14 @@ class Source:
     def parse(cls, name: str | os.PathLike[str], revision: str | None = None) -> Source:
         """Read `folder/model.gguf` (a file) and `owner/repository/model.gguf` (on a hub) apart from names and folders.
 
+        What is on a hub may end in `@` and its revision, which counts more than the argument.
+
         Raises:
             CheckpointError: If a path that can only be local does not exist.
         """
         text = os.fspath(name)
+        if "@" in text and not text.startswith((".", "/", "~")) and not Path(text).exists():
+            text, _, revision = text.rpartition("@")
         if text.endswith(".gguf"):
             path = Path(text)
             if path.is_file():
@@ -316,7 +320,8 @@ def load_bases(
     )
     anchor_kwargs = _as_recorded(config.anchor_reference, load_kwargs)
     anchor_model = _take("the anchor", anchor, anchor_source, config.anchor_config, verify, **anchor_kwargs)
-    models = {}
+    models: dict[str, PreTrainedModel] = {}
+    places: dict[str, Source | None] = {}
     for name, expected in wanted.items():
         role = f"the augmenting model {name!r}"
         base, depth = given.get(name), config.augmenting_depth(name)
@@ -326,11 +331,21 @@ def load_bases(
         if source is not None and source == anchor_source:  # one set of weights serves as both
             base, source = anchor_model, None
         models[name] = _take(role, base, source, expected, verify, depth, **_as_recorded(reference, load_kwargs))
+        places[name] = source
     if verify:
-        check_fingerprint(anchor_model, config.anchor_reference, "the anchor")
+        check_fingerprint(anchor_model, config.anchor_reference, _looked_at("the anchor", anchor_source))
         for name, model in models.items():
-            check_fingerprint(model, config.augmenting_references.get(name, {}), f"the augmenting model {name!r}")
+            role = _looked_at(f"the augmenting model {name!r}", places[name])
+            check_fingerprint(model, config.augmenting_references.get(name, {}), role)
     return anchor_model, models
+
+
+def _looked_at(role: str, source: Source | None) -> str:
+    """What to call a base in an error, with its revision if it has any."""
+    if source is None or os.path.exists(source.name_or_path):
+        return role
+    name = "/".join(filter(None, (source.name_or_path, source.gguf_file)))
+    return f"{role} ({name!r} at revision {source.revision or 'main'!r}; another is written {f'{name}@REVISION'!r})"
 
 
 def record_given(config: CalmConfig, anchor: Any = None, augmenting: Any = None) -> CalmConfig:
@@ -354,8 +369,12 @@ def record_given(config: CalmConfig, anchor: Any = None, augmenting: Any = None)
 
 
 def _moved(reference: Mapping[str, Any], base: Any) -> dict[str, Any]:
-    if base is None or (isinstance(base, PreTrainedModel) and (not base.name_or_path or reference.get("gguf_file"))):
-        return dict(reference)  # of a GGUF file a loaded model tells the folder only
+    if base is None:
+        return dict(reference)
+    if isinstance(base, PreTrainedModel):  # which tells neither its revision nor its GGUF file
+        same = Source.of(base).reference()["name_or_path"] in ("", reference.get("name_or_path"))
+        if same or reference.get("gguf_file"):
+            return dict(reference)
     return {key: value for key, value in reference.items() if key != "folder"} | Source.of(base).reference()
 
 
@@ -413,7 +432,7 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
     source = _find(role, where, reference)
     expected, arguments = config.augmenting_configs[name], _as_recorded(reference, load_kwargs)
     model = _take(role, None, source, expected, verify=True, **arguments)
-    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference, role)
+    check_fingerprint(truncated(model, config.augmenting_depth(name)), reference, _looked_at(role, source))
     return model
 
 

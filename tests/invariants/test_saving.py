@@ -163,6 +163,36 @@ def test_what_concerns_finding_files_is_for_the_bases_too(saved: Saved, tmp_path
         check_same_logits(loaded, saved.model)
 
 
+def test_bases_of_a_revision(saved: Saved, tmp_path: Path) -> None:
+    """Each base has its own, which is recorded; the default branch is refused, and the error says where it looked."""
+    cache = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for part in ("anchor", "augmenting"):
+        cache_as(f"me/{part}", getattr(saved, part), tmp_path / "cache", "v2")
+    factories.base("llama", seed=7).save_pretrained(tmp_path / "newer")
+    cache_as("me/anchor", tmp_path / "newer", tmp_path / "cache")
+    model = calm.compose("me/anchor@v2", "me/augmenting@v2", [(0, 1), (2, 3)], **cache)
+    for reference in (model.config.anchor_reference, model.config.augmenting_references["augmenting"]):
+        assert reference["revision"] == "v2" and "@" not in reference["name_or_path"]
+    factories.perturb(model).save_pretrained(tmp_path / "pinned")
+    check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "pinned", **cache), model)
+    check_refused(
+        lambda: CalmForCausalLM.from_pretrained(tmp_path / "pinned", anchor="me/anchor", **cache),
+        "the anchor ('me/anchor' at revision 'main'; another is written 'me/anchor@REVISION') are not those",
+    )
+
+    # a loaded model does not tell its revision
+    by_hand = AutoModelForCausalLM.from_pretrained("me/anchor", revision="v2", **cache)
+    loaded = CalmForCausalLM.from_pretrained(tmp_path / "pinned", anchor=by_hand, **cache)
+    assert loaded.config.anchor_reference == model.config.anchor_reference
+    augmenting = AutoModelForCausalLM.from_pretrained(saved.augmenting)
+    calm.compose(by_hand, augmenting, [(0, 1), (2, 3)]).save_pretrained(tmp_path / "loose")
+    check_refused(
+        lambda: CalmForCausalLM.from_pretrained(tmp_path / "loose", **cache), "'me/anchor' at revision 'main'"
+    )
+    loaded = CalmForCausalLM.from_pretrained(tmp_path / "loose", anchor="me/anchor@v2", **cache)
+    assert loaded.config.anchor_reference["revision"] == "v2"
+
+
 def test_arguments_that_loading_does_not_know_are_refused(pristine: Saved) -> None:
     with pytest.raises(calm.CalmError, match=r"\('x',\) after the name: pass arguments by their names"):
         CalmForCausalLM.from_pretrained(pristine.out, "x")
