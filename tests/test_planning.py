@@ -394,10 +394,10 @@ def test_other_tokenizers_are_refused_by_name(tiny_bases: dict[str, str], tmp_pa
     other.vocab_size += 1
     with pytest.raises(calm.TokenizerMismatchError, match=r"has 64 tokens.*has 65"):
         plan(config("llama"), other)
-    folder = shutil.copytree(tiny_bases["augmenting"], tmp_path / "other")
+    folder = shutil.copytree(tiny_bases["anchor"], tmp_path / "other")  # writes what the augmenting model cannot read
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(calm.TokenizerMismatchError) as refused:
-        plan(tiny_bases["anchor"], folder, sequence_length=16)
-    assert tiny_bases["anchor"] in str(refused.value) and str(folder) in str(refused.value)
+        plan(folder, tiny_bases["augmenting"], sequence_length=16)
+    assert tiny_bases["augmenting"] in str(refused.value) and str(folder) in str(refused.value)
