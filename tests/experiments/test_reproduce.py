@@ -114,7 +114,8 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
     assert "gollyngiad" not in trained  # the leaking sentence is out
     kept = {"English perplexity", "English last word", "Python last word"}
     assert results.preservation.keys() == results.preservation_changes.keys() == kept
-    assert all(set(results.preservation[row]) == run for row in kept)
+    hinted = {"pipeline"}  # of a plain text it is m_B alone
+    assert all(set(results.preservation[row]) == run - (hinted if "perplexity" in row else set()) for row in kept)
     fields = {"table": {"cy": 1}, "other": {"cy BLEU": 2}, "rows": {"English perplexity": 3}, "training": {"lora": 4}}
     assert together({"cy": fields}) == fields
     assert together({"cy": fields, "br": {"table": {"br": 5}}}) == {
