@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -25,7 +27,8 @@ from calm.generation import without_defaults
 Item = TypeVar("Item")
 
 Logits = Callable[[dict[str, Tensor]], Tensor]
-"""Next-token logits [batch, length, vocabulary] of a batch of `input_ids`, `attention_mask` and `labels`."""
+"""Next-token logits [batch, length, vocabulary] of a batch of `input_ids`, `attention_mask` and `labels`; some leave
+out first positions that no labelled token follows."""
 
 
 def logits_of(model: PreTrainedModel) -> Logits:
@@ -35,6 +38,33 @@ def logits_of(model: PreTrainedModel) -> Logits:
         return model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False).logits
 
     return run
+
+
+def logits_after_examples(model: PreTrainedModel) -> Logits:
+    """As `logits_of`, of a plain model whose rows begin with the same examples, which it reads once for a batch."""
+
+    def run(batch: dict[str, Tensor]) -> Tensor:
+        first = int((batch["labels"] != IGNORED).any(0).int().argmax())
+        same = (batch["input_ids"] == batch["input_ids"][:1]).all(0)[: max(0, first - 1)]
+        shared = int(same.cumprod(0).sum())
+        if not shared:
+            return logits_of(model)(batch)
+        input_ids, attention_mask = (batch[key].to(model.device) for key in ("input_ids", "attention_mask"))
+        return model(
+            input_ids=input_ids[:, shared:],
+            attention_mask=attention_mask,
+            past_key_values=_read_once(model, input_ids, shared),
+        ).logits
+
+    return run
+
+
+def _read_once(model: PreTrainedModel, input_ids: Tensor, shared: int) -> DynamicCache:
+    """A cache, for all rows [batch, length], of the first tokens that they share."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=input_ids[:1, :shared], past_key_values=cache, logits_to_keep=1)
+    cache.batch_repeat_interleave(len(input_ids))
+    return cache
 
 
 def mixed(anchor: PreTrainedModel, augmenting: PreTrainedModel, weight: float) -> Logits:
@@ -70,7 +100,7 @@ def answers(
         tokenizer: its tokenizer.
         task: what is asked.
         batch: prompts at a time.
-        few_shot: put the task's examples before each prompt.
+        few_shot: put the task's examples before each prompt; a plain model reads them once for a batch.
         mix: `m_A` and its weight, for `mixed_logits`; `m_A` reads the prompts without the examples.
 
     Returns:
@@ -87,16 +117,22 @@ def answers(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
+    # Padding between the examples and the question would take room in a window.
+    share = few_shot and not any(DynamicCache(config=model.config).is_sliding)
     for indices in _batches(order, batch):
-        inputs = _padded_left([prompts[index] for index in indices], tokenizer, model)
+        inputs, shared = _padded([prompts[index] for index in indices], tokenizer, model, share=share)
         begins, processors = inputs["input_ids"].shape[1], LogitsProcessorList()
         if mix:
-            own = _padded_left([task.examples[index].prompt for index in indices], tokenizer, model)
+            own, _ = _padded([task.examples[index].prompt for index in indices], tokenizer, model)
             augmenting, weight = mix
             processors.append(MixedLogits(augmenting, weight, own["input_ids"], own["attention_mask"], begins))
         with without_defaults(model):
             written = model.generate(
-                **inputs, generation_config=config, logits_processor=processors, tokenizer=tokenizer
+                **inputs,
+                past_key_values=_read_once(model, inputs["input_ids"], shared) if shared else None,
+                generation_config=config,
+                logits_processor=processors,
+                tokenizer=tokenizer,
             )
         texts = tokenizer.batch_decode(written[:, begins:], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
@@ -115,9 +151,20 @@ def hinted(examples: Sequence[Example], answers: Sequence[str]) -> tuple[Example
     return tuple(example._replace(prompt=f"Hint: {answer.strip()}\n{example.prompt}") for example, answer in pairs)
 
 
-def _padded_left(prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Tensor]:
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    return {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+def _padded(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, share: bool = False
+) -> tuple[dict[str, Tensor], int]:
+    """`input_ids` and `attention_mask`, padded on the left of what differs, and how many first tokens do not."""
+    rows, pad = tokenizer(prompts)["input_ids"], tokenizer.pad_token_id
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
+    shared = min(same, min(map(len, rows)) - 1) if share else 0
+    length = max(map(len, rows))
+    pads = [length - len(row) for row in rows]
+    inputs = {
+        "input_ids": [row[:shared] + [pad] * count + row[shared:] for row, count in zip(rows, pads, strict=True)],
+        "attention_mask": [[1] * shared + [0] * count + [1] * (length - shared - count) for count in pads],
+    }
+    return {key: torch.tensor(values, device=model.device) for key, values in inputs.items()}, shared
 
 
 def until(text: str, stop: Sequence[str]) -> str:
@@ -164,7 +211,7 @@ def negative_log_likelihoods(
     for indices in _batches(order, batch):
         inputs = _padded_right([rows[index] for index in indices], tokenizer)
         predicted = logits(inputs)[:, :-1].float().log_softmax(-1).cpu()
-        labels = inputs["labels"][:, 1:]
+        labels = inputs["labels"][:, -predicted.shape[1] :]
         labelled = labels != IGNORED
         nats = -predicted.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * labelled
         for place, index in enumerate(indices):
@@ -189,8 +236,8 @@ def reference_likelihoods(
         model: any causal language model.
         tokenizer: its tokenizer.
         task: what is asked, with the references.
-        batch: sequences at a time, as for prompts without examples.
-        few_shot: put the task's examples before each prompt.
+        batch: sequences at a time.
+        few_shot: put the task's examples before each prompt; a plain model reads them once for a batch.
         mix: `m_A` and its weight, for `mixed_logits`; `m_A` reads the prompts without the examples.
 
     Returns:
@@ -204,7 +251,8 @@ def reference_likelihoods(
         return [(nats[0], tokens) for nats, tokens in of_examples]
     examples = [example._replace(prompt=shown(before) + example.prompt) for example in task.examples]
     rows = completion_rows(examples, tokenizer, sys.maxsize, append_eos=False)
-    return negative_log_likelihoods(logits_of(model), rows, tokenizer, max(1, batch // (1 + len(before))))
+    logits = logits_after_examples(model) if before else logits_of(model)
+    return negative_log_likelihoods(logits, rows, tokenizer, batch)
 
 
 def mixture_losses(
@@ -227,9 +275,9 @@ def mixture_losses(
         few_shot: what `m_B` reads before each of them.
         weights: of `m_A`, from 0 to 1.
         tokenizer: of both.
-        batch: sequences at a time, as for prompts without examples.
+        batch: sequences at a time.
     """
-    of_examples = list(_mixtures(anchor, augmenting, examples, few_shot, weights, tokenizer, batch))
+    of_examples = _mixtures(anchor, augmenting, examples, few_shot, weights, tokenizer, batch)
     tokens = sum(count for _, count in of_examples)
     return {weight: sum(nats[i] for nats, _ in of_examples) / tokens for i, weight in enumerate(weights)}
 
@@ -243,27 +291,32 @@ def _mixtures(
     weights: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
     batch: int,
-) -> Iterator[tuple[list[float], int]]:
+) -> list[tuple[list[float], int]]:
     """Each example's nats by every mixture, and its tokens; the two models read prompts of different lengths."""
     longer = [Example(shown(before) + e.prompt, e.completion) for before, e in zip(few_shot, examples, strict=True)]
     whole = sys.maxsize  # dropping an example on one side only would pair the others wrongly
     rows = [completion_rows(read, tokenizer, whole, append_eos=False) for read in (longer, examples)]
-    batch = max(1, batch // (1 + max(map(len, few_shot))))
-    for start in range(0, len(examples), batch):
+    together: dict[tuple[Example, ...], list[int]] = {}
+    for index, before in enumerate(few_shot):
+        together.setdefault(tuple(before), []).append(index)
+    found: list[tuple[list[float], int]] = [([], 0)] * len(examples)
+    for indices in (some for alike in together.values() for some in _batches(alike, batch)):
         predicted = []
-        for model, read in zip((anchor, augmenting), rows, strict=True):
-            inputs = _padded_right(read[start : start + batch], tokenizer)
-            targets = inputs.pop("labels")[:, 1:]
+        for logits, read in zip((logits_after_examples(anchor), logits_of(augmenting)), rows, strict=True):
+            inputs = _padded_right([read[index] for index in indices], tokenizer)
+            of_positions = logits(inputs)[:, :-1]
+            targets = inputs["labels"][:, -of_positions.shape[1] :]
             labelled = targets != IGNORED
-            predicted.append(logits_of(model)(inputs)[:, :-1][labelled])
-            labels = targets[labelled].to(model.device)
+            predicted.append(of_positions[labelled])
+            labels = targets[labelled].to(of_positions.device)
         counts = labelled.sum(1).tolist()
         nats = [
             cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="none").split(counts)
             for weight in weights
         ]
-        for index, count in enumerate(counts):
-            yield [float(of_weight[index].sum()) for of_weight in nats], count
+        for place, index in enumerate(indices):
+            found[index] = [float(of_weight[place].sum()) for of_weight in nats], counts[place]
+    return found
 
 
 def mean_nll(found: Sequence[tuple[float, int]]) -> float:
