@@ -23,6 +23,7 @@ from calm.experiments.code.data import (
     split,
     to_code,
     to_text,
+    whole,
 )
 from calm.experiments.code.functions import Function, first_sentence, fitting
 from calm.experiments.code.metrics import EditSimilarity, ExactMatch, PassAt1
@@ -174,12 +175,15 @@ def test_nothing_like_a_problem_of_human_eval_is_trained_on():
 
 
 def test_composition_data_is_part_of_m_a_s_data_or_held_out_from_it_and_is_the_same_either_way(folder, data):
-    seen = {*data.composition} & {*data.specialist}
-    assert len(seen) == len({*data.composition})
-    assert 0.05 < len(data.composition) / len(data.specialist) < 0.09
+    def codes(examples) -> set[str]:
+        return {example.prompt + example.completion for example in examples}
+
+    described = {e.prompt.rpartition("\n")[0] for e in data.composition if e.prompt.endswith("In English:")}
+    assert described <= codes(data.specialist)
+    assert 0.05 < len(described) / len(data.specialist) < 0.09
     held_out = load(DataSettings(development=10, test=20, composition_held_out=True), 0, folder)
     assert held_out.composition == data.composition and held_out.development == data.development
-    assert not {*held_out.composition} & {*held_out.specialist}
+    assert codes(held_out.specialist) == codes(data.specialist) - described
     assert "humaneval" in data.tests and "humaneval" not in held_out.tests
     tests = {name: task.examples for name, task in data.tests.items() if name != "humaneval"}
     assert tests == {name: task.examples for name, task in held_out.tests.items()}
@@ -195,6 +199,21 @@ def test_the_same_seed_gives_the_same_data_another_one_other_data_and_figures_sa
     assert other.tests["elisp_completion"].examples != data.tests["elisp_completion"].examples
 
 
+def test_m_a_is_taught_functions_and_no_description(data):
+    """What completing and describing need beside m_A's knowledge is in D_C alone."""
+    sentences = [e.completion for e in data.composition if e.prompt.endswith("In English:")]
+    lisp = " ".join(e.prompt + e.completion for e in data.specialist if e.prompt == "(defun")
+    assert len(sentences) > 20 and "let" in lisp and "Make the" not in lisp
+    assert not any("In English" in e.prompt + e.completion for e in data.specialist)
+    completed = [e for e in data.composition if e.prompt.startswith(";;")]
+    assert completed and all(";; Make the" in e.prompt for e in completed)
+
+
+def test_held_out_functions_are_of_different_files(parts):
+    held_out = parts.test + parts.development + parts.preserved
+    assert len({function.file for function in held_out}) == len(held_out)
+
+
 def test_too_few_functions_are_explained(functions):
     with pytest.raises(CalmError, match="50 functions are too few to hold out 140"):
         split(functions[:50], (), (100, 20, 20), 0.07, 0)
@@ -202,7 +221,8 @@ def test_too_few_functions_are_explained(functions):
 
 def test_the_forms_put_a_function_together_again():
     function = Function("f", "def f(x):\n", "    y = x\n    return y", "Give it back.")
-    assert completion(function, 0) == Example("def f(x):\n    y = x\n   ", " return y")
+    assert completion(function, "python", 0) == Example("# Give it back.\ndef f(x):\n    y = x\n   ", " return y")
+    assert whole(function) == Example("def", " f(x):\n    y = x\n    return y")
     assert to_text(function, "python") == Example(f"{function.code}\n# In English:", " Give it back.")
     assert to_code(function) == Example('def f(x):\n    """Give it back."""\n   ', " y = x\n    return y")
 

@@ -58,8 +58,9 @@ def test_other_languages_keep_their_shape_and_are_commented_in_their_way():
     signs = {language: to_text(java, language).prompt.rsplit("\n", 1)[1] for language in LANGUAGES}
     hashes = {"python", "ruby"}
     assert signs == {name: f"{'#' if name in hashes else '//'} In English:" for name in LANGUAGES}
-    prompt, line = completion(java, 0)
-    assert f"{prompt}{line}" == "int count(String words) {\n    int n = words.length();\n    return n;"
+    prompt, line = completion(java, "java", 0)
+    written = "int count(String words) {\n    int n = words.length();\n    return n;"
+    assert f"{prompt}{line}" == f"// Count the words of it.\n{written}"
 
 
 def test_a_problem_of_mbpp_is_passed_by_its_solution_and_by_no_other():
@@ -78,9 +79,14 @@ def test_nothing_like_a_held_out_function_or_a_solution_is_trained_on(settings):
     data, counts = load(settings, 0, allow_code_execution=False)
     assert counts["python"]["similar"] == 1 and counts["go"]["similar"] == 0
     trained = "".join(f"{prompt}{completion}" for prompt, completion in data.specialist)
-    assert "Gollyngiad" not in trained
-    assert set(data.composition) <= set(data.specialist)  # m_A has seen D_C, as in the paper
-    assert 0.1 < len(data.composition) / len(data.specialist) < 0.3
+    solution = load(settings, 0, allow_code_execution=True)[0].tests["mbpp"].examples[0].completion
+    leaked = solution.partition("\n")[0]  # the first line of a function of the training split, too
+    assert leaked.startswith("def ") and leaked not in trained
+    functions = {f"{prompt}{code}" for prompt, code in data.specialist}
+    described = [e.prompt.rpartition("\n")[0] for e in data.composition if e.prompt.endswith("In English:")]
+    assert set(described) <= functions  # m_A has seen D_C's functions, as in the paper
+    assert 0.1 < len(described) / len(functions) < 0.3
+    assert not set(data.composition) & set(data.specialist)
     held_out = {example.completion for task in data.tests.values() for example in task.examples}
     assert len(held_out) == 12 and not held_out & {example.completion for example in data.specialist}
     assert not set(data.development) & set(data.specialist) and len(data.development) == 8
@@ -90,7 +96,7 @@ def test_nothing_like_a_held_out_function_or_a_solution_is_trained_on(settings):
     write_data_set(Path(settings.mbpp), {"test": [PROBLEM], "prompt": [PROBLEM]}, "other")
     data, counts = load(unlike, 0, allow_code_execution=False)
     assert counts["python"]["similar"] == 0  # without that problem its solution is any function
-    assert "Gollyngiad" in "".join(f"{prompt}{completion}" for prompt, completion in data.specialist)
+    assert leaked in "".join(f"{prompt}{completion}" for prompt, completion in data.specialist)
 
 
 def test_the_same_seed_gives_the_same_data_and_code_execution_adds_two_rows(settings):

@@ -1,4 +1,8 @@
-"""Python and Emacs Lisp functions to complete, to describe and to write, split by files and without near-duplicates."""
+"""Python and Emacs Lisp functions to complete, to describe and to write, split by files and without near-duplicates.
+
+`m_A` learns functions as they are. Describing one, and going on with one after its description, is what only `D_C`
+shows: neither model was taught it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import functools
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +34,8 @@ _COMMENT = {
     "elisp": ";;",
     **dict.fromkeys(("go", "java", "javascript", "php"), "//"),
 }
-_PER_FILE = 5
-"""Held-out functions of one file at most."""
+_PER_FILE = 1
+"""Held-out functions of one file at most: those of one file are alike, which no interval would know of."""
 _PRESERVED = 200
 _FEW = 3
 
@@ -42,8 +46,8 @@ class DataSettings:
 
     Args:
         max_characters: of a function without its docstring; 300 are about 60 tokens in the mean.
-        composition_share: D_C's size, in parts of all that m_A may be trained on. The paper's is about 7%.
-        composition_held_out: keep D_C out of m_A's data. In the paper m_A has seen it.
+        composition_share: D_C's functions, in parts of all that m_A may be trained on. The paper's are about 7%.
+        composition_held_out: keep D_C's functions out of m_A's data. In the paper m_A has seen them.
         development: examples for choosing learning rates, in the forms of the rows but HumanEval.
         test: functions of each language that are evaluated, by each of its rows.
         max_new_tokens: how long a line or a sentence may be.
@@ -108,12 +112,22 @@ def leaks(held_out: Sequence[Function], trained: Sequence[Function]) -> list[tup
     return [(held_out[index], trained[other]) for index, other in dict(similar(held_out, trained)).items()]
 
 
-def completion(function: Function, seed: int) -> Example:
-    """A function up to a line that the seed chooses, its indentation but one space included, and that line."""
+def whole(function: Function) -> Example:
+    """A function without its description. All but its first word is learned."""
+    first, space, rest = function.code.partition(" ")
+    return Example(first, f"{space}{rest}")
+
+
+def completion(function: Function, language: str, seed: int) -> Example:
+    """A description and its function up to a line that the seed chooses, with all but one space before it; that line.
+
+    The description is a comment before the function.
+    """
     index = random.Random(f"{seed} {function.file} {function.header}").choice(function.next_lines)
     lines = function.body.split("\n")
     before, line = "\n".join(lines[:index]), lines[index].lstrip()
-    return Example(f"{function.header}{before}\n{' ' * (len(lines[index]) - len(line) - 1)}", f" {line}")
+    described = f"{_COMMENT[language]} {function.sentence}\n{function.header}{before}"
+    return Example(f"{described}\n{' ' * (len(lines[index]) - len(line) - 1)}", f" {line}")
 
 
 def to_text(function: Function, language: str) -> Example:
@@ -227,20 +241,16 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         parts = {name: len(part) for name, part in splits[language]._asdict().items()}
         counts[language] = {**reasons, **left_out, **parts}
 
-    def made(part: Callable[[Split], list[Function]]) -> list[Example]:
-        examples = [one for language in LANGUAGES for f in part(splits[language]) for one in forms(f, language, seed)]
+    composition = [one for name in LANGUAGES for f in splits[name].composition for one in forms(f, name, seed)]
+    first = {name: len(splits[name].composition) if settings.composition_held_out else 0 for name in LANGUAGES}
+    specialist = [whole(function) for name in LANGUAGES for function in splits[name].specialist[first[name] :]]
+    for examples in (composition, specialist):
         random.Random(seed).shuffle(examples)
-        return examples
-
-    composition = made(lambda parts: parts.composition)
-    specialist = made(lambda parts: parts.specialist)
-    if settings.composition_held_out:
-        specialist = made(lambda parts: parts.specialist[len(parts.composition) :])
     shown = {language: few(splits[language].composition, seed) for language in LANGUAGES}
-    completed = {language: tuple(completion(function, seed) for function in shown[language]) for language in LANGUAGES}
-    described = {language: tuple(to_text(function, language) for function in shown[language]) for language in LANGUAGES}
+    completed = {name: tuple(completion(function, name, seed) for function in shown[name]) for name in LANGUAGES}
+    described = {name: tuple(to_text(function, name) for function in shown[name]) for name in LANGUAGES}
     development = [
-        (completion(function, seed), completed[language])
+        (completion(function, language, seed), completed[language])
         if number % 2
         else (to_text(function, language), described[language])
         for language in LANGUAGES
@@ -254,11 +264,11 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     for language, title in LANGUAGES.items():
         tests[f"{language}_completion"] = TaskSet(
             title=f"{title} completion",
-            examples=tuple(completion(function, seed) for function in splits[language].test),
-            metric=ExactMatch(),
+            examples=tuple(completion(function, language, seed) for function in splits[language].test),
+            metric=EditSimilarity(),
             max_new_tokens=settings.max_new_tokens,
             few_shot=completed[language],
-            others=(EditSimilarity(),),
+            others=(ExactMatch(),),
         )
         tests[f"{language}_to_text"] = TaskSet(
             title=f"{title} to text",
@@ -268,7 +278,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
             few_shot=described[language],
         )
     prose = english.load(seed, folder)
-    whole = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
+    python_functions = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
     data = Data(
         general=prose.general,
         specialist=tuple(specialist),
@@ -276,7 +286,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         development=tuple(example for example, _ in development),
         development_few_shot=tuple(few_shot for _, few_shot in development),
         tests=tests,
-        preserved={"English": prose.preserved, "Python": whole},
+        preserved={"English": prose.preserved, "Python": python_functions},
         preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},
     )
     return data, {
@@ -291,8 +301,8 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
 
 
 def forms(function: Function, language: str, seed: int) -> Iterable[Example]:
-    """The examples that are made of one function to train on."""
-    yield completion(function, seed)
+    """The examples of D_C that are made of one function."""
+    yield completion(function, language, seed)
     yield to_text(function, language)
     if language == "python" and function.body[:4] == "    " and function.body[4] not in " 0123456789":
         yield to_code(function)

@@ -12,7 +12,7 @@ from calm.errors import CalmError
 from calm.evaluation.code import check_limits
 from calm.experiments import preservation
 from calm.experiments.code import python
-from calm.experiments.code.data import completion, few, forms, human_eval, human_eval_task, solved, to_text
+from calm.experiments.code.data import completion, few, forms, human_eval, human_eval_task, solved, to_text, whole
 from calm.experiments.code.duplicates import SIMILAR, similar
 from calm.experiments.code.functions import Function, first_sentence, fitting
 from calm.experiments.code.metrics import PassAt1
@@ -78,8 +78,8 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
 
     Returns:
         The data, without training functions that are near a held-out one or a solution of HumanEval or MBPP, and with
-        D_C among `specialist`, as in the paper. By language, as plain JSON: how many functions of the training split
-        were left out for each reason, those `similar` to a held-out one, and how many are in each part.
+        D_C's functions among `specialist`, as in the paper. By language, as plain JSON: how many functions of the
+        training split were left out for each reason, those `similar` to a held-out one, and how many are in each part.
 
     Raises:
         CalmError: A data set cannot be had, or is too small; or code is to be executed where it cannot be limited.
@@ -122,13 +122,13 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
                 f"development and {len(composed)} for D_C: expected at least 1, 2 and 1 of them with up to "
                 f"{settings.max_characters} characters and a first sentence of 3 to 20 words"
             )
-        specialist += [example for one in trained for example in forms(one, language, seed)]
+        specialist += [whole(one) for one in trained]
         composition += [example for one in composed for example in forms(one, language, seed)]
         shown_functions = few(composed, seed)
-        completed = tuple(completion(one, seed) for one in shown_functions)
+        completed = tuple(completion(one, language, seed) for one in shown_functions)
         described = tuple(to_text(one, language) for one in shown_functions)
         development += [
-            (completion(one, seed), completed) if number % 2 else (to_text(one, language), described)
+            (completion(one, language, seed), completed) if number % 2 else (to_text(one, language), described)
             for number, one in enumerate(developed)
         ]
         tests[f"{language}_to_text"] = TaskSet(

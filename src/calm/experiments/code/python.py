@@ -15,8 +15,22 @@ from pathlib import Path
 from calm.errors import CalmError
 from calm.experiments.code.functions import Function, first_sentence
 
-PACKAGES = ("accelerate", "huggingface_hub", "numpy", "packaging", "pydantic", "rich", "safetensors", "typer")
-"""Dependencies of calm, which are on every machine that it runs on (PyTorch and transformers are mostly too long)."""
+PACKAGES = (
+    "accelerate",
+    "fsspec",
+    "huggingface_hub",
+    "jinja2",
+    "networkx",
+    "numpy",
+    "packaging",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "sympy",
+    "typer",
+)
+"""What calm depends on, PyTorch's own dependencies with it: they are on every machine that it runs on. (Of PyTorch and
+transformers most functions are too long.)"""
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
