@@ -84,6 +84,12 @@ def test_chat_prompt_is_what_generation_sees_and_the_last_turn_is_the_completion
         ({"text": None}, "no 'text' .its fields: text."),
         ({"text": "a b", "completion": "c"}, "no 'prompt' .its fields: completion, text."),
         ({"text": ["a b"]}, "'text' must be a string"),
+        (
+            {"text": "a b \ud83d c"},
+            r"'text' is no valid Unicode text: .* half of a character \('.ud83d'\) at .* 4",
+        ),
+        ({"prompt": "a", "completion": "\udc00"}, "'completion' is no valid Unicode text"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}, CHAT[2]]}, "'content of message 1' is no valid Unicode"),
         ({"prompt": "a", "completion": ""}, "the completion is empty"),
         ({"prompt": "a", "completion": 5}, "'completion' must be a string, got 5 .int."),
         ({"prompt": [CHAT[1]], "completion": "a"}, "under 'messages'"),

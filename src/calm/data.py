@@ -293,7 +293,19 @@ def _text_field(example: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         hint = "; a conversation goes under 'messages'" if isinstance(value, list) else ""
         raise CalmError(f"{where}: {field!r} must be a string, got {_shown(value)}{hint}")
-    return value
+    return _unicode(value, field, where)
+
+
+def _unicode(text: str, field: str, where: str) -> str:
+    """A text that tokenizers take; JSON can hold half of a character beyond U+FFFF, where a text was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalmError(
+            f"{where}: {field!r} is no valid Unicode text: it holds half of a character ({text[error.start]!a}) at "
+            f"position {error.start}; write the whole character or leave it out"
+        ) from error
+    return text
 
 
 def _tokenize_pair(
@@ -327,6 +339,7 @@ def _render_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, where: str) 
                     f"{where}: message {number} needs {field!r}, a string "
                     f'({{"role": "user", "content": "..."}}), got {_shown(message)}'
                 )
+            _unicode(message[field], f"{field} of message {number}", where)
     if messages[-1]["role"] != "assistant":
         raise CalmError(
             f"{where}: the last message must be the assistant's, since it is the completion; its role is "

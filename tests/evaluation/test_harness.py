@@ -124,6 +124,10 @@ def test_the_seed_chooses_the_examples(composed_folder: Path):
     first = prompts(1)
     assert first != prompts(2)
     assert first == prompts(1)
+    for seed in range(1, 9):
+        for prompt in prompts(seed):
+            shown, _, question = prompt.rpartition("\n")
+            assert question not in [line[: len(question)] for line in shown.split("\n")], "its own answer is not shown"
 
 
 def test_chat_templates_change_the_prompt(composed_folder: Path):

