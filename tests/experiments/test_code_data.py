@@ -204,6 +204,7 @@ def test_m_a_is_taught_functions_and_no_description(data):
     sentences = [e.completion for e in data.composition if e.prompt.endswith("In English:")]
     lisp = " ".join(e.prompt + e.completion for e in data.specialist if e.prompt == "(defun")
     assert len(sentences) > 20 and "let" in lisp and "Make the" not in lisp
+    assert all(e.prompt.strip() and e.completion for e in data.specialist)
     assert not any("In English" in e.prompt + e.completion for e in data.specialist)
     completed = [e for e in data.composition if e.prompt.startswith(";;")]
     assert completed and all(";; Make the" in e.prompt for e in completed)

@@ -114,8 +114,9 @@ def leaks(held_out: Sequence[Function], trained: Sequence[Function]) -> list[tup
 
 def whole(function: Function) -> Example:
     """A function without its description. All but its first word is learned."""
-    first, space, rest = function.code.partition(" ")
-    return Example(first, f"{space}{rest}")
+    first = function.code.split(maxsplit=1)[0]
+    end = function.code.index(first) + len(first)  # some begin with spaces, since a line in them has none
+    return Example(function.code[:end], function.code[end:])
 
 
 def completion(function: Function, language: str, seed: int) -> Example:
