@@ -84,8 +84,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     Args:
         recipe: From `load_recipe`.
         resume: Go on from the last checkpoint in the recipe's `output_dir`. The losses are then those that the
-            uninterrupted run would have had. The models are taken from where the recipe says they are now; other
-            weights are refused.
+            uninterrupted run would have had. If the recipe has changed, with a warning, it holds from then on. The
+            models are taken from where the recipe says they are now; other weights are refused.
 
     Returns:
         What was done; `training_log.json` in `output_dir` has the same, every logged loss and the recipe.
@@ -426,7 +426,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         load_best_model_at_end=evaluates,
         metric_for_best_model="loss" if evaluates else None,
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         seed=training.seed,
         bf16=training.bf16,
         fp16=training.fp16,
