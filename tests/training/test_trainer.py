@@ -291,6 +291,23 @@ def test_rates_are_the_recipes_after_a_resume(make_recipe: MakeRecipe, die_at: D
     assert {step: logged[step] for step in used} == {step: groups[0][0] for step, groups in used.items()}
 
 
+def test_the_log_of_an_older_run_is_not_taken_for_that_of_a_new_one(make_recipe: MakeRecipe, die_at: DieAt):
+    """Whose checkpoints were deleted; nothing of it is lost unless its log is deleted, too."""
+    recipe = make_recipe(evaluates=False)
+    out = Path(recipe.training.output_dir)
+    trainer.train(recipe)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = (out / "training_log.json").read_bytes()
+    with pytest.raises(CalmError, match=r"already holds a finished run \(its training_log.json, .*delete that file"):
+        trainer.train(recipe)
+    assert (out / "training_log.json").read_bytes() == before
+    (out / "training_log.json").unlink()
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(recipe)
+    assert trainer.train(recipe, resume=True).resumed_from == 4
+
+
 def full_disk_in_torch_save(patch: pytest.MonkeyPatch) -> None:
     original = torch.save
 

@@ -92,8 +92,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
 
     Raises:
         CalmError: If the data cannot be used, if the models do not fit together, if `output_dir` already holds
-            checkpoints (without `resume`) or none (with it), if a checkpoint cannot be written, or if the loss is not
-            a finite number.
+            checkpoints or the log of a finished run (without `resume`) or no checkpoints (with it), if a checkpoint
+            cannot be written, or if the loss is not a finite number.
         TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     output_dir = Path(recipe.training.output_dir).absolute()
@@ -201,6 +201,11 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes:
             raise CalmError(
                 f"{output_dir} already holds a run's checkpoints (the last is {Path(last).name}); resume it with "
                 "--resume (in Python: resume=True), or give another training.output_dir"
+            )
+        if (output_dir / LOG_FILE).exists():  # a later resume would take it for the log of the run that begins here
+            raise CalmError(
+                f"{output_dir} already holds a finished run (its {LOG_FILE}, though no checkpoint); give another "
+                "training.output_dir, or delete that file to have the new run replace the old one's model"
             )
         return None
     if last is None:
