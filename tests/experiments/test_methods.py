@@ -171,6 +171,12 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
     def with_another() -> dict:
         return run(data, alone, 0, cell, shared, Console(file=shown, width=200), {"composed": other})["composed"]
 
+    rate = f"{outcomes['composed']['training']['learning_rate']:g}"
+    for step in ("composed", f"composed/{rate}"):  # trained to its end, but not measured
+        (cell / f"{step}.json").unlink()
+    redone = run(data, alone, 0, cell, shared, Console(file=shown, width=200))
+    assert redone["composed"]["nll"] == outcomes["composed"]["nll"]
+
     with monkeypatch.context() as patched:
         patched.setattr(training, "train_composition", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bases import byte_tokenizer, save_base, sums, write_jsonl
 from safetensors.torch import load_file, save_file
 
+import calm
 from calm import sources
+from calm.data import CompletionCollator, load_examples
 from calm.errors import CalmError
 from calm.training import Recipe, augmenting_outputs, trainer
 from calm.training.recipe import check_recipe
@@ -161,6 +167,87 @@ def test_a_directory_that_is_cut_off_is_refused(tmp_path: Path, bases: dict[str,
             opened.truncate(100)
     with pytest.raises(CalmError, match=r"outputs.bin has 100 bytes, expected .*: it is damaged; delete"):
         trainer.train(recipe_in(tmp_path, bases, "second", **common))
+
+
+Keep = Callable[..., augmenting_outputs.KeptOutputs]
+
+
+@pytest.fixture
+def keep(tmp_path: Path, bases: dict[str, str]) -> Keep:
+    """Keeps the outputs for ten examples, two at a time."""
+    tokenizer = byte_tokenizer()
+    rows = load_examples(write_jsonl(tmp_path / "kept.jsonl", sums(10)), tokenizer, max_length=64)
+    model = calm.compose(bases["anchor"], bases["augmenting"], connections=2)
+    collator = CompletionCollator.for_tokenizer(tokenizer)
+    return partial(augmenting_outputs.keep, model, rows, collator, Accelerator(cpu=True), 2)
+
+
+def call_at_the_third_batch(patch: pytest.MonkeyPatch, call: Callable[[], None]) -> None:
+    original, batches = augmenting_outputs._outputs, []
+
+    def outputs(*args: Any) -> dict[str, torch.Tensor]:
+        batches.append(args)
+        if len(batches) == 3:
+            call()
+        return original(*args)
+
+    patch.setattr(augmenting_outputs, "_outputs", outputs)
+
+
+def test_runs_that_keep_the_same_at_once_leave_one_another_alone(
+    tmp_path: Path, keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins and comes half-way while the first is half-way, and ends after it: both have all outputs."""
+    expected = keep().states
+    path = tmp_path / "shared" / "key"
+    half_way, first_is_done = threading.Event(), threading.Event()
+    found: dict[str, torch.Tensor] = {}
+
+    def wait() -> None:
+        half_way.set()
+        assert first_is_done.wait(60)
+
+    def run_second() -> None:
+        try:
+            found["second"] = keep(path).states
+        finally:
+            half_way.set()
+
+    second = threading.Thread(target=run_second)
+
+    def start_second() -> None:
+        call_at_the_third_batch(monkeypatch, wait)
+        second.start()
+        assert half_way.wait(60)
+
+    call_at_the_third_batch(monkeypatch, start_second)
+    try:
+        found["first"] = keep(path).states
+    finally:
+        first_is_done.set()
+        second.join(60)
+    assert found.keys() == {"first", "second"}
+    assert all(torch.equal(states, expected) for states in found.values())
+    assert [entry.name for entry in path.parent.iterdir()] == ["key"]
+
+
+def test_only_a_killed_run_leaves_a_folder_which_the_next_one_names(
+    tmp_path: Path, keep: Keep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not deleted: another computer may be writing it."""
+    left = tmp_path / "shared" / ".unfinished-key-of-another-run"
+    left.mkdir(parents=True)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        call_at_the_third_batch(patch, interrupt)
+        keep(left.with_name("key"))
+    assert list(left.parent.iterdir()) == [left]
+    keep(left.with_name("key"))
+    assert {entry.name for entry in left.parent.iterdir()} == {"key", left.name}
+    assert f"delete what killed ones left: {left}" in caplog.text
 
 
 def test_no_space_left(tmp_path: Path, bases: dict[str, str], small_disk: Path) -> None:

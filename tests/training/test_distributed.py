@@ -140,6 +140,16 @@ def test_one_example_on_two_processes(recipe: dict[str, Any], tmp_path: Path) ->
     assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
 
 
+def test_two_processes_keep_the_augmenting_outputs_together(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["training"] |= {"max_steps": 4}
+    train(recipe, tmp_path / "one", 1)
+    recipe["data"] |= {"augmenting_outputs": "disk", "augmenting_outputs_dir": str(tmp_path / "kept")}
+    for folder in (tmp_path / "two", tmp_path / "again"):  # which finds them
+        train(recipe, folder, 2)
+        assert history(folder) == pytest.approx(history(tmp_path / "one"), rel=1e-4)
+    assert sorted(len(path.name) for path in (tmp_path / "kept").iterdir()) == [32, 32], "keys, and nothing unfinished"
+
+
 def test_quantized_bases_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Which torchao's weights, unlike others, cannot be sent from one process to another."""
     recipe["quantization"] = "int8"

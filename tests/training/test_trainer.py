@@ -262,6 +262,50 @@ def test_early_stop_keeps_the_best_model_and_its_patience_survives_a_resume(
         trainer.train(halves)
     resumed = trainer.train(halves, resume=True)
     assert (resumed.steps, resumed.best_step, resumed.eval_loss) == (result.steps, best, result.eval_loss)
+    patient = make_recipe("halves", **settings | {"early_stopping_patience": 5}, save_steps=2)
+    assert trainer.train(patient, resume=True).steps == best + 2 * 5, "the recipe's patience, and three waited already"
+
+
+def test_rates_are_the_recipes_after_a_resume(make_recipe: MakeRecipe, die_at: DieAt, monkeypatch: pytest.MonkeyPatch):
+    """From the first step on and in each group of weights, as in a run that had them from the beginning."""
+    used: dict[int, list[tuple[float, float]]] = {}
+    original = trainer.CompositionTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        groups = self.optimizer.param_groups
+        used[self.state.global_step + 1] = [(group["lr"], group["weight_decay"]) for group in groups]
+        return original(self, *args, **kwargs)
+
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(make_recipe("halves", evaluates=False))
+    monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)
+    changed = {"evaluates": False, "learning_rate": 3e-3, "weight_decay": 0.1, "lr_scheduler": "linear"}
+    whole, halves = make_recipe("whole", **changed), make_recipe("halves", **changed)
+    trainer.train(whole)
+    expected = {step: rates for step, rates in used.items() if step > 4}
+    used.clear()
+    assert trainer.train(halves, resume=True).resumed_from == 4
+    assert used == expected
+    assert [decay for _, decay in used[5]] == [0.1, 0.0]
+    logged = losses(halves)["learning_rate"]
+    assert {step: logged[step] for step in used} == {step: groups[0][0] for step, groups in used.items()}
+
+
+def test_the_log_of_an_older_run_is_not_taken_for_that_of_a_new_one(make_recipe: MakeRecipe, die_at: DieAt):
+    """Whose checkpoints were deleted; nothing of it is lost unless its log is deleted, too."""
+    recipe = make_recipe(evaluates=False)
+    out = Path(recipe.training.output_dir)
+    trainer.train(recipe)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = (out / "training_log.json").read_bytes()
+    with pytest.raises(CalmError, match=r"already holds a finished run \(its training_log.json, .*delete that file"):
+        trainer.train(recipe)
+    assert (out / "training_log.json").read_bytes() == before
+    (out / "training_log.json").unlink()
+    with die_at(6), pytest.raises(Killed):
+        trainer.train(recipe)
+    assert trainer.train(recipe, resume=True).resumed_from == 4
 
 
 def full_disk_in_torch_save(patch: pytest.MonkeyPatch) -> None:

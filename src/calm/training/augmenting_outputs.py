@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import cached_file
@@ -29,8 +32,11 @@ if TYPE_CHECKING:
 
     from calm.model import CalmForCausalLM
 
+logger = logging.getLogger(__name__)
+
 STATES_FILE = "outputs.bin"
 DESCRIPTION_FILE = "outputs.json"
+UNFINISHED = ".unfinished-"
 FORMAT = 1
 
 
@@ -110,8 +116,12 @@ def key_of(augmenting: Mapping[str, str], layers: Mapping[str, list[int]], rows:
 
 
 def is_kept(path: Path) -> bool:
-    """Whether a directory holds the outputs of a whole data set."""
-    return (path / DESCRIPTION_FILE).is_file()
+    """Whether a directory holds the outputs of a whole data set.
+
+    Every process calls it, and all get the first one's answer: another run may keep them at any moment.
+    """
+    answer: bool = broadcast_object_list([(path / DESCRIPTION_FILE).is_file()])[0]
+    return answer
 
 
 def references(path: Path) -> dict[str, Any]:
@@ -152,6 +162,9 @@ def keep(
     path: Path | None = None,
 ) -> KeptOutputs:
     """Run the augmenting models over a data set once and keep what their connected layers put out (issue 3).
+
+    Several runs may do so for one `path` at once: each writes into a hidden directory of its own beside it, and what
+    is complete first stays. Only a run that is killed leaves its hidden directory; the next one names it in a warning.
 
     Args:
         model: The composition, its augmenting models loaded.
@@ -194,11 +207,13 @@ def keep(
             kept[starts[index] : starts[index + 1]] = states
         return KeptOutputs(kept, widths, starts)
 
-    staging = path.with_name(f".{path.name}")
+    own = broadcast_object_list([uuid.uuid4().hex])[0]  # of this run, and in all of its processes the same
+    staging = path.with_name(f"{UNFINISHED}{path.name}-{own}")
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-            staging.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _warn_of_unfinished(path.parent)
+            staging.mkdir()
             (staging / STATES_FILE).touch()
         accelerator.wait_for_everyone()
         with (staging / STATES_FILE).open("r+b") as file:
@@ -215,16 +230,31 @@ def keep(
                 "augmenting_references": model.config.augmenting_references,
             }
             (staging / DESCRIPTION_FILE).write_text(json.dumps(description))
-            os.replace(staging, path)
+            try:
+                os.replace(staging, path)
+            except OSError:
+                if not (path / DESCRIPTION_FILE).is_file():  # else another run was first, with the same outputs
+                    raise
+        accelerator.wait_for_everyone()  # until they are where all look for them
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         size = int(starts[-1]) * sum(widths.values()) * dtype.itemsize
         raise CalmError(
             f"the augmenting models' outputs, {size:,} bytes, could not be written to {path.parent}: {error}; make "
             "room, or give another data.augmenting_outputs_dir, or augmenting_outputs: recompute"
         ) from error
-    accelerator.wait_for_everyone()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return open_kept(path, rows)
+
+
+def _warn_of_unfinished(directory: Path) -> None:
+    """Name what other runs have begun there; no file system that is shared tells for certain whether they live."""
+    if unfinished := sorted(map(str, directory.glob(f"{UNFINISHED}*"))):
+        logger.warning(
+            "unfinished outputs of augmenting models, of runs that are at it now or were killed; delete what killed "
+            "ones left: %s",
+            ", ".join(unfinished),
+        )
 
 
 def _starts(rows: list[Row]) -> np.ndarray:

@@ -16,8 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
@@ -38,6 +39,7 @@ class CompositionTrainer(Trainer):
     """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
 
     _staging: str | None = None
+    _rates: list[dict[str, float]]
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -162,6 +164,14 @@ class CompositionTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer; remembers each group's rates, which are the recipe's until a checkpoint is loaded."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if isinstance(scheduler, LambdaLR):
+            groups = self.optimizer.param_groups
+            self._rates = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in groups]
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer; a state that is missing, damaged or of other weights is an error before the first step."""
         try:
@@ -173,7 +183,10 @@ class CompositionTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:  # of the file system, of unpickling, of the optimiser: it depends on the damage
             raise _unfit_optimizer(checkpoint, f"it cannot be read: {error}") from error
-        if checkpoint is None or self.is_deepspeed_enabled:  # which loads it with the model
+        if checkpoint is None:
+            return
+        self._take_rates_from_recipe()
+        if self.is_deepspeed_enabled:  # which loads the optimiser with the model
             return
         if not self.optimizer.state:
             raise _unfit_optimizer(checkpoint, "it is not there")
@@ -185,6 +198,30 @@ class CompositionTrainer(Trainer):
                         f"{name!r} has shape {tuple(value.shape)} for a weight of shape {tuple(weight.shape)}: it is "
                         "that of another composition",
                     )
+
+    def _take_rates_from_recipe(self) -> None:
+        """Take learning rate and weight decay from the recipe, not from a resumed checkpoint.
+
+        Where DeepSpeed's own configuration names the optimiser or the scheduler, they stay the checkpoint's.
+        """
+        schedule = self.lr_scheduler
+        if not isinstance(schedule, LambdaLR):
+            return
+        schedule.base_lrs = [rates["initial_lr"] for rates in self._rates]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rates, now in zip(self.optimizer.param_groups, self._rates, schedule._last_lr, strict=True):
+            group.update(rates, lr=now)
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer; how long early stopping has waited is the checkpoint's, how long it may is the recipe's."""
+        patience = [callback.early_stopping_patience for callback in self._early_stopping()]
+        super()._load_callback_state()
+        for callback, told in zip(self._early_stopping(), patience, strict=True):
+            callback.early_stopping_patience = told
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save every new best model, also between the regular checkpoints."""

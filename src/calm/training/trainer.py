@@ -84,16 +84,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     Args:
         recipe: From `load_recipe`.
         resume: Go on from the last checkpoint in the recipe's `output_dir`. The losses are then those that the
-            uninterrupted run would have had. The models are taken from where the recipe says they are now; other
-            weights are refused.
+            uninterrupted run would have had. If the recipe has changed, with a warning, it holds from then on. The
+            models are taken from where the recipe says they are now; other weights are refused.
 
     Returns:
         What was done; `training_log.json` in `output_dir` has the same, every logged loss and the recipe.
 
     Raises:
         CalmError: If the data cannot be used, if the models do not fit together, if `output_dir` already holds
-            checkpoints (without `resume`) or none (with it), if a checkpoint cannot be written, or if the loss is not
-            a finite number.
+            checkpoints or the log of a finished run (without `resume`) or no checkpoints (with it), if a checkpoint
+            cannot be written, or if the loss is not a finite number.
         TrainingInterrupted: After Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     output_dir = Path(recipe.training.output_dir).absolute()
@@ -201,6 +201,11 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes:
             raise CalmError(
                 f"{output_dir} already holds a run's checkpoints (the last is {Path(last).name}); resume it with "
                 "--resume (in Python: resume=True), or give another training.output_dir"
+            )
+        if (output_dir / LOG_FILE).exists():  # a later resume would take it for the log of the run that begins here
+            raise CalmError(
+                f"{output_dir} already holds a finished run (its {LOG_FILE}, though no checkpoint); give another "
+                "training.output_dir, or delete that file to have the new run replace the old one's model"
             )
         return None
     if last is None:
@@ -426,7 +431,7 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
         load_best_model_at_end=evaluates,
         metric_for_best_model="loss" if evaluates else None,
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         seed=training.seed,
         bf16=training.bf16,
         fp16=training.fp16,

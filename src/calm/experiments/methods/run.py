@@ -281,8 +281,9 @@ class _Run:
         return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
     def _fit(self, method: str, rate: float, folder: Path, trained_as: str) -> Outcome:
-        if folder.exists() and read_json(folder / "trained_as.json", None) != trained_as:
-            _remove(folder)  # an interrupted training with other settings or data is not gone on with
+        begun = any(folder.glob("checkpoint-*")) and read_json(folder / "trained_as.json", None) == trained_as
+        if folder.exists() and not begun:
+            _remove(folder)  # a training that is over, or had other settings or data, is not gone on with
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "trained_as.json", trained_as)
         started = time.perf_counter()
