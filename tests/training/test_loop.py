@@ -1,8 +1,9 @@
-"""The loop's own parts: statistics of the logged step."""
+"""The loop's own parts: steps that fp16's scaler skips, statistics of the logged step."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from bases import sums, write_jsonl
+from safetensors.torch import load_file
 
+from calm.errors import CalmError
 from calm.training import Recipe, trainer
 from calm.training.loop import CompositionTrainer, SaveAndStop
 from calm.training.recipe import check_recipe
@@ -51,6 +54,81 @@ def in_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int, torch.nn.Module
         return loss
 
     monkeypatch.setattr(CompositionTrainer, "training_step", training_step)
+
+
+def scale_gradients(monkeypatch: pytest.MonkeyPatch, init_scale: float) -> None:
+    """Scale as with fp16 on a GPU, by torch's scaler for CPUs: accelerate makes none there. It computes in float32."""
+    original = CompositionTrainer.create_accelerator_and_postprocess
+
+    def create(self: Any) -> None:
+        original(self)
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        self.accelerator.scaler = scaler
+        self.accelerator.unscale_gradients = lambda *args: scaler.unscale_(self.optimizer.optimizer)
+
+    monkeypatch.setattr(CompositionTrainer, "create_accelerator_and_postprocess", create)
+
+
+def overflow(model: torch.nn.Module) -> None:
+    next(weight for weight in model.parameters() if weight.grad is not None).grad.view(-1)[0] = math.inf
+
+
+def weights(recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    return load_file(Path(recipe.training.output_dir, f"checkpoint-{step}", "model.safetensors"))
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_skipped(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights stay, the scale is halved, and a resumed run goes on with that scale."""
+    scale_gradients(monkeypatch, init_scale=2.0**16)
+    ends = [RuntimeError("killed")]
+
+    def act(step: int, model: torch.nn.Module) -> None:
+        if step == 7 and ends:
+            raise ends.pop()
+        if step in (1, 4, 8):
+            overflow(model)
+
+    in_step(monkeypatch, act)
+    recipe = make_recipe(max_steps=9, log_steps=1, save_steps=1, keep_checkpoints=99)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.train(recipe)
+    assert trainer.train(recipe, resume=True).resumed_from == 6
+
+    logs = history(recipe)
+    assert list(logs) == list(range(1, 10))
+    assert all(math.isfinite(value) for log in logs.values() for value in log.values())
+    assert [step for step, log in logs.items() if "grad_norm" not in log] == [1, 4, 8]
+    assert all(("connection_0/gradient" in log) == ("grad_norm" in log) for log in logs.values())
+    saved = [weights(recipe, step) for step in range(1, 10)]
+    same = [all(torch.equal(weight, saved[at][name]) for name, weight in saved[at - 1].items()) for at in range(1, 9)]
+    assert [step for step, stays in enumerate(same, start=2) if stays] == [4, 8]
+    scaler = torch.load(Path(recipe.training.output_dir, "checkpoint-9", "scaler.pt"), weights_only=True)
+    assert scaler["scale"] == 2.0 ** (16 - 3)
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale_gradients(monkeypatch, init_scale=4.0)  # then 2, 1, 0.5
+    in_step(monkeypatch, lambda step, model: overflow(model))
+    with pytest.raises(CalmError, match=r"at step 4 \(the gradient's norm is inf, with fp16's scale at 0.5\).*fp16"):
+        trainer.train(make_recipe(max_steps=9))
+
+
+def test_a_loss_that_is_not_a_number_is_not_skipped(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_gradients(monkeypatch, init_scale=2.0**16)
+    with pytest.raises(CalmError, match=r"not a number at step 2 \(.*fp16's scale at 65536\)"):
+        trainer.train(make_recipe(max_steps=9, learning_rate=1e38, warmup=0, max_grad_norm=1e30))
+
+
+def test_fp16_without_a_gpu_is_refused_at_once(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    recipe = make_recipe(fp16=True)
+    with pytest.raises(CalmError, match=r"training.fp16 = True: .*needs a GPU.*expected bf16: true"):
+        trainer.train(recipe)
+    assert not Path(recipe.training.output_dir).exists()
 
 
 def test_the_last_step_is_measured_whatever_is_logged(make_recipe: MakeRecipe) -> None:

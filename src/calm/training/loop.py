@@ -61,6 +61,8 @@ class CompositionTrainer(Trainer):
             measured = (c.values for c in self.callback_handler.callbacks if isinstance(c, ConnectionStatistics))
             for values in measured:
                 logs |= values
+        if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that the scaler skips: it has no gradients
+            logs = {name: value for name, value in logs.items() if not name.endswith(("grad_norm", "/gradient"))}
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -208,15 +210,28 @@ class CompositionTrainer(Trainer):
         return trained
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
-        """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights."""
+        """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights.
+
+        With fp16 it may be no more than scaled too high: then the scaler skips the step and halves its scale.
+        """
         norm: torch.Tensor | float = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
-                f"is {float(norm)}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
-                "if it happens at the first step, look for extreme weights in the models or use dtype: float32"
-            )
-        return norm
+        if math.isfinite(norm) or self._scale_is_too_high():
+            return norm
+        scaler = self.accelerator.scaler
+        scaled = "" if scaler is None else f", with fp16's scale at {scaler.get_scale():g}"
+        raise DivergedError(
+            f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
+            f"is {float(norm)}{scaled}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
+            "if it happens at the first step, look for extreme weights in the models or use dtype: float32 without fp16"
+        )
+
+    def _scale_is_too_high(self) -> bool:
+        """Whether a gradient that overflowed says no more than that fp16 scales it too high."""
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:  # below 1 the gradient itself is more than float16 holds
+            return False
+        loss = self.accelerator.reduce(self._tr_loss, "sum")  # of all processes, of which none may go on alone
+        return bool(loss.isfinite())
 
 
 class SortedSteps(Sampler[int]):

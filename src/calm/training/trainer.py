@@ -403,6 +403,11 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     training, evaluates = recipe.training, recipe.data.eval is not None
     if training.activation_checkpointing:
         check_activation_checkpointing()
+    if training.fp16 and not torch.accelerator.is_available():  # accelerate would leave it out without a word
+        raise CalmError(
+            "training.fp16 = True: float16 with scaled gradients needs a GPU, and torch finds none here; expected "
+            "bf16: true, which a CPU can do, or neither"
+        )
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=training.epochs or 3.0,
