@@ -1,4 +1,4 @@
-"""The loop's own parts: steps that fp16's scaler skips, statistics of the logged step."""
+"""The loop's own parts: steps that fp16's scaler skips, rows that fill up batches, statistics of the logged step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import factories
+import numpy as np
 import pytest
 import torch
-from bases import sums, write_jsonl
+from bases import byte_tokenizer, sums, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import calm
+from calm.data import CompletionCollator, load_examples, pack
 from calm.errors import CalmError
 from calm.training import Recipe, trainer
-from calm.training.loop import CompositionTrainer, SaveAndStop
+from calm.training.loop import CompositionTrainer, SaveAndStop, SortedSteps, WholeBatches
 from calm.training.recipe import check_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -153,3 +159,32 @@ def test_a_step_that_is_logged_unforeseen_shows_no_other_steps_statistics(
     logs = logged(Path(recipe.training.output_dir, "checkpoint-6", "trainer_state.json"), "log_history")
     assert list(logs) == [5, 6]
     assert [any("connection_" in name for name in log) for log in logs.values()] == [True, False]
+
+
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 3))
+def test_batches_are_filled_up_behind_the_last_row(lengths: list[int], batch_size: int, accumulation: int) -> None:
+    """Every process gets whole batches, and the rows come in the order that they have without fillers."""
+    rows = [{"input_ids": np.arange(length), "labels": np.arange(length)} for length in lengths]
+    filled = WholeBatches(rows, batch_size)
+    assert len(filled) % batch_size == 0 and len(filled) - len(rows) < batch_size
+    found = list(filled)
+    assert len(found) == len(filled) and all(a is b for a, b in zip(rows, found, strict=False))
+    assert all((row["labels"] == -100).all() and len(row["input_ids"]) == min(lengths) for row in filled.fillers)
+    sizes = [len(row["input_ids"]) for row in found]
+    order = list(SortedSteps(sizes, batch_size * accumulation, 0, fillers=len(filled.fillers)))
+    assert order == [*SortedSteps(lengths, batch_size * accumulation, 0), *range(len(rows), len(filled))]
+
+
+@pytest.mark.parametrize(("attend", "packing"), [("causal", False), ("causal", True), ("prompt", False)])
+def test_a_batch_of_fillers_alone_adds_nothing(
+    tiny_bases: dict[str, str], tmp_path: Path, attend: str, packing: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    rows = load_examples(write_jsonl(tmp_path / "x.jsonl", sums(5)), tokenizer, max_length=64)
+    fillers = WholeBatches(pack(rows, 24) if packing else rows, 16).fillers
+    model = factories.perturb(calm.compose(tiny_bases["anchor"], tiny_bases["augmenting"], 2, attend=attend)).train()
+    batch = CompletionCollator.for_tokenizer(tokenizer)(fillers[:2])
+    loss = model(**batch, skip_logits=True, num_items_in_batch=torch.tensor(3)).loss
+    loss.backward()
+    assert loss == 0
+    assert all((weight.grad == 0).all() for weight in model.connections.parameters()), "zero, but there: others wait"

@@ -8,15 +8,16 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -24,12 +25,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from calm import sharding
 from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
-from calm.data import IGNORED
+from calm.data import IGNORED, Row
 from calm.errors import CalmError, DivergedError
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
+
+    from calm.training.augmenting_outputs import RowsWithOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,8 @@ class CompositionTrainer(Trainer):
         """Steps of examples in an order that depends on seed and epoch alone, however a step is cut into batches."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed)
+        fillers = len(rows.fillers) if isinstance(rows, WholeBatches) else 0
+        self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed, fillers)
         return self._order
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -234,6 +238,32 @@ class CompositionTrainer(Trainer):
         return bool(loss.isfinite())
 
 
+class WholeBatches(Dataset[Row]):
+    """Rows, and behind them fillers without labels, with which all processes' batches are equally full.
+
+    Without them accelerate takes rows from the beginning once more: their tokens would count twice, in the gradients of
+    an epoch's last step and in the evaluation loss.
+
+    Args:
+        rows: The data.
+        batch_size: Rows of a batch of all processes together.
+    """
+
+    def __init__(self, rows: Sequence[Row] | RowsWithOutputs, batch_size: int) -> None:
+        self.rows = rows
+        shortest = rows[min(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))]
+        filler = {**shortest, "labels": np.full_like(shortest["labels"], IGNORED)}
+        self.fillers = [filler] * (-len(rows) % batch_size)
+
+    def __len__(self) -> int:
+        """How many rows there are, fillers included."""
+        return len(self.rows) + len(self.fillers)
+
+    def __getitem__(self, index: int) -> Row:
+        """A row or, behind the last one, a filler."""
+        return self.rows[index] if index < len(self.rows) else self.fillers[index - len(self.rows)]
+
+
 class SortedSteps(Sampler[int]):
     """Draws the examples of each optimiser step at random and sorts them by length, so that its batches pad little.
 
@@ -245,10 +275,11 @@ class SortedSteps(Sampler[int]):
         lengths: Tokens of each example.
         step_size: Examples of an optimiser step, on all processes together.
         seed: With the epoch it decides the order, so that a resumed run goes on in the order of the first one.
+        fillers: How many of the last examples only fill up batches (see `WholeBatches`): an epoch ends with them.
     """
 
-    def __init__(self, lengths: list[int], step_size: int, seed: int) -> None:
-        self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, 0
+    def __init__(self, lengths: list[int], step_size: int, seed: int, fillers: int = 0) -> None:
+        self.lengths, self.step_size, self.seed, self.fillers, self.epoch = lengths, step_size, seed, fillers, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate when an epoch begins."""
@@ -261,8 +292,10 @@ class SortedSteps(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """The indices of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = torch.randperm(len(self), generator=generator).tolist()
-        drawn.insert(0, drawn.pop(max(range(len(self)), key=lambda at: self.lengths[drawn[at]])))
+        real = len(self) - self.fillers
+        drawn = torch.randperm(real, generator=generator).tolist()
+        drawn.insert(0, drawn.pop(max(range(real), key=lambda at: self.lengths[drawn[at]])))
+        drawn += range(real, len(self))
         for begin in range(0, len(self), self.step_size):
             yield from sorted(drawn[begin : begin + self.step_size], key=lambda index: -self.lengths[index])
 
