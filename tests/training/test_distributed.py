@@ -47,18 +47,18 @@ def start(processes: int, *command: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    """12 steps of 4 examples; no dropout, whose random states are each process's own."""
+    """12 steps of 4 examples, which do not fill the last batches; no dropout: random states are each process's own."""
     bases = {
         role: str(save_base(tmp_path / role, byte_tokenizer(), seed=seed, attention_dropout=0.0))
         for seed, role in enumerate(("anchor", "augmenting"))
     }
     data = {
         name: str(write_jsonl(tmp_path / f"{name}.jsonl", sums(count, seed=count)))
-        for name, count in (("train", 22), ("eval", 5))
+        for name, count in (("train", 21), ("eval", 5))
     }
     training = {
         "max_steps": 12,
-        "per_device_batch_size": 1,
+        "per_device_batch_size": 2,
         "log_steps": 1,
         "eval_steps": 4,
         "save_steps": 4,
@@ -69,9 +69,9 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 
 def calm_train(recipe: dict[str, Any], folder: Path, processes: int) -> list[str]:
     """The command `calm train`, for four examples a step in that many processes."""
-    recipe = recipe | {
-        "training": recipe["training"] | {"output_dir": str(folder), "gradient_accumulation": 4 // processes}
-    }
+    training = recipe["training"]
+    accumulation = 4 // processes // training["per_device_batch_size"]
+    recipe = recipe | {"training": training | {"output_dir": str(folder), "gradient_accumulation": accumulation}}
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe))
     return ["--no-python", str(Path(sys.executable).with_name("calm")), "train", str(file)]
@@ -148,6 +148,16 @@ def test_two_processes_keep_the_augmenting_outputs_together(recipe: dict[str, An
         train(recipe, folder, 2)
         assert history(folder) == pytest.approx(history(tmp_path / "one"), rel=1e-4)
     assert sorted(len(path.name) for path in (tmp_path / "kept").iterdir()) == [32, 32], "keys, and nothing unfinished"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_kept_outputs_on_two_processes(recipe: dict[str, Any], tmp_path: Path, packing: bool) -> None:
+    """Also of the rows that fill up batches."""
+    recipe["data"] |= {"augmenting_outputs": "disk", "packing": packing, "max_length": 24}
+    recipe["training"] |= {"max_steps": 8}
+    train(recipe, tmp_path / "one", 1)
+    train(recipe, tmp_path / "two", 2)
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=1e-4)
 
 
 def test_quantized_bases_on_two_processes(recipe: dict[str, Any], tmp_path: Path) -> None:

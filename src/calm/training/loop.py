@@ -8,16 +8,17 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -25,12 +26,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from calm import sharding
 from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
-from calm.data import IGNORED
+from calm.data import IGNORED, Row
 from calm.errors import CalmError, DivergedError
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState
+
+    from calm.training.augmenting_outputs import RowsWithOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +66,16 @@ class CompositionTrainer(Trainer):
             measured = (c.values for c in self.callback_handler.callbacks if isinstance(c, ConnectionStatistics))
             for values in measured:
                 logs |= values
+        if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that the scaler skips: it has no gradients
+            logs = {name: value for name, value in logs.items() if not name.endswith(("grad_norm", "/gradient"))}
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Steps of examples in an order that depends on seed and epoch alone, however a step is cut into batches."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed)
+        fillers = len(rows.fillers) if isinstance(rows, WholeBatches) else 0
+        self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed, fillers)
         return self._order
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -245,15 +251,54 @@ class CompositionTrainer(Trainer):
         return trained
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
-        """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights."""
+        """Clip, and stop before a gradient that is not a number (as after such a loss) reaches the weights.
+
+        With fp16 it may be no more than scaled too high: then the scaler skips the step and halves its scale.
+        """
         norm: torch.Tensor | float = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
-                f"is {float(norm)}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
-                "if it happens at the first step, look for extreme weights in the models or use dtype: float32"
-            )
-        return norm
+        if math.isfinite(norm) or self._scale_is_too_high():
+            return norm
+        scaler = self.accelerator.scaler
+        scaled = "" if scaler is None else f", with fp16's scale at {scaler.get_scale():g}"
+        raise DivergedError(
+            f"the loss or its gradient is not a number at step {self.state.global_step + 1} (the gradient's norm "
+            f"is {float(norm)}{scaled}), so training was stopped; lower training.learning_rate or lengthen the warmup; "
+            "if it happens at the first step, look for extreme weights in the models or use dtype: float32 without fp16"
+        )
+
+    def _scale_is_too_high(self) -> bool:
+        """Whether a gradient that overflowed says no more than that fp16 scales it too high."""
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:  # below 1 the gradient itself is more than float16 holds
+            return False
+        loss = self.accelerator.reduce(self._tr_loss, "sum")  # of all processes, of which none may go on alone
+        return bool(loss.isfinite())
+
+
+class WholeBatches(Dataset[Row]):
+    """Rows, and behind them fillers without labels, with which all processes' batches are equally full.
+
+    Without them accelerate takes rows from the beginning once more: their tokens would count twice, in the gradients of
+    an epoch's last step and in the evaluation loss.
+
+    Args:
+        rows: The data.
+        batch_size: Rows of a batch of all processes together.
+    """
+
+    def __init__(self, rows: Sequence[Row] | RowsWithOutputs, batch_size: int) -> None:
+        self.rows = rows
+        shortest = rows[min(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))]
+        filler = {**shortest, "labels": np.full_like(shortest["labels"], IGNORED)}
+        self.fillers = [filler] * (-len(rows) % batch_size)
+
+    def __len__(self) -> int:
+        """How many rows there are, fillers included."""
+        return len(self.rows) + len(self.fillers)
+
+    def __getitem__(self, index: int) -> Row:
+        """A row or, behind the last one, a filler."""
+        return self.rows[index] if index < len(self.rows) else self.fillers[index - len(self.rows)]
 
 
 class SortedSteps(Sampler[int]):
@@ -267,10 +312,11 @@ class SortedSteps(Sampler[int]):
         lengths: Tokens of each example.
         step_size: Examples of an optimiser step, on all processes together.
         seed: With the epoch it decides the order, so that a resumed run goes on in the order of the first one.
+        fillers: How many of the last examples only fill up batches (see `WholeBatches`): an epoch ends with them.
     """
 
-    def __init__(self, lengths: list[int], step_size: int, seed: int) -> None:
-        self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, 0
+    def __init__(self, lengths: list[int], step_size: int, seed: int, fillers: int = 0) -> None:
+        self.lengths, self.step_size, self.seed, self.fillers, self.epoch = lengths, step_size, seed, fillers, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate when an epoch begins."""
@@ -283,8 +329,10 @@ class SortedSteps(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """The indices of one epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        drawn = torch.randperm(len(self), generator=generator).tolist()
-        drawn.insert(0, drawn.pop(max(range(len(self)), key=lambda at: self.lengths[drawn[at]])))
+        real = len(self) - self.fillers
+        drawn = torch.randperm(real, generator=generator).tolist()
+        drawn.insert(0, drawn.pop(max(range(real), key=lambda at: self.lengths[drawn[at]])))
+        drawn += range(real, len(self))
         for begin in range(0, len(self), self.step_size):
             yield from sorted(drawn[begin : begin + self.step_size], key=lambda index: -self.lengths[index])
 

@@ -28,11 +28,11 @@ STATISTICS = {
 class ConnectionStatistics(TrainerCallback):
     """Measures every connection in the steps that are logged; a connection that adds nothing is not needed.
 
-    `values` holds the last measurement: `connection_INDEX/gate`, how far its gate is open (mean over positions), if it
-    has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state (mean over
-    positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the batch's
-    first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm of its
-    gradient after clipping.
+    `values` holds those of the current step, if any: `connection_INDEX/gate`, how far its gate is open (mean over
+    positions), if it has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state
+    (mean over positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the
+    batch's first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm
+    of its gradient after clipping.
 
     Args:
         connections: Those of the model that is trained.
@@ -55,8 +55,10 @@ class ConnectionStatistics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Called by the Trainer before each optimiser step."""
+        self.values.clear()  # a step that is logged unforeseen, as Ctrl-C has it, is not to show another one's
         step = state.global_step + 1
-        if any(step % interval == 0 for interval in (state.logging_steps, state.eval_steps, state.save_steps)):
+        intervals = (state.logging_steps, state.eval_steps, state.save_steps)
+        if step == state.max_steps or any(step % interval == 0 for interval in intervals):
             for index, connection in enumerate(cast(Iterable[Connection], self.connections)):
                 self._hooks.append(connection.register_forward_hook(_Watch(self.values, index)))
 

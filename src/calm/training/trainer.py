@@ -26,7 +26,7 @@ from calm.errors import CalmError, CheckpointError
 from calm.model import check_activation_checkpointing
 from calm.sources import Source, load_config
 from calm.training import augmenting_outputs
-from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, saves_on_interrupt
+from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, WholeBatches, saves_on_interrupt
 from calm.training.quantization import quantization_config
 from calm.training.recipe import Recipe
 from calm.training.statistics import STATISTICS, ConnectionStatistics
@@ -144,6 +144,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     )
     if recipe.data.augmenting_outputs != "recompute":
         _keep_augmenting_outputs(trainer, model, kept_dirs)
+    if arguments.world_size > 1:
+        batch_size = recipe.training.per_device_batch_size * arguments.world_size
+        trainer.train_dataset = WholeBatches(trainer.train_dataset, batch_size)
+        if trainer.eval_dataset is not None:
+            trainer.eval_dataset = WholeBatches(trainer.eval_dataset, batch_size)
     patience = recipe.training.early_stopping_patience
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
@@ -408,6 +413,11 @@ def _arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     training, evaluates = recipe.training, recipe.data.eval is not None
     if training.activation_checkpointing:
         check_activation_checkpointing()
+    if training.fp16 and not torch.accelerator.is_available():  # accelerate would leave it out without a word
+        raise CalmError(
+            "training.fp16 = True: float16 with scaled gradients needs a GPU, and torch finds none here; expected "
+            "bf16: true, which a CPU can do, or neither"
+        )
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=training.epochs or 3.0,
