@@ -216,8 +216,8 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
     assert results.rows["humaneval"].examples == 164 and results.rows["elisp_to_text"].examples == 6
     assert set(results.table["humaneval"]) == {"m_A", "m_B", "composed"}
     assert set(results.other) == {
-        "python_completion edit similarity",
-        "elisp_completion edit similarity",
+        "python_completion exact match",
+        "elisp_completion exact match",
         *(f"{row} perplexity of the reference" for row in rows),
     }
     assert set(results.preservation) == {"English perplexity", "Python perplexity", "English last word"}
