@@ -182,11 +182,31 @@ def test_composition_data_is_part_of_m_a_s_data_or_held_out_from_it_and_is_the_s
     assert described <= codes(data.specialist)
     assert 0.05 < len(described) / len(data.specialist) < 0.09
     held_out = load(DataSettings(development=10, test=20, composition_held_out=True), 0, folder)
-    assert held_out.composition == data.composition and held_out.development == data.development
+    assert held_out.composition == data.composition and held_out.developed == data.developed
     assert codes(held_out.specialist) == codes(data.specialist) - described
     assert "humaneval" in data.tests and "humaneval" not in held_out.tests
     tests = {name: task.examples for name, task in data.tests.items() if name != "humaneval"}
     assert tests == {name: task.examples for name, task in held_out.tests.items()}
+
+
+def test_development_asks_as_the_rows_do_and_once_about_a_function(data):
+    assert set(data.development) == set(data.tests) - {"humaneval"}
+    for row, task in data.development.items():
+        asked = data.tests[row]
+        assert (task.few_shot, task.max_new_tokens, task.stop) == (asked.few_shot, asked.max_new_tokens, asked.stop)
+        assert task.metric.name == asked.metric.name
+    prompts = {row: [e.prompt for e in task.examples] for row, task in data.development.items()}
+    assert {row: len(asked) for row, asked in prompts.items()} == {
+        "python_completion": 3,
+        "python_to_text": 2,
+        "elisp_completion": 3,
+        "elisp_to_text": 2,
+    }
+    for language, comment in (("python", "#"), ("elisp", ";;")):
+        described = {prompt.partition("\n")[0] for prompt in prompts[f"{language}_to_text"]}
+        completed = {prompt.split("\n")[1] for prompt in prompts[f"{language}_completion"]}
+        assert all(prompt.startswith(comment) for prompt in prompts[f"{language}_completion"])
+        assert not described & completed, "other functions, told by their first lines"
 
 
 def test_the_same_seed_gives_the_same_data_another_one_other_data_and_figures_say_what_it_is(folder, data):

@@ -89,7 +89,7 @@ def test_nothing_like_a_held_out_function_or_a_solution_is_trained_on(settings):
     assert not set(data.composition) & set(data.specialist)
     held_out = {example.completion for task in data.tests.values() for example in task.examples}
     assert len(held_out) == 12 and not held_out & {example.completion for example in data.specialist}
-    assert not set(data.development) & set(data.specialist) and len(data.development) == 8
+    assert not set(data.developed) & set(data.specialist) and len(data.developed) == 8
     assert set(data.tests) == {"python_to_text", "go_to_text"}  # nothing is executed
 
     unlike = dataclasses.replace(settings, mbpp_config="other")
@@ -103,11 +103,7 @@ def test_the_same_seed_gives_the_same_data_and_code_execution_adds_two_rows(sett
     first, _ = load(settings, 0, allow_code_execution=False)
     again, _ = load(settings, 0, allow_code_execution=True)
     other, _ = load(settings, 1, allow_code_execution=False)
-    assert (first.specialist, first.composition, first.development) == (
-        again.specialist,
-        again.composition,
-        again.development,
-    )
+    assert first.trained_with() == again.trained_with()
     assert set(again.tests) - set(first.tests) == {"humaneval", "mbpp"}
     assert len(again.tests["mbpp"].examples) == len(again.tests["mbpp"].few_shot) == 3
     assert set(first.composition) != set(other.composition)

@@ -42,11 +42,11 @@ def test_m_a_has_every_verb_and_no_past_tense_and_d_c_no_meaning_that_is_tested(
     assert not any("past" in example.prompt for example in data.specialist)
     assert not known & {past for verb in REGULAR_VERBS + IRREGULAR_VERBS for past in pasts_of(verb)}
     tested = {row: words_of(data.tests[f"xyz {row}"].examples) for row in ("regular", "irregular", "words")}
-    developed, shown = words_of(data.development), words_of(data.composition)
+    developed, shown = words_of(data.developed), words_of(data.composition)
     said = tested["regular"] | tested["irregular"]
     assert len(said) == 60 and len(developed) == 16 and not said & developed
     assert not shown & (said | developed)
-    asked = [example for example in (*data.development, *data.composition) if "past tense" in example.prompt]
+    asked = [example for example in (*data.developed, *data.composition) if "past tense" in example.prompt]
     assert len(asked) > 8 and all(example.completion.endswith("ed") for example in asked), "no irregular one is shown"
     assert {past for meaning in tested["words"] for past in pasts_of(meaning)} == said - tested["words"]
     for row, verbs in (("regular", REGULAR_VERBS), ("irregular", IRREGULAR_VERBS)):

@@ -87,7 +87,7 @@ def test_other_packages_add_their_messages_of_the_language_after_libreoffices(fo
 def test_no_test_or_development_message_has_a_near_duplicate_in_what_is_trained_on(folder):
     data = load("xh", SETTINGS, 0, folder)
     trained = [pair_of(example) for example in (*data.specialist, *data.composition)]
-    held_out = [pair_of(example) for example in (*data.tests["xh"].examples, *data.development)]
+    held_out = [pair_of(example) for example in (*data.tests["xh"].examples, *data.developed)]
     assert len(held_out) == 50
     assert leaks(held_out, trained) == []
     assert any("Error" in pair.english for pair in trained)  # templates are trained on, all of them or none

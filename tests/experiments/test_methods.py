@@ -68,8 +68,7 @@ def data():
         general=("1 + 2 = 3", "3 - 1 = 2"),
         specialist=tuple(examples[20:]),
         composition=tuple(examples[20:40]),
-        development=tuple(examples[10:20]),
-        development_few_shot=(task.few_shot,) * 10,
+        development={"syllables": dataclasses.replace(task, examples=tuple(examples[10:20]))},
         tests={"syllables": task},
         preserved={"Arithmetic": ("4 + 2 = 6", "1 + 1 + 1 = 3")},
         preserved_tests={
@@ -389,12 +388,13 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     few = dataclasses.replace(settings, methods=("m_B", "mixed_logits"))
     assert redone(data, few) == ""
     assert "mixed_logits" in redone(data, few, {"mixed_logits": 0.1})
-    fewer = dataclasses.replace(
-        data, development=data.development[:5], development_few_shot=data.development_few_shot[:5]
-    )
-    assert "mixed_logits" in redone(fewer, few)
-    unshown = dataclasses.replace(data, development_few_shot=((),) * 10)
-    assert "mixed_logits" in redone(unshown, few)
+    developed = data.development["syllables"]
+    for other in (
+        dataclasses.replace(developed, examples=developed.examples[:5]),
+        dataclasses.replace(developed, few_shot=()),
+        dataclasses.replace(developed, metric=Bleu()),
+    ):
+        assert "mixed_logits" in redone(dataclasses.replace(data, development={"syllables": other}), few)
     sums = data.preserved_tests["Sums"]
     alone = dataclasses.replace(settings, methods=("m_B",))
     titled = {"Sums": dataclasses.replace(sums, title="Other", metric=Chrf())}  # what is shown of the same answers
@@ -566,12 +566,15 @@ def test_the_mixture_of_a_run_is_of_its_models_and_its_anchor_has_the_examples(f
     folder, outcomes, _ = finished
     first, second = bases.load(anchor), bases.load(folder / "seed-0/cell/m_A")
     tokenizer, training = load_tokenizer(anchor), outcomes["mixed_logits"]["training"]
-    searched = scoring.mixture_losses(
-        first, second, data.development, data.development_few_shot, mixing.WEIGHTS, tokenizer, 4
-    )
-    assert {float(weight): nll for weight, nll in training["searched"].items()} == pytest.approx(searched)
-    weight = min(searched, key=searched.get)
-    assert training["learning_rate"] == weight
+    developed, searched = data.development["syllables"], {}
+    for weight in mixing.WEIGHTS:
+        given = scoring.answers(first, tokenizer, developed, 4, few_shot=True, mix=(second, weight))
+        references = [[example.completion.strip() for example in developed.examples]]
+        searched[weight] = sacrebleu.corpus_chrf(given, references).score
+    assert len(set(searched.values())) > 1
+    assert {float(weight): chrf for weight, chrf in training["searched"].items()} == pytest.approx(searched)
+    weight = training["learning_rate"]
+    assert searched[weight] == max(searched.values())
     task = data.tests["syllables"]
     given = scoring.answers(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
     assert outcomes["mixed_logits"]["answers"]["syllables"] == given
@@ -622,18 +625,15 @@ def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, t
     assert answers(first, few_shot=True, mix=(second, 0.0)) == alone[1]
     assert answers(first, few_shot=True, mix=(second, 1.0)) == alone[2]
 
-    few_shot = [task.few_shot[number % 2 :] for number in range(10)]
-    asked = [
-        Example(scoring.shown(before) + example.prompt, example.completion)
-        for before, example in zip(few_shot, data.development, strict=True)
-    ]
-    rows = [
-        scoring.completion_rows(examples, tokenizer, 256, append_eos=False) for examples in (asked, data.development)
-    ]
-    found = scoring.mixture_losses(first, second, data.development, few_shot, (0.0, 0.4, 1.0), tokenizer, 4)
+    asked = [e._replace(prompt=scoring.shown(task.few_shot) + e.prompt) for e in task.examples]
+    rows = [scoring.completion_rows(read, tokenizer, 256, append_eos=False) for read in (asked, task.examples)]
+
+    def likelihoods(weight: float) -> list[tuple[float, int]]:
+        return scoring.reference_likelihoods(first, tokenizer, task, 4, few_shot=True, mix=(second, weight))
+
     for weight, model, read in ((0.0, first, rows[0]), (1.0, second, rows[1])):
         expected = scoring.negative_log_likelihoods(scoring.logits_of(model), read, tokenizer, 4)
-        assert found[weight] == pytest.approx(scoring.mean_nll(expected), rel=1e-5)
+        np.testing.assert_allclose(likelihoods(weight), expected, rtol=1e-5)
     nats = []
     for own, plain in zip(*rows, strict=True):
         predicted = []
@@ -642,8 +642,22 @@ def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, t
             predicted.append(model(ids).logits[0, :-1][labelled].log_softmax(-1))
         mixed = (0.6 * predicted[0] + 0.4 * predicted[1]).log_softmax(-1)
         targets = torch.from_numpy(plain["labels"][1:][plain["labels"][1:] != -100]).long()
-        nats += (-mixed[range(len(targets)), targets]).tolist()
-    assert found[0.4] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+        nats.append((-mixed[range(len(targets)), targets]).sum().item())
+    assert [of_example for of_example, _ in likelihoods(0.4)] == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_mixture_is_worth_the_mean_of_its_tasks_metrics(anchor, data, tmp_path):
+    bases.save_random(anchor, tmp_path / "random", 1)
+    first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
+    by_chrf = data.development["syllables"]
+    by_bleu = dataclasses.replace(by_chrf, metric=Bleu(), examples=by_chrf.examples[:3])
+
+    def values(*tasks: TaskSet) -> dict[float, float]:
+        return scoring.mixture_values(first, second, tasks, (0.1, 0.9), tokenizer, 4)
+
+    one, other, both = values(by_chrf), values(by_bleu), values(by_chrf, by_bleu)
+    assert one != other
+    assert both == pytest.approx({weight: (one[weight] + other[weight]) / 2 for weight in (0.1, 0.9)})
 
 
 def test_in_a_pipeline_the_anchor_reads_what_m_a_answered_to_the_question_and_to_the_examples(finished, anchor, data):

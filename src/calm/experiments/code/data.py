@@ -7,11 +7,12 @@ shows: neither model was taught it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from calm.experiments.code import emacs_lisp, python
 from calm.experiments.code.duplicates import SIMILAR, similar
 from calm.experiments.code.functions import Function, fitting
 from calm.experiments.code.metrics import EditSimilarity, ExactMatch, PassAt1
-from calm.experiments.methods.examples import Data, Example, TaskSet
+from calm.experiments.methods.examples import Data, Example, Metric, TaskSet
 from calm.experiments.methods.metrics import Chrf
 
 LANGUAGES = {"python": "Python", "elisp": "Emacs Lisp"}
@@ -48,7 +49,8 @@ class DataSettings:
         max_characters: of a function without its docstring; 300 are about 60 tokens in the mean.
         composition_share: D_C's functions, in parts of all that m_A may be trained on. The paper's are about 7%.
         composition_held_out: keep D_C's functions out of m_A's data. In the paper m_A has seen them.
-        development: examples for choosing learning rates, in the forms of the rows but HumanEval.
+        development: functions for choosing learning rates, half of each language; half of these are completed, the
+            others described.
         test: functions of each language that are evaluated, by each of its rows.
         max_new_tokens: how long a line or a sentence may be.
         human_eval_tokens: how long a solution of HumanEval may be.
@@ -134,6 +136,40 @@ def completion(function: Function, language: str, seed: int) -> Example:
 def to_text(function: Function, language: str) -> Example:
     """A function without its docstring, and the docstring's first sentence."""
     return Example(f"{function.code}\n{_COMMENT[language]} In English:", f" {function.sentence}")
+
+
+def tasks(
+    functions: Sequence[Function], shown: Sequence[Function], language: str, title: str, max_new_tokens: int, seed: int
+) -> dict[str, TaskSet]:
+    """The rows of a language: its functions to be completed by a line, and to be described.
+
+    Args:
+        functions: what is asked about.
+        shown: those that `m_B` is shown before.
+        language: a key of the comment signs, with which the rows' names begin.
+        title: what people call the language.
+        max_new_tokens: how long a line or a sentence may be.
+        seed: of the lines that are asked for.
+    """
+
+    def task(what: str, form: Callable[[Function], Example], metric: Metric, *others: Metric) -> TaskSet:
+        asked, before = (tuple(form(function) for function in part) for part in (functions, shown))
+        return TaskSet(f"{title} {what}", asked, metric, max_new_tokens, before, others=others)
+
+    return {
+        f"{language}_completion": task(
+            "completion", lambda function: completion(function, language, seed), EditSimilarity(), ExactMatch()
+        ),
+        f"{language}_to_text": task("to text", lambda function: to_text(function, language), Chrf()),
+    }
+
+
+def each_once(rows: dict[str, TaskSet]) -> dict[str, TaskSet]:
+    """Of rows about the same functions, a part of each, so that a function is asked about once."""
+    return {
+        row: dataclasses.replace(task, examples=task.examples[number :: len(rows)])
+        for number, (row, task) in enumerate(rows.items())
+    }
 
 
 def to_code(function: Function) -> Example:
@@ -247,45 +283,25 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     specialist = [whole(function) for name in LANGUAGES for function in splits[name].specialist[first[name] :]]
     for examples in (composition, specialist):
         random.Random(seed).shuffle(examples)
-    shown = {language: few(splits[language].composition, seed) for language in LANGUAGES}
-    completed = {name: tuple(completion(function, name, seed) for function in shown[name]) for name in LANGUAGES}
-    described = {name: tuple(to_text(function, name) for function in shown[name]) for name in LANGUAGES}
-    development = [
-        (completion(function, language, seed), completed[language])
-        if number % 2
-        else (to_text(function, language), described[language])
-        for language in LANGUAGES
-        for number, function in enumerate(splits[language].development)
-    ]
-    random.Random(seed).shuffle(development)
-    development = development[: settings.development]
-    tests = {}
+    tests: dict[str, TaskSet] = {}
+    development: dict[str, TaskSet] = {}
     if settings.allow_code_execution:
         tests["humaneval"] = human_eval_task(settings.human_eval_tokens)
     for language, title in LANGUAGES.items():
-        tests[f"{language}_completion"] = TaskSet(
-            title=f"{title} completion",
-            examples=tuple(completion(function, language, seed) for function in splits[language].test),
-            metric=EditSimilarity(),
-            max_new_tokens=settings.max_new_tokens,
-            few_shot=completed[language],
-            others=(ExactMatch(),),
+        shown = few(splits[language].composition, seed)
+        asked, developed = (
+            tasks(part, shown, language, title, settings.max_new_tokens, seed)
+            for part in (splits[language].test, splits[language].development)
         )
-        tests[f"{language}_to_text"] = TaskSet(
-            title=f"{title} to text",
-            examples=tuple(to_text(function, language) for function in splits[language].test),
-            metric=Chrf(),
-            max_new_tokens=settings.max_new_tokens,
-            few_shot=described[language],
-        )
+        tests |= asked
+        development |= each_once(developed)
     prose = english.load(seed, folder)
     python_functions = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
     data = Data(
         general=prose.general,
         specialist=tuple(specialist),
         composition=tuple(composition),
-        development=tuple(example for example, _ in development),
-        development_few_shot=tuple(few_shot for _, few_shot in development),
+        development=development,
         tests=tests,
         preserved={"English": prose.preserved, "Python": python_functions},
         preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},
@@ -294,7 +310,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         "versions": {**python.versions(), **lisp_versions},
         **counts,
         "similarity": SIMILAR,
-        **{name: len(getattr(data, name)) for name in ("specialist", "composition", "development")},
+        **{name: len(part) for name, part in data.trained_with().items()},
         "tests": {name: len(task.examples) for name, task in tests.items()},
         "preserved_tests": {name: len(task.examples) for name, task in data.preserved_tests.items()},
         "english": prose.source,

@@ -12,13 +12,12 @@ from calm.errors import CalmError
 from calm.evaluation.code import check_limits
 from calm.experiments import preservation
 from calm.experiments.code import python
-from calm.experiments.code.data import completion, few, forms, human_eval, human_eval_task, solved, to_text, whole
+from calm.experiments.code.data import each_once, few, forms, human_eval, human_eval_task, solved, tasks, whole
 from calm.experiments.code.duplicates import SIMILAR, similar
 from calm.experiments.code.functions import Function, first_sentence, fitting
 from calm.experiments.code.metrics import PassAt1
 from calm.experiments.hub import first_texts, rows
 from calm.experiments.methods.examples import Data, Example, TaskSet
-from calm.experiments.methods.metrics import Chrf
 
 LANGUAGES = {
     "python": "Python",
@@ -92,7 +91,7 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
     solutions = [solved(problem) for problem in (*problems, *written[0], *shown)]
     specialist: list[Example] = []
     composition: list[Example] = []
-    development: list[tuple[Example, tuple[Example, ...]]] = []
+    development: dict[str, TaskSet] = {}
     tests: dict[str, TaskSet] = {}
     if allow_code_execution:
         tests["humaneval"] = human_eval_task(settings.program_tokens)
@@ -125,30 +124,22 @@ def load(settings: HubSettings, seed: int, allow_code_execution: bool) -> tuple[
         specialist += [whole(one) for one in trained]
         composition += [example for one in composed for example in forms(one, language, seed)]
         shown_functions = few(composed, seed)
-        completed = tuple(completion(one, language, seed) for one in shown_functions)
-        described = tuple(to_text(one, language) for one in shown_functions)
-        development += [
-            (completion(one, language, seed), completed) if number % 2 else (to_text(one, language), described)
-            for number, one in enumerate(developed)
-        ]
-        tests[f"{language}_to_text"] = TaskSet(
-            title=f"{LANGUAGES[language]} to text",
-            examples=tuple(to_text(one, language) for one in test),
-            metric=Chrf(),
-            max_new_tokens=settings.max_new_tokens,
-            few_shot=described,
+        asked, in_development = (
+            tasks(part, shown_functions, language, LANGUAGES[language], settings.max_new_tokens, seed)
+            for part in (test, developed)
         )
+        tests[f"{language}_to_text"] = asked[f"{language}_to_text"]
+        development |= each_once(in_development)
         sizes = {"specialist": trained, "composition": composed, "development": developed, "test": test}
         counts[language] = {**reasons, "similar": len(alike), **{name: len(part) for name, part in sizes.items()}}
-    for part in (specialist, composition, development):
+    for part in (specialist, composition):
         random.Random(seed).shuffle(part)
     english = first_texts(settings.english, settings.english_config)
     data = Data(
         general=(),  # the vanilla m_A is a model already
         specialist=tuple(specialist),
         composition=tuple(composition),
-        development=tuple(example for example, _ in development),
-        development_few_shot=tuple(few_shot for _, few_shot in development),
+        development=development,
         tests=tests,
         preserved={"English": english},
         preserved_tests={preservation.ENGLISH: preservation.english_words(english)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections import defaultdict
@@ -167,6 +168,9 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         )
         for kind, part in test.items()
     }
+    developed = dataclasses.replace(
+        tests[f"{language} regular"], examples=tuple(past_tense(verb, language) for verb in development)
+    )
     tests[f"{language} words"] = _asked(
         f"the meaning of the same {title(language)} verbs",
         [translation(verb, language) for part in test.values() for verb in part],
@@ -179,8 +183,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         general=prose.general,
         specialist=(*(translation(entry, language) for entry in dictionary), *instructed),
         composition=tuple(composition),
-        development=tuple(past_tense(verb, language) for verb in development),
-        development_few_shot=(few_shot,) * len(development),
+        development={f"{language} regular": developed},
         tests=tests,
         preserved={"English": prose.preserved},
         preserved_tests={
@@ -194,7 +197,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         "past_forms": len(read) - len(found),
         "meanings": len(verbs),
         "irregular": len(irregular),
-        **{name: len(getattr(data, name)) for name in ("specialist", "composition", "development")},
+        **{name: len(part) for name, part in data.trained_with().items()},
         "tests": {row: len(task.examples) for row, task in tests.items()},
         "preserved_tests": {row: len(task.examples) for row, task in data.preserved_tests.items()},
         "english": prose.source,

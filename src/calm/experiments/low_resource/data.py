@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import random
@@ -183,8 +184,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         general=prose.general,
         specialist=made["specialist"],
         composition=made["composition"],
-        development=made["development"],
-        development_few_shot=(tests.few_shot,) * len(made["development"]),
+        development={language: dataclasses.replace(tests, examples=made["development"])},
         tests={language: tests},
         preserved={"English": prose.preserved},
         preserved_tests={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -72,24 +73,22 @@ def load(language: str, settings: HubSettings, seed: int) -> Data:
     trained = [one for one in parallel if one not in leaking]
     random.Random(seed).shuffle(trained)
     composition = trained[: round(settings.composition_share * len(trained))]
-    few_shot = tuple(example(one, language) for one in composition[:5])
+    tests = TaskSet(
+        title=f"{title(language)} to English",
+        examples=tuple(example(one, language) for one in test),
+        metric=Chrf(),
+        max_new_tokens=settings.max_new_tokens,
+        few_shot=tuple(example(one, language) for one in composition[:5]),
+        others=(Bleu(),),
+    )
+    developed = tuple(example(one, language) for one in development)
     english = first_texts(settings.english, settings.english_config)
     return Data(
         general=(),  # the vanilla m_A is a model already
         specialist=tuple(example(one, language) for one in trained),
         composition=tuple(example(one, language) for one in composition),
-        development=tuple(example(one, language) for one in development),
-        development_few_shot=(few_shot,) * len(development),
-        tests={
-            language: TaskSet(
-                title=f"{title(language)} to English",
-                examples=tuple(example(one, language) for one in test),
-                metric=Chrf(),
-                max_new_tokens=settings.max_new_tokens,
-                few_shot=few_shot,
-                others=(Bleu(),),
-            )
-        },
+        development={language: dataclasses.replace(tests, examples=developed)},
+        tests={language: tests},
         preserved={"English": english},
         preserved_tests={
             preservation.ENGLISH: preservation.english_words(english),

@@ -74,9 +74,8 @@ class Data:
         general: Plain text in what the anchor knows well (English prose), which the vanilla m_A is trained on.
         specialist: `m_A` is the vanilla m_A, further trained on this (unless it is a public model).
         composition: `D_C`.
-        development: For choosing learning rates; like the tests, and in none of them.
-        development_few_shot: Put before each of them for `m_B` in `mixed_logits`, as `few_shot` of the task set that
-            it is like.
+        development: For choosing learning rates and the mixture's weight, by what is asked; like the tests, and in
+            none of them.
         tests: By row.
         preserved: Plain texts whose perplexity shows what a method does to other abilities, by name, such as
             "English". In none of the other sets.
@@ -87,8 +86,16 @@ class Data:
     general: tuple[str, ...]
     specialist: tuple[Example, ...]
     composition: tuple[Example, ...]
-    development: tuple[Example, ...]
-    development_few_shot: tuple[tuple[Example, ...], ...]
+    development: Mapping[str, TaskSet]
     tests: Mapping[str, TaskSet]
     preserved: Mapping[str, tuple[str, ...]]
     preserved_tests: Mapping[str, TaskSet] = field(default_factory=dict)
+
+    def trained_with(self) -> dict[str, tuple[Example, ...]]:
+        """The sets of examples that training or its choices see, by name."""
+        return {"specialist": self.specialist, "composition": self.composition, "development": self.developed}
+
+    @property
+    def developed(self) -> tuple[Example, ...]:
+        """All examples of `development`."""
+        return tuple(example for task in self.development.values() for example in task.examples)

@@ -124,10 +124,10 @@ class _Run:
         self.anchor = settings.anchor if isinstance(settings.anchor, str) else str(settings.anchor.folder())
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
-        self.development = scoring.completion_rows(data.development, self.tokenizer, settings.max_length)
+        self.development = scoring.completion_rows(data.developed, self.tokenizer, settings.max_length)
         self.tasks = {**data.tests, **data.preserved_tests}
         self.asked = fingerprint(
-            {row: [task.examples, task.few_shot, task.max_new_tokens, task.stop] for row, task in self.tasks.items()},
+            {row: _asked(task) for row, task in self.tasks.items()},
             dict(data.preserved),
             settings.max_length,
             "references",  # outcomes that were kept before there were any do not count
@@ -219,7 +219,8 @@ class _Run:
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
-            depends_on += [chosen, WEIGHTS, fingerprint(self.data.development, self.data.development_few_shot)]
+            asked = {row: [_asked(task), task.metric.name] for row, task in self.data.development.items()}
+            depends_on += [chosen, WEIGHTS, fingerprint(asked)]
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
@@ -235,16 +236,11 @@ class _Run:
         if self.rates is not None:
             weight, searched = self.rates[method], {}
         else:
-            searched = scoring.mixture_losses(
-                anchor,
-                augmenting,
-                self.data.development,
-                self.data.development_few_shot,
-                WEIGHTS,
-                self.tokenizer,
-                self.settings.batch,
+            developed = list(self.data.development.values())
+            searched = scoring.mixture_values(
+                anchor, augmenting, developed, WEIGHTS, self.tokenizer, self.settings.batch
             )
-            weight = _best(searched)
+            weight = max(searched, key=lambda tried: searched[tried])
         outcome = self._measure(anchor, few_shot=True, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
         return outcome
@@ -276,7 +272,7 @@ class _Run:
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
         """Train with one learning rate. The model lies in the folder of that name beside what is returned."""
         folder = self.folder / method / f"{rate:g}"
-        settings = [*depends_on, rate, fingerprint(self.data.development)]
+        settings = [*depends_on, rate, fingerprint(self.data.developed)]
         trained_as = fingerprint([*depends_on, rate])
         return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
@@ -442,6 +438,11 @@ def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) ->
     paths = [path for seed in seeds for name in within for path in (folder / f"seed-{seed}" / name).rglob("*.json")]
     kept = [read_json(path, {}) for path in paths]
     return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
+
+
+def _asked(task: TaskSet) -> list[Any]:
+    """What answers depend on."""
+    return [task.examples, task.few_shot, task.max_new_tokens, task.stop]
 
 
 def _kept(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
+from statistics import fmean
 from typing import TypeVar
 
 import numpy as np
@@ -140,6 +141,32 @@ def answers(
     return given
 
 
+def mixture_values(
+    anchor: PreTrainedModel,
+    augmenting: PreTrainedModel,
+    tasks: Sequence[TaskSet],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+) -> dict[float, float]:
+    """What the two models' mixtures answer is worth, by the weight of `m_A`: the mean of the task sets' metrics.
+
+    Args:
+        anchor: `m_B`, which reads the task sets' examples before each prompt.
+        augmenting: `m_A`, with the same vocabulary.
+        tasks: what is asked, by metrics of which more is better.
+        weights: of `m_A`, from 0 to 1.
+        tokenizer: of both.
+        batch: prompts at a time.
+    """
+
+    def value(task: TaskSet, weight: float) -> float:
+        given = answers(anchor, tokenizer, task, batch, few_shot=True, mix=(augmenting, weight))
+        return task.metric.value(task.metric.statistics(given, task.examples).sum(0), len(task.examples))
+
+    return {weight: fmean(value(task, weight) for task in tasks) for weight in weights}
+
+
 def shown(examples: Sequence[Example]) -> str:
     """Examples as they are put before a prompt."""
     return "".join(f"{example.prompt}{example.completion}\n\n" for example in examples)
@@ -245,62 +272,29 @@ def reference_likelihoods(
     """
     before = task.few_shot if few_shot else ()
     if mix is not None:
-        augmenting, weight = mix
-        shown_before = [before] * len(task.examples)
-        of_examples = _mixtures(model, augmenting, task.examples, shown_before, (weight,), tokenizer, batch)
-        return [(nats[0], tokens) for nats, tokens in of_examples]
+        return _mixture_likelihoods(model, *mix, task.examples, shown(before), tokenizer, batch)
     examples = [example._replace(prompt=shown(before) + example.prompt) for example in task.examples]
     rows = completion_rows(examples, tokenizer, sys.maxsize, append_eos=False)
     logits = logits_after_examples(model) if before else logits_of(model)
     return negative_log_likelihoods(logits, rows, tokenizer, batch)
 
 
-def mixture_losses(
-    anchor: PreTrainedModel,
-    augmenting: PreTrainedModel,
-    examples: Sequence[Example],
-    few_shot: Sequence[Sequence[Example]],
-    weights: Sequence[float],
-    tokenizer: PreTrainedTokenizerBase,
-    batch: int,
-) -> dict[float, float]:
-    """Nats a token of completions by the two models' mixtures, by the weight of `m_A`.
-
-    The end token does not count, as for `reference_likelihoods`.
-
-    Args:
-        anchor: `m_B`.
-        augmenting: `m_A`, with the same vocabulary.
-        examples: what both read.
-        few_shot: what `m_B` reads before each of them.
-        weights: of `m_A`, from 0 to 1.
-        tokenizer: of both.
-        batch: sequences at a time.
-    """
-    of_examples = _mixtures(anchor, augmenting, examples, few_shot, weights, tokenizer, batch)
-    tokens = sum(count for _, count in of_examples)
-    return {weight: sum(nats[i] for nats, _ in of_examples) / tokens for i, weight in enumerate(weights)}
-
-
 @torch.no_grad()
-def _mixtures(
+def _mixture_likelihoods(
     anchor: PreTrainedModel,
     augmenting: PreTrainedModel,
+    weight: float,
     examples: Sequence[Example],
-    few_shot: Sequence[Sequence[Example]],
-    weights: Sequence[float],
+    before: str,
     tokenizer: PreTrainedTokenizerBase,
     batch: int,
-) -> list[tuple[list[float], int]]:
-    """Each example's nats by every mixture, and its tokens; the two models read prompts of different lengths."""
-    longer = [Example(shown(before) + e.prompt, e.completion) for before, e in zip(few_shot, examples, strict=True)]
+) -> list[tuple[float, int]]:
+    """Each completion's nats and tokens by the mixture; what is `before` every prompt only `m_B` reads."""
+    longer = [example._replace(prompt=before + example.prompt) for example in examples]
     whole = sys.maxsize  # dropping an example on one side only would pair the others wrongly
     rows = [completion_rows(read, tokenizer, whole, append_eos=False) for read in (longer, examples)]
-    together: dict[tuple[Example, ...], list[int]] = {}
-    for index, before in enumerate(few_shot):
-        together.setdefault(tuple(before), []).append(index)
-    found: list[tuple[list[float], int]] = [([], 0)] * len(examples)
-    for indices in (some for alike in together.values() for some in _batches(alike, batch)):
+    found = []
+    for indices in _batches(range(len(examples)), batch):
         predicted = []
         for logits, read in zip((logits_after_examples(anchor), logits_of(augmenting)), rows, strict=True):
             inputs = _padded_right([read[index] for index in indices], tokenizer)
@@ -310,12 +304,8 @@ def _mixtures(
             predicted.append(of_positions[labelled])
             labels = targets[labelled].to(of_positions.device)
         counts = labelled.sum(1).tolist()
-        nats = [
-            cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="none").split(counts)
-            for weight in weights
-        ]
-        for place, index in enumerate(indices):
-            found[index] = [float(of_weight[place].sum()) for of_weight in nats], counts[place]
+        nats = cross_entropy(mix(predicted[0], predicted[1], weight), labels, reduction="none").split(counts)
+        found += [(float(of_example.sum()), count) for of_example, count in zip(nats, counts, strict=True)]
     return found
 
 

@@ -109,6 +109,11 @@ class Settings:
         notes = ["Minutes are those of the training whose model was taken, without the search."]
         notes += [self._about_vanilla()] if self.general and isinstance(self.specialist, Fit) else []
         notes += [self._about_rehearsal()] if self.rehearsal else []
+        if "mixed_logits" in self.methods:
+            notes.append(
+                "The mixture has the weight of m_A whose answers to the development examples are best with the first "
+                "seed, in the mean of the rows' metrics."
+            )
         return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
 
     def _about_vanilla(self) -> str:
