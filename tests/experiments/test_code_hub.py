@@ -103,7 +103,7 @@ def test_the_same_seed_gives_the_same_data_and_code_execution_adds_two_rows(sett
     first, _ = load(settings, 0, allow_code_execution=False)
     again, _ = load(settings, 0, allow_code_execution=True)
     other, _ = load(settings, 1, allow_code_execution=False)
-    assert first.trained_with() == again.trained_with()
+    assert first.parts() == again.parts()
     assert set(again.tests) - set(first.tests) == {"humaneval", "mbpp"}
     assert len(again.tests["mbpp"].examples) == len(again.tests["mbpp"].few_shot) == 3
     assert set(first.composition) != set(other.composition)

@@ -310,7 +310,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         "versions": {**python.versions(), **lisp_versions},
         **counts,
         "similarity": SIMILAR,
-        **{name: len(part) for name, part in data.trained_with().items()},
+        **{name: len(part) for name, part in data.parts().items()},
         "tests": {name: len(task.examples) for name, task in tests.items()},
         "preserved_tests": {name: len(task.examples) for name, task in data.preserved_tests.items()},
         "english": prose.source,

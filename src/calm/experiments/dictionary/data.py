@@ -197,7 +197,7 @@ def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> 
         "past_forms": len(read) - len(found),
         "meanings": len(verbs),
         "irregular": len(irregular),
-        **{name: len(part) for name, part in data.trained_with().items()},
+        **{name: len(part) for name, part in data.parts().items()},
         "tests": {row: len(task.examples) for row, task in tests.items()},
         "preserved_tests": {row: len(task.examples) for row, task in data.preserved_tests.items()},
         "english": prose.source,

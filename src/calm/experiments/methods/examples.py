@@ -91,8 +91,8 @@ class Data:
     preserved: Mapping[str, tuple[str, ...]]
     preserved_tests: Mapping[str, TaskSet] = field(default_factory=dict)
 
-    def trained_with(self) -> dict[str, tuple[Example, ...]]:
-        """The sets of examples that training or its choices see, by name."""
+    def parts(self) -> dict[str, tuple[Example, ...]]:
+        """The examples that are not of tests, by what they are for."""
         return {"specialist": self.specialist, "composition": self.composition, "development": self.developed}
 
     @property
