@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import json
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -270,6 +273,48 @@ def test_the_anchors_own_texts_are_a_fifth_of_what_a_method_is_trained_on(finish
     assert [row["text"] for row in rows if "text" in row] == texts
     assert [Example(**row) for row in rows if "prompt" in row] == list(data.composition)
     assert [dataclasses.replace(settings, rehearsal=share).rehearsed(20) for share in (0.0, 0.2, 0.5)] == [0, 5, 20]
+
+
+@given(
+    examples=st.integers(1, 3000),
+    steps=st.integers(1, 200),
+    rows=st.sampled_from([4, 16, 32]),
+    share=st.sampled_from([0.0, 0.1, 0.2, 0.5]),
+)
+def test_no_text_of_the_anchors_comes_twice_in_a_training_and_their_share_stays(examples, steps, rows, share):
+    settings = Settings("m_B", "m_A", None, "m_A", 1, steps=steps, steps_on_all=1, rows=rows, rehearsal=share)
+    copies, texts = settings.copies(examples), settings.rehearsed(examples)
+    assert texts == round(copies * examples * share / (1 - share))
+    if not share:
+        assert copies == 1
+        return
+    assert copies * examples + texts >= steps * rows, "none of them comes again before each has come"
+    assert copies == 1 or (copies - 1) * examples < steps * rows * (1 - share)  # and not more of them than that
+
+
+@pytest.mark.parametrize("method", ["composed", "lora"])
+def test_a_small_dc_comes_as_often_as_keeps_the_share_of_the_anchors_texts(
+    finished, data, settings, monkeypatch, tmp_path, method
+):
+    shutil.copytree(finished[0] / "seed-0", tmp_path / "seed-0")
+    longer = dataclasses.replace(settings, methods=(method,), steps=-(-50 // settings.rows))  # 20 examples, twice over
+    learned = []
+
+    def look(model, tokenizer, rows, *_):
+        learned.extend(tokenizer.decode(row["input_ids"]) for row in rows)
+        raise InterruptedError
+
+    def look_at_file(anchor, augmenting, examples, texts, *_, **__):
+        learned.extend([*(example.prompt + example.completion for example in examples), *texts])
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "fine_tune", look)
+    monkeypatch.setattr(training, "train_composition", look_at_file)
+    with pytest.raises(InterruptedError):
+        cell, shared = tmp_path / "seed-0/cell", tmp_path / "seed-0/shared"
+        run(data, longer, 0, cell, shared, Console(file=io.StringIO()), {method: 1e-4})
+    assert len(learned) == 3 * 20 + 15
+    assert all(count % 3 == 0 for _, count in collections.Counter(learned).most_common(18))
 
 
 @pytest.mark.parametrize("method", ["lora", "full_on_DC", "full_on_all"])

@@ -136,6 +136,7 @@ def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings
         general=Fit(1, 4, 1e-3),
         specialist=Fit(1, 4, 1e-3),
         connections=2,
+        num_heads=2,  # the stand-ins' width is 32
         steps=1,
         steps_on_all=1,
         rows=4,

@@ -318,12 +318,13 @@ class _Run:
     def _train(self, method: str, fit: Fit, folder: Path) -> int:
         """Leave a trained model in a folder; the number of its trained parameters."""
         settings = self.settings
+        examples = self.data.composition * settings.copies(len(self.data.composition))
         if method in COMPOSED:
             augmenting = {"vanilla_m_A": self.vanilla, "random_m_A": self.random}.get(method, self.specialist)
             return training.train_composition(
                 self.anchor,
                 augmenting,
-                self.data.composition,
+                examples,
                 self.rehearsed,
                 settings,
                 fit,
@@ -332,7 +333,6 @@ class _Run:
                 attend="prompt" if method == "encoder_m_A" else "causal",
             ).trainable_parameters
         model = bases.load(self.anchor)
-        examples = self.data.composition
         if method == "lora":
             composition = planning.plan(self.anchor, str(self.specialist), settings.connections, sequence_length=2)
             model = training.with_lora(model, composition.connections.parameters, self.seed)

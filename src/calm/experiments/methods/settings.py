@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,8 @@ class Settings:
         dtype: Of the frozen models, and of computing.
         methods: Which of `results.METHODS` to run.
         rehearsal: Share of texts that the anchor writes by itself among all examples, 0 for none: every method that is
-            trained on `D_C` gets them, which keeps the anchor as it is.
+            trained on `D_C` gets them, which keeps the anchor as it is. They are so many that a training does not see
+            one twice, however often it sees a small `D_C` (docs/dev/LOG.md, "a small D_C").
     """
 
     anchor: str | RealModel
@@ -100,9 +102,13 @@ class Settings:
         """Optimiser steps of one of `TRAINED_ON_DC`."""
         return self.steps_on_all if method == "full_on_all" else self.steps
 
+    def copies(self, examples: int) -> int:
+        """How often so many examples of `D_C` are there, for trainings of `steps` not to see a rehearsed text twice."""
+        return max(1, math.ceil(self.steps * self.rows * (1 - self.rehearsal) / examples)) if self.rehearsal else 1
+
     def rehearsed(self, examples: int) -> int:
-        """How many texts of the anchor's own come with so many examples."""
-        return round(examples * self.rehearsal / (1 - self.rehearsal))
+        """How many texts of the anchor's own come with so many examples of `D_C`, in all of their copies."""
+        return round(self.copies(examples) * examples * self.rehearsal / (1 - self.rehearsal))
 
     def notes(self) -> list[str]:
         """Notes for results: what its methods' trainings have in common or not."""
