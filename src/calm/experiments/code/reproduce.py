@@ -135,7 +135,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         command=asked.command("code", name),
         settings={**dataclasses.asdict(dataclasses.replace(preset, seeds=seeds)), "data_made": made},
         seeds=seeds,
-        parameters=parameters_of(folder / f"seed-{seeds[0]}"),
+        parameters=parameters_of(folder, seeds[0]),
         notes=(
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",

@@ -73,7 +73,7 @@ def results_of(
         command=asked.command(domain, name),
         settings={**settings, "data_made": {language: made for language, (_, made) in prepared.items()}},
         seeds=seeds,
-        parameters=parameters_of(folder / f"seed-{seeds[0]}" / languages[0]),
+        parameters=parameters_of(folder, seeds[0], languages[0]),
         notes=(*notes, *preset.methods.notes()),
         seconds=seconds_of(folder, seeds, languages),
         **table.together(fields),

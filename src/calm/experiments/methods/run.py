@@ -27,6 +27,10 @@ from calm.experiments.results import METHODS
 from calm.experiments.steps import fingerprint, once, read_json, write_json
 
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
+ANCHOR_ALONE = ("m_B", "m_B_zero_shot")
+"""Methods whose outcome depends on no seed."""
+ANY_SEED = "any-seed"
+"""The folder, beside those of the seeds, with the outcomes of these."""
 
 Outcome = dict[str, Any]
 """What one method leaves: `answers` by row of `tests` and `preserved_tests`, `references` (how unlikely it finds the
@@ -38,9 +42,9 @@ def run(
     settings: Settings,
     seed: int,
     folder: Path,
-    shared: Path,
     console: Console,
     rates: Mapping[str, float] | None = None,
+    name: str = "",
 ) -> dict[str, Outcome]:
     """Train and evaluate the methods, each once.
 
@@ -48,11 +52,12 @@ def run(
         data: of one pair of models.
         settings: sizes and lengths.
         seed: of weights and of the order of examples.
-        folder: where this data set's and seed's models and outcomes are kept.
-        shared: where the vanilla `m_A` is kept, which several data sets share.
+        folder: where models and outcomes are kept: in its `seed-SEED`, but for what `m_B` answers by itself, which is
+            the same for every seed and lies in `ANY_SEED`.
         console: is told what was done.
         rates: learning rate (for `mixed_logits` the weight) by method, found with another seed; searched for here
             if not given, and for a method that diverges at the one that is.
+        name: of the data set, where several share a vanilla `m_A`: the folder of what they do not share.
 
     Raises:
         CalmError: a method diverged at every learning rate.
@@ -60,7 +65,7 @@ def run(
     Returns:
         The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
     """
-    return _Run(data, settings, seed, folder, shared, console, rates).all()
+    return _Run(data, settings, seed, folder, console, rates, name).all()
 
 
 def run_seeds(
@@ -72,9 +77,9 @@ def run_seeds(
         data: of one pair of models.
         settings: sizes and lengths.
         seeds: in this order.
-        folder: each seed's steps are kept in its `seed-SEED`.
+        folder: as for `run`.
         console: is told what was done.
-        name: of the data set, where several share a vanilla `m_A`: the folder of what they do not share.
+        name: as for `run`.
 
     Returns:
         The outcomes, by seed and method.
@@ -82,8 +87,7 @@ def run_seeds(
     outcomes: dict[int, dict[str, Outcome]] = {}
     rates: dict[str, float] | None = None
     for seed in seeds:
-        shared = folder / f"seed-{seed}"
-        outcomes[seed] = run(data, settings, seed, shared / name, shared, console, rates)
+        outcomes[seed] = run(data, settings, seed, folder, console, rates, name)
         rates = rates or {
             method: outcome["training"]["learning_rate"]
             for method, outcome in outcomes[seed].items()
@@ -92,16 +96,17 @@ def run_seeds(
     return outcomes
 
 
-def parameters_of(folder: Path) -> dict[str, int]:
+def parameters_of(folder: Path, seed: int, name: str = "") -> dict[str, int]:
     """Sizes of the models of a finished run: "anchor", "augmenting", and "composition" (its trained parameters)."""
+    of_seed = folder / f"seed-{seed}" / name
 
     def of(path: Path) -> dict[str, Any]:
         return dict(read_json(path, {}).get("result", {}))
 
     found = {
-        "anchor": of(folder / "m_B.json").get("parameters"),
-        "augmenting": of(folder / "m_A" / "base.json").get("parameters"),
-        "composition": of(folder / "composed.json").get("training", {}).get("trainable_parameters"),
+        "anchor": of(folder / ANY_SEED / name / "m_B.json").get("parameters"),
+        "augmenting": of(of_seed / "m_A" / "base.json").get("parameters"),
+        "composition": of(of_seed / "composed.json").get("training", {}).get("trainable_parameters"),
     }
     return {name: number for name, number in found.items() if number is not None}
 
@@ -113,17 +118,18 @@ class _Run:
         settings: Settings,
         seed: int,
         folder: Path,
-        shared: Path,
         console: Console,
         rates: Mapping[str, float] | None,
+        name: str,
     ) -> None:
-        self.data, self.settings, self.seed, self.folder, self.console = data, settings, seed, folder, console
-        self.rates = rates
+        self.data, self.settings, self.seed, self.console, self.rates = data, settings, seed, console, rates
+        shared = folder / f"seed-{seed}"
+        self.folder, self.of_any_seed = shared / name, folder / ANY_SEED / name
         self.bf16 = settings.dtype == "bfloat16"
         self.is_cut = not isinstance(settings.augmenting, str)
         self.anchor = settings.anchor if isinstance(settings.anchor, str) else str(settings.anchor.folder())
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
-        self.vanilla, self.specialist, self.random = shared / "vanilla", folder / "m_A", folder / "random"
+        self.vanilla, self.specialist, self.random = shared / "vanilla", self.folder / "m_A", self.folder / "random"
         self.development = scoring.completion_rows(data.developed, self.tokenizer, settings.max_length)
         self.tasks = {**data.tests, **data.preserved_tests}
         self.asked = fingerprint(
@@ -194,7 +200,7 @@ class _Run:
     # --- methods ----------------------------------------------------------------------------------------------------
 
     def _method(self, method: str) -> Outcome:
-        path = self.folder / f"{method}.json"
+        path = (self.of_any_seed if method in ANCHOR_ALONE else self.folder) / f"{method}.json"
         depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
@@ -435,7 +441,8 @@ def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) ->
         names: of the data sets whose steps count, where several share a vanilla `m_A`, whose steps count, too.
     """
     within = [*names, "vanilla"] if names else [""]
-    paths = [path for seed in seeds for name in within for path in (folder / f"seed-{seed}" / name).rglob("*.json")]
+    parts = [ANY_SEED, *(f"seed-{seed}" for seed in seeds)]
+    paths = [path for part in parts for name in within for path in (folder / part / name).rglob("*.json")]
     kept = [read_json(path, {}) for path in paths]
     return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
 

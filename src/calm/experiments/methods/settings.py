@@ -134,8 +134,9 @@ class Settings:
     def _about_rehearsal(self) -> str:
         return (
             f"Every method that is trained on D_C also gets texts that m_B wrote by itself (of up to {TOKENS} tokens, "
-            f"drawn at temperature 1), as {self.rehearsal:.0%} of all examples, so that it stays as it is; with all of "
-            "m_A's data they are the same texts."
+            f"drawn at temperature 1), as {self.rehearsal:.0%} of all examples, so that it stays as it is; a training "
+            f"of {self.steps:,} steps sees none of them twice, whatever D_C's size. With all of m_A's data they are "
+            "the same texts."
         )
 
     def _about_all(self) -> str:
