@@ -44,6 +44,10 @@ def test_an_endless_loop_is_stopped():
         assert time.monotonic() - started < 30
 
 
+def test_waiting_for_a_busy_machine_is_not_the_programs_fault():
+    assert code.passes("import time; time.sleep(2)", seconds=1)
+
+
 def test_a_memory_hog_is_stopped():
     hog = "block = bytearray(300 << 20)"
     assert code.passes(hog), "it is the memory that stops it"
