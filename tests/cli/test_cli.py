@@ -25,7 +25,7 @@ import calm
 from calm import sources
 from calm.cli import app, loading
 from calm.cli.arguments import parse_augmenting, parse_connections
-from calm.data import load_tokenizer
+from calm.data import load_examples, load_tokenizer
 
 
 def run(*arguments: str, stdin: str | None = None, code: int = 0) -> Result:
@@ -407,6 +407,16 @@ def test_plan_reads_configurations_only(tmp_path: Path, tiny_bases: dict[str, st
     count = json.loads(run("inspect", out, "--json").stdout)["composition_parameters"]
     assert str(count) in json.dumps(json.loads(planned))
     assert f"{count:,}" in run(*arguments).stdout
+
+
+def test_rehearse_writes_lines_for_a_training_file(composed: Path, tiny_bases: dict[str, str], tmp_path: Path):
+    arguments = ("rehearse", tiny_bases["anchor"], "--number", 5, "--max-new-tokens", 12, "--batch-size", 4)
+    written = run(*arguments).stdout
+    assert written == run(*arguments).stdout != run(*arguments, "--seed", 1).stdout
+    (tmp_path / "train.jsonl").write_text(written)
+    rows = load_examples(tmp_path / "train.jsonl", load_tokenizer(tiny_bases["anchor"]), max_length=64)
+    assert len(rows) == 5 and all(len(row["input_ids"]) > 2 for row in rows)
+    assert "is a composition; name its anchor" in run("rehearse", composed, "--number", 1, code=1).stderr
 
 
 def test_demo_runs_the_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,7 +9,20 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from calm.cli import chat, compose, demo, evaluate, generate, inspect_, plan, playground, reproduce, serve, train
+from calm.cli import (
+    chat,
+    compose,
+    demo,
+    evaluate,
+    generate,
+    inspect_,
+    plan,
+    playground,
+    rehearse,
+    reproduce,
+    serve,
+    train,
+)
 from calm.errors import CalmError
 
 
@@ -42,6 +55,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("plan")(plan.plan)
 app.command("compose")(compose.compose)
+app.command("rehearse")(rehearse.rehearse)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -57,4 +57,6 @@ def compose(
     for name, augmenting_layer, anchor_layer in layers:
         console.print(f"{name} layer {augmenting_layer} -> anchor layer {anchor_layer}")
     console.print(f"{trainable:,} composition parameters of {total:,} in all, saved to {out}")
-    console.print("It still answers as its anchor does. To have one trained: calm train RECIPE.yaml, which composes by itself")
+    console.print(
+        "It still answers as its anchor does. To have one trained: calm train RECIPE.yaml, which composes by itself"
+    )

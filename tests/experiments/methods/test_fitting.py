@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from calm import loss
 from calm.data import load_tokenizer
 from calm.errors import CalmError
-from calm.experiments.methods import bases, rehearsal, scoring, training
+from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.settings import BATCHES, Fit
+from calm.training import rehearsal
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 0.0), ("bfloat16", 0.02)])

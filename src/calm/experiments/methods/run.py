@@ -19,12 +19,13 @@ import calm
 from calm import planning
 from calm.data import Row, load_tokenizer
 from calm.errors import CalmError, DivergedError
-from calm.experiments.methods import bases, rehearsal, scoring, training
+from calm.experiments.methods import bases, scoring, training
 from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.settings import BEYOND, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
 from calm.experiments.steps import fingerprint, once, read_json, write_json
+from calm.training import rehearsal
 
 COMPOSED = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A")
 ANCHOR_ALONE = ("m_B", "m_B_zero_shot")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calm.experiments.checkpoints import RealModel
-from calm.experiments.methods.rehearsal import TOKENS
 from calm.experiments.results import METHODS
+from calm.training.rehearsal import TOKENS
 
 TRAINED_ON_DC = ("composed", "vanilla_m_A", "random_m_A", "encoder_m_A", "lora", "full_on_DC", "full_on_all")
 """Methods that are trained, all but `full_on_all`, the upper reference, for the same number of steps of one size."""
