@@ -30,7 +30,10 @@ FAMILIES = (
 """Architectures (`model_type`) of which the tests show that vLLM's layers hand on what connections read and add to."""
 
 ALIBI_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""vLLM's attention backends that apply ALiBi slopes: FLEX_ATTENTION refuses them, FLASHINFER takes no notice."""
+"""vLLM's attention backends that apply ALiBi slopes: FLEX_ATTENTION refuses them, FLASHINFER takes no notice.
+
+FLASH_ATTN does not always, see `connection.backend_and_size`.
+"""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
