@@ -46,6 +46,11 @@ CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
     "halves of a batch": (PLAIN, {"enable_dbo": True}, "dual batch overlap"),
     "embeddings": (PLAIN, {"enable_prompt_embeds": True}, "prompts as embeddings"),
     "parts of a prompt": (PLAIN, {"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    "parts of a cache": (
+        PLAIN.with_(augmenting_shapes=((24, 4, 4),)),  # vLLM asks for more ranks than the anchor has heads of keys
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+        "decode context parallelism",
+    ),
     "load format": (PLAIN, {"load_format": "sharded_state"}, "load_format='sharded_state'.*safetensors"),
 }
 

@@ -143,6 +143,7 @@ def _check_engine(config: CalmConfig, vllm_config: Any) -> None:
         (vllm_config.scheduler_config.scheduler_cls, "a scheduler class of your own"),
         (parallel.use_ubatching or None, "dual batch overlap"),
         (parallel.prefill_context_parallel_size > 1 or None, "prefill context parallelism"),
+        (parallel.decode_context_parallel_size > 1 or None, "decode context parallelism"),
         (vllm_config.model_config.enable_prompt_embeds or None, "prompts as embeddings (--enable-prompt-embeds)"),
     ):
         if given is not None:
