@@ -15,6 +15,7 @@ from factories import CONTEXT, Mix, word_tokenizer
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
+from vllm.config import VllmConfig
 
 import calm.serving.vllm.connection
 import calm.serving.vllm.plugin
@@ -68,9 +69,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mix], Path]:
     return save
 
 
-def configure(folder: Path, **arguments: object) -> None:
+def configure(folder: Path, **arguments: object) -> VllmConfig:
     """What vLLM does before it starts anything: here the refusals have to come."""
-    EngineArgs(**({"model": str(folder), "skip_tokenizer_init": True} | arguments)).create_engine_config()
+    return EngineArgs(**({"model": str(folder), "skip_tokenizer_init": True} | arguments)).create_engine_config()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,6 +126,40 @@ def test_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path: Path) -> None
         configure(folder / "composed")
 
 
+@pytest.mark.parametrize("base", ["anchor", "m0", "m1"])
+def test_a_base_that_moved_is_named_as_the_error_says(base: str, saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """And is otherwise the recorded one, its fingerprint included; so are the other bases."""
+    folder = edited(saved(Mix("llama", ("gpt2", "qwen2"))), tmp_path / "copy")
+    before = configure(folder / "composed").model_config.hf_config
+    (folder / base).rename(folder / "moved")
+    with pytest.raises(ValueError, match="not there") as refused:
+        configure(folder / "composed")
+    option = re.search(r"--hf-overrides '(.*?)'", str(refused.value))
+    overrides = json.loads(option[1].replace("PATH", str(folder / "moved")))
+    after = configure(folder / "composed", hf_overrides=overrides).model_config.hf_config
+    expected = {"anchor": before.anchor_reference} | before.augmenting_references
+    expected[base] = expected[base] | {"name_or_path": str(folder / "moved")}
+    found = {"anchor": after.anchor_reference} | after.augmenting_references
+    assert found.keys() == expected.keys() and found[base]["fingerprint"]
+    for name, reference in found.items():
+        assert reference == {key: value for key, value in expected[name].items() if key in reference}
+        assert reference.keys() >= {"name_or_path", "fingerprint", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"anchor_reference": "PATH"}, r"'PATH': expected a reference .*{\"anchor_reference\": {\"name_or_path"),
+        ({"augmenting_references": {"m0": "PATH"}}, r"'PATH': expected a reference .*\"m0\": {\"name_or_path"),
+        ({"augmenting_references": {"third": {}}}, r"={'third': {}}: expected .* names, which are \['m0'\]"),
+        ({"augmenting_references": "PATH"}, r"='PATH': expected .* names, which are \['m0'\]"),
+    ],
+)
+def test_places_in_another_form(overrides: dict[str, object], message: str, saved: Callable[[Mix], Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(saved(PLAIN), hf_overrides=overrides)
+
+
 def test_a_base_with_another_configuration(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
     folder = edited(saved(PLAIN), tmp_path / "copy")
     file = folder / "anchor" / "config.json"
@@ -146,6 +181,23 @@ def test_a_base_with_one_changed_weight(base: str, saved: Callable[[Mix], Path],
     with (
         pytest.raises(calm.CheckpointError, match=f"weights of {role} .* not those"),
         engine.serving(folder / "composed"),
+    ):
+        pass
+
+
+def test_the_weights_of_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """Are loaded from where it is now, if they are the ones composed."""
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    (folder / "m0").rename(folder / "moved")
+    place = {"augmenting_references": {"m0": {"name_or_path": str(folder / "moved")}}}
+    with engine.serving(folder / "composed", hf_overrides=place):
+        pass
+    weights = load_file(folder / "moved" / "model.safetensors")
+    weights = {name: weight + 0.1 for name, weight in weights.items()}
+    save_file(weights, folder / "moved" / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(calm.CheckpointError, match="weights of the augmenting model 'm0' .* not those"),
+        engine.serving(folder / "composed", hf_overrides=place),
     ):
         pass
 

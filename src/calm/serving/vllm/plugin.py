@@ -48,9 +48,13 @@ class Settings:
 
         Args:
             model_config: vLLM's `ModelConfig`.
+
+        Raises:
+            CalmError: If other places of bases are given in another form than expected.
         """
         from calm.serving.vllm import checks, limiting
 
+        checks.complete_references(model_config)
         checks.default_tokenizer(model_config)
         limiting.limit_answers(model_config)
 
