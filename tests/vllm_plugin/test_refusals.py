@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +15,11 @@ import engine
 import pytest
 import torch
 from factories import CONTEXT, Mix, word_tokenizer
-from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
 from vllm.config import VllmConfig
 
-import calm.serving.vllm.connection
-import calm.serving.vllm.plugin
+import calm
 
 PLAIN = Mix("llama", ("gpt2",))
 CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
@@ -95,10 +96,39 @@ def test_what_fits_is_not_refused(saved: Callable[[Mix], Path]) -> None:
     configure(saved(PLAIN), tensor_parallel_size=2)
 
 
-def test_another_version_of_vllm(saved: Callable[[Mix], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calm.serving.vllm.plugin, "SUPPORTED_VLLM", SpecifierSet(">=0.99"))
-    with pytest.raises(ValueError, match=r"vLLM 0\.32\.0 is installed; .* vLLM >=0"):
-        configure(saved(PLAIN))
+OTHER_VERSION = """
+import importlib.util, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "vllm._version":
+            return importlib.util.spec_from_file_location(name, {file!r})
+        if name == "vllm.compilation.decorators":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Finder())
+"""
+"""Begins every Python process as if another vLLM were installed, without something that compositions take."""
+
+CONFIGURE = """
+import sys
+from vllm import EngineArgs
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+"""
+
+
+def test_another_version_of_vllm(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """In all of vLLM's processes, one of which imports the model's module to see what it can do."""
+    file = tmp_path / "version.py"
+    file.write_text("__version__ = '0.99.1'\n__version_tuple__ = (0, 99, 1)\n")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION.format(file=str(file)))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = [sys.executable, "-c", CONFIGURE, str(saved(PLAIN))]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "CalmError: vLLM 0.99.1 is installed; compositions are served by vLLM <0.33,>=0.32.0. Install" in said
+    assert "calm serve MODEL --engine transformers" in said
 
 
 def edited(folder: Path, target: Path) -> Path:
@@ -196,7 +226,7 @@ def test_the_weights_of_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path
     weights = {name: weight + 0.1 for name, weight in weights.items()}
     save_file(weights, folder / "moved" / "model.safetensors", {"format": "pt"})
     with (
-        pytest.raises(calm.CheckpointError, match="weights of the augmenting model 'm0' .* not those"),
+        pytest.raises(calm.CheckpointError, match=r"weights of the augmenting model 'm0' .* not those"),
         engine.serving(folder / "composed", hf_overrides=place),
     ):
         pass

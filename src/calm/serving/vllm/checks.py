@@ -132,7 +132,6 @@ def check(vllm_config: Any) -> None:
     Raises:
         CalmError: With the reason and the way out.
     """
-    check_version()
     config: CalmConfig = vllm_config.model_config.hf_config
     if config.attend != "causal":
         raise CalmError(
