@@ -82,6 +82,7 @@ def serve(
         port = bound.getsockname()[1]
         bound.close()
         names = list(Names(name, list(config.augmenting_configs)).on)
+        dtype = vllm_server.as_composed(dtype, config.anchor_reference.get("dtype"))
         line, variables = vllm_server.command(
             model, names, host, port, dtype, vllm_options or [], api_key, limits, batch_size
         )
