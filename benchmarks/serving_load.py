@@ -157,10 +157,11 @@ async def under_load(
         long = _request([5, 6, 7], longest - 4)
         started = time.monotonic()
         left = asyncio.gather(*(_leave(client, long) for _ in range(leaving)), return_exceptions=True)
+        refusing = asyncio.create_task(_send_malformed(client))
         await asyncio.gather(*(work() for _ in range(clients)))
         seconds = time.monotonic() - started
         left_badly = [repr(outcome) for outcome in await left if isinstance(outcome, BaseException)]
-        refused = await _send_malformed(client)
+        refused = await refusing
         still = await _ask(client, requests[0])
         unauthorized = (await client.get("/v1/models", headers={"Authorization": "Bearer other"})).status_code
     return {

@@ -235,6 +235,10 @@ def test_a_client_that_goes_is_no_longer_counted(stream: bool, monkeypatch: pyte
         ({"prompt": [[1], [2, 3]], "n": 2}, 4),
         ({"messages": [{"role": "user"}, {"role": "user"}], "n": 2}, 2),
         ({"messages": [[{"role": "user"}], [{"role": "user"}]]}, 2),
+        ({"query": "of /generative_scoring", "items": ["a", "b", "c"]}, 3),
+        ({"query": [1, 2], "items": [[1], [2, 3]]}, 2),
+        ({"token_ids": [1, 2, 3], "sampling_params": {"n": 3}}, 3),  # of /inference/v1/generate
+        ({"token_ids": [1, 2, 3], "sampling_params": "none"}, 1),
     ],
 )
 def test_a_row_is_a_prompt_and_choice(asked: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch):
@@ -251,8 +255,10 @@ def test_a_row_is_a_prompt_and_choice(asked: dict[str, Any], rows: int, monkeypa
 def test_longer_answers_are_refused_by_whatever_name(param: str, most: Any, monkeypatch: pytest.MonkeyPatch):
     with behind(monkeypatch, TIGHT) as other:
         assert other.post({param: most}).status_code == 200
-        error = other.post({param: type(most)(int(most) + 1)}).json()["error"]
-        assert (error["message"], error["param"]) == (f"{param}=51: this server generates 50 at most", param)
+        more = {param: type(most)(int(most) + 1)}
+        for asked, name in ((more, param), ({"sampling_params": more}, f"sampling_params.{param}")):
+            error = other.post(asked).json()["error"]
+            assert (error["message"], error["param"]) == (f"{name}=51: this server generates 50 at most", name)
 
 
 def test_bodies_of_just_the_size_pass_unchanged(monkeypatch: pytest.MonkeyPatch):

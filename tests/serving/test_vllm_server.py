@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from calm.serving import vllm_server
 from calm.serving.limits import Limits
 
 KEY = "a-key-that-nobody-should-see"
@@ -75,3 +78,35 @@ def test_the_limits_are_handed_over(composed: Path, environment: dict[str, str],
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert Limits(**seen["limits"]) == Limits(3, 4, 50, 1000, 2.5)
     assert seen["arguments"][-8:] == ["--shutdown-timeout", "3", "--max-num-seqs", "3", *own]
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [("float32", "float32"), ("bfloat16", "auto")])
+def test_a_composition_in_float32_is_served_in_it(
+    recorded: str, expected: str, composed: Path, environment: dict[str, str], tmp_path: Path, free_port: int
+):
+    """Without a word about it, as transformers' server does; vLLM's own choice would be bfloat16."""
+    folder = tmp_path / "copy"
+    shutil.copytree(composed, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["anchor_reference"]["dtype"] == "float32"
+    config["anchor_reference"]["dtype"] = recorded
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run(environment | {"CUDA_VISIBLE_DEVICES": ""}, folder, "--port", free_port)
+    assert result.returncode == 0, result.stderr
+    arguments = json.loads((tmp_path / "seen.json").read_text())["arguments"]
+    assert arguments[arguments.index("--dtype") + 1] == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_was_asked_for_is_taken(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    for there in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda there=there: there)
+        assert vllm_server.as_composed(dtype, "float32") == dtype
+
+
+def test_on_accelerators_vllm_chooses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert vllm_server.as_composed("auto", "float32") == "auto"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert vllm_server.as_composed("auto", "float32") == "float32"
+    assert vllm_server.as_composed("auto", None) == "auto"

@@ -119,6 +119,32 @@ def test_tokens_that_one_model_has_not(tmp_path: Path) -> None:
         assert (found[0, :known] - of_last[:known].log_softmax(-1)).abs().max() < TOLERANCE
 
 
+def test_a_token_that_an_augmenting_model_has_not_ends_nothing(tmp_path: Path) -> None:
+    """Ids may be those that the anchor's table holds, here far more than the other's, which vLLM pads to 64 rows."""
+    words, mix, known, many = word_tokenizer(60), Mix("llama", ("gpt2",)), 60, 200
+    anchor, small = mix.anchor_model(), mix.augmenting_models()["m0"]
+    anchor.resize_token_embeddings(many)
+    small.resize_token_embeddings(known)
+    for name, base in (("anchor", anchor), ("m0", small)):
+        base.save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+    model = calm.compose(str(tmp_path / "anchor"), {"m0": str(tmp_path / "m0")}, 2)
+    open_gates(model)
+    model.save_pretrained(tmp_path / "composed")
+    prompts = [[token % known for token in prompt] for prompt in engine.prompts()]
+    beyond = [5, many - 1, 7]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+        wanted.append(model.anchor(torch.tensor([beyond])).logits[0, -1])
+    with engine.serving(tmp_path / "composed") as llm:
+        engine.run(llm, [beyond], generated=2, whole=False)
+        choices = [*(["all"] * len(prompts)), "none"]  # nothing but the anchor reads the last one
+        outputs = engine.run(llm, [*prompts, beyond], generated=2, whole=False, augmenting=choices)
+    for output, of_last in zip(outputs, wanted, strict=True):
+        found = engine.found_log_probs(output)[0, :known]
+        assert (found - of_last[:known].log_softmax(-1)).abs().max() < TOLERANCE
+
+
 @pytest.fixture(scope="module")
 def plain(folder: Path, expected: dict[str, list[Expected]]) -> Path:
     """The composition whose parts the negative controls leave out."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +15,11 @@ import engine
 import pytest
 import torch
 from factories import CONTEXT, Mix, word_tokenizer
-from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file, save_file
 from vllm import EngineArgs
+from vllm.config import VllmConfig
 
-import calm.serving.vllm.connection
-import calm.serving.vllm.plugin
+import calm
 
 PLAIN = Mix("llama", ("gpt2",))
 CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
@@ -46,6 +48,11 @@ CASES: dict[str, tuple[Mix, dict[str, object], str]] = {
     "halves of a batch": (PLAIN, {"enable_dbo": True}, "dual batch overlap"),
     "embeddings": (PLAIN, {"enable_prompt_embeds": True}, "prompts as embeddings"),
     "parts of a prompt": (PLAIN, {"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+    "parts of a cache": (
+        PLAIN.with_(augmenting_shapes=((24, 4, 4),)),  # vLLM asks for more ranks than the anchor has heads of keys
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+        "decode context parallelism",
+    ),
     "load format": (PLAIN, {"load_format": "sharded_state"}, "load_format='sharded_state'.*safetensors"),
 }
 
@@ -63,9 +70,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mix], Path]:
     return save
 
 
-def configure(folder: Path, **arguments: object) -> None:
+def configure(folder: Path, **arguments: object) -> VllmConfig:
     """What vLLM does before it starts anything: here the refusals have to come."""
-    EngineArgs(**({"model": str(folder), "skip_tokenizer_init": True} | arguments)).create_engine_config()
+    return EngineArgs(**({"model": str(folder), "skip_tokenizer_init": True} | arguments)).create_engine_config()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,10 +96,39 @@ def test_what_fits_is_not_refused(saved: Callable[[Mix], Path]) -> None:
     configure(saved(PLAIN), tensor_parallel_size=2)
 
 
-def test_another_version_of_vllm(saved: Callable[[Mix], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calm.serving.vllm.plugin, "SUPPORTED_VLLM", SpecifierSet(">=0.99"))
-    with pytest.raises(ValueError, match=r"vLLM 0\.32\.0 is installed; .* vLLM >=0"):
-        configure(saved(PLAIN))
+OTHER_VERSION = """
+import importlib.util, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "vllm._version":
+            return importlib.util.spec_from_file_location(name, {file!r})
+        if name == "vllm.compilation.decorators":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Finder())
+"""
+"""Begins every Python process as if another vLLM were installed, without something that compositions take."""
+
+CONFIGURE = """
+import sys
+from vllm import EngineArgs
+EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+"""
+
+
+def test_another_version_of_vllm(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """In all of vLLM's processes, one of which imports the model's module to see what it can do."""
+    file = tmp_path / "version.py"
+    file.write_text("__version__ = '0.99.1'\n__version_tuple__ = (0, 99, 1)\n")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION.format(file=str(file)))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = [sys.executable, "-c", CONFIGURE, str(saved(PLAIN))]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "CalmError: vLLM 0.99.1 is installed; compositions are served by vLLM <0.33,>=0.32.0. Install" in said
+    assert "calm serve MODEL --engine transformers" in said
 
 
 def edited(folder: Path, target: Path) -> Path:
@@ -120,6 +156,40 @@ def test_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path: Path) -> None
         configure(folder / "composed")
 
 
+@pytest.mark.parametrize("base", ["anchor", "m0", "m1"])
+def test_a_base_that_moved_is_named_as_the_error_says(base: str, saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """And is otherwise the recorded one, its fingerprint included; so are the other bases."""
+    folder = edited(saved(Mix("llama", ("gpt2", "qwen2"))), tmp_path / "copy")
+    before = configure(folder / "composed").model_config.hf_config
+    (folder / base).rename(folder / "moved")
+    with pytest.raises(ValueError, match="not there") as refused:
+        configure(folder / "composed")
+    option = re.search(r"--hf-overrides '(.*?)'", str(refused.value))
+    overrides = json.loads(option[1].replace("PATH", str(folder / "moved")))
+    after = configure(folder / "composed", hf_overrides=overrides).model_config.hf_config
+    expected = {"anchor": before.anchor_reference} | before.augmenting_references
+    expected[base] = expected[base] | {"name_or_path": str(folder / "moved")}
+    found = {"anchor": after.anchor_reference} | after.augmenting_references
+    assert found.keys() == expected.keys() and found[base]["fingerprint"]
+    for name, reference in found.items():
+        assert reference == {key: value for key, value in expected[name].items() if key in reference}
+        assert reference.keys() >= {"name_or_path", "fingerprint", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"anchor_reference": "PATH"}, r"'PATH': expected a reference .*{\"anchor_reference\": {\"name_or_path"),
+        ({"augmenting_references": {"m0": "PATH"}}, r"'PATH': expected a reference .*\"m0\": {\"name_or_path"),
+        ({"augmenting_references": {"third": {}}}, r"={'third': {}}: expected .* names, which are \['m0'\]"),
+        ({"augmenting_references": "PATH"}, r"='PATH': expected .* names, which are \['m0'\]"),
+    ],
+)
+def test_places_in_another_form(overrides: dict[str, object], message: str, saved: Callable[[Mix], Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(saved(PLAIN), hf_overrides=overrides)
+
+
 def test_a_base_with_another_configuration(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
     folder = edited(saved(PLAIN), tmp_path / "copy")
     file = folder / "anchor" / "config.json"
@@ -141,6 +211,23 @@ def test_a_base_with_one_changed_weight(base: str, saved: Callable[[Mix], Path],
     with (
         pytest.raises(calm.CheckpointError, match=f"weights of {role} .* not those"),
         engine.serving(folder / "composed"),
+    ):
+        pass
+
+
+def test_the_weights_of_a_base_that_moved(saved: Callable[[Mix], Path], tmp_path: Path) -> None:
+    """Are loaded from where it is now, if they are the ones composed."""
+    folder = edited(saved(PLAIN), tmp_path / "copy")
+    (folder / "m0").rename(folder / "moved")
+    place = {"augmenting_references": {"m0": {"name_or_path": str(folder / "moved")}}}
+    with engine.serving(folder / "composed", hf_overrides=place):
+        pass
+    weights = load_file(folder / "moved" / "model.safetensors")
+    weights = {name: weight + 0.1 for name, weight in weights.items()}
+    save_file(weights, folder / "moved" / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(calm.CheckpointError, match=r"weights of the augmenting model 'm0' .* not those"),
+        engine.serving(folder / "composed", hf_overrides=place),
     ):
         pass
 

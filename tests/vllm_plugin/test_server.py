@@ -133,6 +133,12 @@ REFUSED: dict[str, tuple[str, dict[str, object], int, str]] = {
     "no such model": ("completions", {"model": "composed:third", "augmenting": "none"}, 404, "composed:third"),
     "no such model, by name": ("completions", {"model": "composed:third"}, 404, "composed:third"),
     "beam search": ("completions", {"augmenting": "none", "use_beam_search": True}, 400, "use_beam_search"),
+    "beam search, by vLLM's own argument": (
+        "completions",
+        {"vllm_xargs": {"augmenting": ["one"]}, "use_beam_search": True},
+        400,
+        "use_beam_search",
+    ),
     "vLLM's own argument": ("completions", {"vllm_xargs": {"augmenting": ["third"]}}, 400, "['third'] are not here"),
     "another path": ("messages", {"model": "composed:anchor", "max_tokens": 3}, 400, "are chosen in /v1/completions"),
 }

@@ -82,8 +82,9 @@ def serve(
         port = bound.getsockname()[1]
         bound.close()
         names = list(Names(name, list(config.augmenting_configs)).on)
+        served_in = vllm_server.as_composed(dtype, config.anchor_reference.get("dtype"))
         line, variables = vllm_server.command(
-            model, names, host, port, dtype, vllm_options or [], api_key, limits, batch_size
+            model, names, host, port, served_in, vllm_options or [], api_key, limits, batch_size
         )
         vllm_server.become(line, variables)
     server.exit_on_sigterm()

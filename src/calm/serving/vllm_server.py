@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from calm.serving.limits import Limits
 
@@ -37,6 +39,18 @@ def sets_address(option: str) -> bool:
     """Whether one of vLLM's options says where its server listens, also shortened, as its parser takes it."""
     name = option.partition("=")[0]
     return len(name) > len("--") and any(one.startswith(name) for one in ADDRESS)
+
+
+def as_composed(dtype: str, recorded: str | None) -> str:
+    """The dtype to serve in: on CPUs with `"auto"` float32 where a composition was made in it, as on transformers.
+
+    VLLM's own `auto` would round to bfloat16. On accelerators it may: FLASH_ATTN has no float32.
+
+    Args:
+        dtype: What the user asked for.
+        recorded: In which the anchor was composed, if that is known.
+    """
+    return recorded if dtype == "auto" and recorded == "float32" and not torch.accelerator.is_available() else dtype
 
 
 def command(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from calm import backbones, sources
+from calm import backbones, checkpoint, sources
 from calm.config import CalmConfig, text_config
 from calm.errors import CalmError, CheckpointError, UnsupportedModelError
 from calm.serving.vllm import plugin
@@ -30,7 +32,13 @@ FAMILIES = (
 """Architectures (`model_type`) of which the tests show that vLLM's layers hand on what connections read and add to."""
 
 ALIBI_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""vLLM's attention backends that apply ALiBi slopes: FLEX_ATTENTION refuses them, FLASHINFER takes no notice."""
+"""vLLM's attention backends that apply ALiBi slopes: FLEX_ATTENTION refuses them, FLASHINFER takes no notice.
+
+FLASH_ATTN does not always, see `connection.backend_and_size`.
+"""
+
+PLACE = ("name_or_path", "revision", "gguf_file", "folder")
+"""What of a base's reference says where it is."""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
@@ -50,6 +58,54 @@ def check_version() -> None:
             f"vLLM {vllm.__version__} is installed; compositions are served by vLLM {plugin.SUPPORTED_VLLM}. Install "
             f"such a version, or the calm-lm that goes with this one. {_OTHERWISE}"
         )
+
+
+def complete_references(model_config: Any) -> None:
+    """Keep what `--hf-overrides` says nothing of: vLLM has it replace a reference, and all augmenting ones, whole.
+
+    A base that was moved is so compared with its fingerprint, as any.
+
+    Args:
+        model_config: vLLM's `ModelConfig`, changed in place.
+
+    Raises:
+        CalmError: If an override is not that of a base's reference.
+    """
+    overrides = model_config.hf_overrides
+    if not isinstance(overrides, Mapping):  # in Python a function, which gives a whole configuration
+        return
+    anchor, augmenting = (overrides.get(field) for field in ("anchor_reference", "augmenting_references"))
+    if anchor is None and augmenting is None:
+        return
+    config: CalmConfig = model_config.hf_config
+    where = model_config.hf_config_path or model_config.model
+    recorded = checkpoint.read_config(where, revision=model_config.revision)
+    if anchor is not None:
+        config.anchor_reference = _moved(recorded.anchor_reference, anchor, None)
+    if augmenting is not None:
+        names = list(config.augmenting_configs)
+        if not isinstance(augmenting, Mapping) or not augmenting.keys() <= set(names):
+            raise CalmError(
+                f"--hf-overrides: augmenting_references={augmenting!r}: expected references by the augmenting models' "
+                f"names, which are {names}. Write {_override(names[0])}"
+            )
+        references = recorded.augmenting_references
+        given = {name: _moved(references.get(name, {}), one, name) for name, one in augmenting.items()}
+        config.augmenting_references = references | given
+
+
+def _moved(recorded: Mapping[str, Any], given: Any, name: str | None) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise CalmError(f"--hf-overrides: {given!r}: expected a reference of a base. Write {_override(name)}")
+    other_place = "name_or_path" in given
+    return {key: value for key, value in recorded.items() if not (other_place and key in PLACE)} | dict(given)
+
+
+def _override(name: str | None) -> str:
+    """How vLLM is told where a base is now."""
+    place = {"name_or_path": "PATH"}
+    override = {"anchor_reference": place} if name is None else {"augmenting_references": {name: place}}
+    return f"--hf-overrides '{json.dumps(override)}'"
 
 
 def default_tokenizer(model_config: Any) -> None:
@@ -76,7 +132,6 @@ def check(vllm_config: Any) -> None:
     Raises:
         CalmError: With the reason and the way out.
     """
-    check_version()
     config: CalmConfig = vllm_config.model_config.hf_config
     if config.attend != "causal":
         raise CalmError(
@@ -140,6 +195,7 @@ def _check_engine(config: CalmConfig, vllm_config: Any) -> None:
         (vllm_config.scheduler_config.scheduler_cls, "a scheduler class of your own"),
         (parallel.use_ubatching or None, "dual batch overlap"),
         (parallel.prefill_context_parallel_size > 1 or None, "prefill context parallelism"),
+        (parallel.decode_context_parallel_size > 1 or None, "decode context parallelism"),
         (vllm_config.model_config.enable_prompt_embeds or None, "prompts as embeddings (--enable-prompt-embeds)"),
     ):
         if given is not None:
@@ -194,7 +250,10 @@ def locate(config: CalmConfig, name: str | None) -> tuple[Source, PreTrainedConf
             f"{_OTHERWISE}"
         )
     expected = config.anchor_config if name is None else config.augmenting_configs[name]
-    return sources.locate(role, reference, expected)
+    try:
+        return sources.locate(role, reference, expected)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} With vLLM another place is written {_override(name)}") from error
 
 
 def prepared(base: PreTrainedConfig) -> PreTrainedConfig:

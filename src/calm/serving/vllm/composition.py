@@ -9,6 +9,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import maybe_prefix
 
+from calm import backbones
 from calm.config import CalmConfig, width_of
 from calm.serving.vllm import bases
 from calm.serving.vllm.connection import Connection
@@ -35,6 +36,7 @@ class Composition(nn.Module):
         config: CalmConfig = vllm_config.model_config.hf_config
         self.config = config
         self.names = list(config.augmenting_configs)
+        self._known_tokens = backbones.known_tokens(config.anchor_config, config.augmenting_configs)
         self.anchor: Any = bases.build_anchor(config.anchor_config, vllm_config, maybe_prefix(prefix, "anchor"))
         self.augmenting = nn.ModuleList()  # by number: vLLM wants one in a layer's name and no second one
         for index, (name, base) in enumerate(config.augmenting_configs.items()):
@@ -85,7 +87,8 @@ class Composition(nn.Module):
         """Run the augmenting models, then the anchor with the connections.
 
         Args:
-            input_ids: Int64 `[tokens]`, of all requests of a step one after another.
+            input_ids: Int64 `[tokens]`, of all requests of a step one after another. Those that an augmenting model
+                lacks, which a tokenizer has none of, are others to it: looked up they would end the engine, for all.
             positions: Int64 `[tokens]`.
             on: Bool `[tokens, augmenting models]`, for which tokens each of them is switched on.
 
@@ -93,8 +96,11 @@ class Composition(nn.Module):
             The anchor's last hidden state, `[tokens, D_B]`.
         """
         self._on.update(zip(self.names, on.split(1, dim=-1), strict=True))
+        known = input_ids
+        if input_ids is not None and self._known_tokens is not None:
+            known = input_ids.clamp(max=self._known_tokens - 1)
         for model in self.augmenting:
-            model(input_ids, positions, None, None)
+            model(known, positions, None, None)
         hidden = self.anchor(input_ids, positions, None, None)
         self._captured.clear()
         self._on.clear()

@@ -9,12 +9,21 @@ from vllm.config import CacheConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import get_attn_backend
 
 from calm.attention import NORM_EPS, Gate, alibi_slopes
 from calm.attention import Connection as Original
 from calm.errors import CalmError
 from calm.serving.vllm.checks import ALIBI_BACKENDS
+
+LARGEST_HEAD = 512
+"""No attention backend of vLLM has larger heads."""
+
+FLASH_2_LARGEST_HEAD = 256
+"""FLASH_ATTN says what its newest version has kernels for; this is version 2's, the only one with ALiBi slopes."""
 
 
 class Connection(nn.Module):
@@ -55,8 +64,8 @@ class Connection(nn.Module):
         self.shapes = {name: parameter.shape for name, parameter in original.named_parameters()}
         self.num_heads = num_heads
         self.head_size = anchor_width // num_heads
-        self.padded_size = padded_head_size(self.head_size, cache_config)
         self.normalize = attention != "paper"
+        attention_backend, self.padded_size = backend_and_size(self.head_size, cache_config, slopes=self.normalize)
         self.gate = Gate(anchor_width) if attention == "gated" else None
         inner = num_heads * self.padded_size
         self.q = ColumnParallelLinear(anchor_width, inner, bias=False, prefix=f"{prefix}.q")
@@ -73,8 +82,9 @@ class Connection(nn.Module):
             alibi_slopes=slopes if self.normalize else None,
             cache_config=cache_config,
             prefix=f"{prefix}.attention",
+            attn_backend=attention_backend,
         )
-        backend = self.attention.attn_backend.get_name()
+        backend = attention_backend.get_name()
         if self.normalize and backend not in ALIBI_BACKENDS:
             raise CalmError(
                 f"vLLM's attention backend {backend} does not apply ALiBi slopes, which this composition's connections "
@@ -136,7 +146,7 @@ class PaddedAttention(Attention):
         window = attention.sliding_window
         super().__init__(
             attention.num_heads,
-            padded_head_size(attention.head_size, cache_config),
+            backend_and_size(attention.head_size, cache_config)[1],
             attention.impl.scale,
             num_kv_heads=attention.num_kv_heads,
             cache_config=cache_config,
@@ -156,24 +166,41 @@ class PaddedAttention(Attention):
         return attended[..., : self.unpadded_size].flatten(-2)
 
 
-def padded_head_size(head_size: int, cache_config: CacheConfig) -> int:
-    """The smallest head size, from the given one on, that vLLM's attention backend has kernels for.
+def backend_and_size(
+    head_size: int, cache_config: CacheConfig, slopes: bool = False
+) -> tuple[type[AttentionBackend], int]:
+    """The attention backend to compute with, and the smallest head size, from the given one on, that it has.
+
+    It is the one that vLLM chooses, but that slopes may need TRITON_ATTN where vLLM chooses FLASH_ATTN.
 
     Args:
         head_size: What is wanted.
         cache_config: For the cache's dtype.
+        slopes: Whether the attention has ALiBi slopes.
 
     Raises:
         CalmError: If there is none.
     """
-    for size in range(head_size, 513):
+    for size in range(head_size, LARGEST_HEAD + 1):
         try:
             backend = get_attn_backend(size, torch.get_default_dtype(), cache_config.cache_dtype)
         except ValueError:
             continue
-        if backend.supports_head_size(size):
-            return size
+        if slopes and backend.get_name() == "FLASH_ATTN" and _flash_fails_with_slopes(size):
+            backend = AttentionBackendEnum.TRITON_ATTN.get_class()
+        fitting = next((larger for larger in range(size, LARGEST_HEAD + 1) if backend.supports_head_size(larger)), None)
+        if fitting is not None:
+            return backend, fitting
     raise CalmError(
         f"No attention backend of this vLLM has heads of size {head_size} or more. Choose another with "
         "--attention-backend, or compose with more heads (num_heads=)."
     )
+
+
+def _flash_fails_with_slopes(head_size: int) -> bool:
+    """Whether FLASH_ATTN prepares a step for a newer FlashAttention than the one that computes layers with slopes.
+
+    These fall back to version 2 by themselves, which refuses what version 3 (Hopper's) is prepared with, and lacks the
+    larger heads.
+    """
+    return head_size > FLASH_2_LARGEST_HEAD or get_flash_attn_version() != get_flash_attn_version(requires_alibi=True)

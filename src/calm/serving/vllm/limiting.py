@@ -26,6 +26,9 @@ from calm.serving.vllm_server import LIMITS
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """What requests of vLLM's interfaces call the most tokens of an answer."""
 
+SAMPLING = "sampling_params"
+"""Where a request of tokens (/inference/v1/generate) has its lengths and choices."""
+
 _EXPECTED = """For example {"queue": 64, "seconds": 600}."""
 
 GRACE = 1.0  # seconds that an answer may take to end when it is told that it is over; streams that run are not told
@@ -204,19 +207,26 @@ def _parse(body: bytes) -> dict[str, Any]:
     return asked if isinstance(asked, dict) else {}
 
 
+def _sampling(asked: dict[str, Any]) -> dict[str, Any]:
+    """What /inference/v1/generate takes for lengths and choices; empty where there is none."""
+    sampling = asked.get(SAMPLING)
+    return sampling if isinstance(sampling, dict) else {}
+
+
 def _check_tokens(asked: dict[str, Any], limits: Limits) -> None:
-    for param in LENGTHS:
-        if (length := _whole(asked.get(param))) > limits.max_tokens:
-            raise limits.too_many_tokens(param, length)
+    for place, where in (("", asked), (f"{SAMPLING}.", _sampling(asked))):
+        for param in LENGTHS:
+            if (length := _whole(where.get(param))) > limits.max_tokens:
+                raise limits.too_many_tokens(place + param, length)
 
 
 def _rows(asked: dict[str, Any]) -> int:
-    """How many answers a request wants: for each prompt, or conversation of a batch, as many as it says."""
+    """How many answers a request wants: for each prompt, conversation of a batch or item to score, what it says."""
     prompts = 1
-    for several in (asked.get("prompt"), asked.get("messages")):
+    for several in (asked.get("prompt"), asked.get("messages"), asked.get("items")):
         if isinstance(several, list) and several and isinstance(several[0], str | list):
             prompts = len(several)
-    return prompts * max(_whole(asked.get("n")), 1)
+    return prompts * max(_whole(asked.get("n")), _whole(_sampling(asked).get("n")), 1)
 
 
 def _whole(value: Any) -> int:

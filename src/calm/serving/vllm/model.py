@@ -12,7 +12,6 @@ from vllm.sequence import IntermediateTensors
 from calm import backbones
 from calm.config import CalmConfig
 from calm.errors import CalmError, CheckpointError
-from calm.serving.vllm import checks
 from calm.serving.vllm.composition import Composition
 from calm.serving.vllm.switches import Switches
 from calm.serving.vllm.weights import SAFETENSORS, BaseWeights, Weights
@@ -26,7 +25,7 @@ class CalmForCausalLM(nn.Module):
         prefix: Of the names of layers.
 
     Raises:
-        CalmError: If vLLM's version or attention backend does not serve compositions, or a base is missing.
+        CalmError: If vLLM's attention backend does not serve compositions, or a base is missing.
     """
 
     allow_patterns_overrides = SAFETENSORS
@@ -34,7 +33,6 @@ class CalmForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
-        checks.check_version()
         config: CalmConfig = vllm_config.model_config.hf_config
         self.config = config
         names = list(config.augmenting_configs)

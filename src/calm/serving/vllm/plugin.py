@@ -25,18 +25,20 @@ def register() -> None:
     """Tell vLLM of compositions; may be called any number of times, in every process.
 
     What the model is made of is imported when vLLM loads one. Beside an unsupported vLLM other models are not
-    disturbed: the refusal comes with the model.
+    disturbed: the refusal comes with the model, before anything is imported that this vLLM may not have.
     """
     from vllm import ModelRegistry
 
     from calm.serving.vllm import ending
 
     ending.leave_interrupts()
-    ModelRegistry.register_model(ARCHITECTURE, "calm.serving.vllm.model:CalmForCausalLM")
-    if is_supported():
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    if not is_supported():
+        ModelRegistry.register_model(ARCHITECTURE, f"calm.serving.vllm.unsupported:{ARCHITECTURE}")
+        return
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-        MODELS_CONFIG_MAP[ARCHITECTURE] = Settings
+    ModelRegistry.register_model(ARCHITECTURE, f"calm.serving.vllm.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = Settings
 
 
 class Settings:
@@ -48,9 +50,13 @@ class Settings:
 
         Args:
             model_config: vLLM's `ModelConfig`.
+
+        Raises:
+            CalmError: If other places of bases are given in another form than expected.
         """
         from calm.serving.vllm import checks, limiting
 
+        checks.complete_references(model_config)
         checks.default_tokenizer(model_config)
         limiting.limit_answers(model_config)
 
