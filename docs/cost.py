@@ -85,8 +85,8 @@ TEXT = """# What will it cost?
 
 `calm plan ANCHOR AUGMENTING` answers for your pair, from configurations alone: it builds the composition without
 weights and runs a training step by its shapes, operation by operation. It plans one sequence of 512 tokens in bfloat16
-unless it is told otherwise; a recipe's defaults are `--dtype float32 --batch-size 8 --sequence-length 1024`. In Python it
-is `calm.planning.plan`. This page is written by `python docs/cost.py`.
+unless it is told otherwise; a recipe's defaults are `--dtype float32 --batch-size 8 --sequence-length 1024`. In Python
+it is `calm.planning.plan`. This page is written by `python docs/cost.py`.
 
 ## The words
 parameters
