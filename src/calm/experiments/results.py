@@ -90,8 +90,8 @@ class Training(_Strict):
     Attributes:
         trainable_parameters: How many numbers were trained; 0 for a method that trains none.
         learning_rate: The one that was chosen; for `mixed_logits` m_A's weight.
-        searched: Learning rates (for `mixed_logits` weights of m_A) that were tried, with the loss or the metric on
-            the development set.
+        searched: Learning rates (for `mixed_logits` weights of m_A) that were tried, with the metric of answers to
+            the development set; in older results the loss there.
         steps: Optimiser steps.
         seconds: Of this training, without the search.
     """

@@ -9,9 +9,10 @@ import pytest
 import sacrebleu
 import torch
 
+import calm
 from calm.data import load_tokenizer
 from calm.experiments.methods import bases, mixing, scoring, table
-from calm.experiments.methods.examples import Example, TaskSet
+from calm.experiments.methods.examples import Example
 from calm.experiments.methods.metrics import Bleu, Perplexity
 from calm.experiments.results import METHODS, Results, made_here
 
@@ -189,18 +190,28 @@ def test_in_a_mixture_the_anchor_reads_examples_and_m_a_does_not(anchor, data, t
     assert [of_example for of_example, _ in likelihoods(0.4)] == pytest.approx(nats, rel=1e-5)
 
 
-def test_a_mixture_is_worth_the_mean_of_its_tasks_metrics(anchor, data, tmp_path):
+def test_answers_are_worth_the_mean_of_their_tasks_metrics(anchor, data, tmp_path):
     bases.save_random(anchor, tmp_path / "random", 1)
     first, second, tokenizer = bases.load(anchor), bases.load(tmp_path / "random"), load_tokenizer(anchor)
     by_chrf = data.development["syllables"]
     by_bleu = dataclasses.replace(by_chrf, metric=Bleu(), examples=by_chrf.examples[:3])
 
-    def values(*tasks: TaskSet) -> dict[float, float]:
-        return scoring.mixture_values(first, second, tasks, (0.1, 0.9), tokenizer, 4)
-
-    one, other, both = values(by_chrf), values(by_bleu), values(by_chrf, by_bleu)
+    one, other, both = (
+        scoring.worth(first, tokenizer, tasks, 4, few_shot=True, mix=(second, 0.9))
+        for tasks in ([by_chrf], [by_bleu], [by_chrf, by_bleu])
+    )
     assert one != other
-    assert both == pytest.approx({weight: (one[weight] + other[weight]) / 2 for weight in (0.1, 0.9)})
+    assert both == pytest.approx((one + other) / 2)
+
+
+def test_what_a_rate_is_worth_is_what_its_model_answers(finished, data, anchor):
+    folder, outcomes, _ = finished
+    found, developed = outcomes["composed"]["training"], data.development["syllables"]
+    rate = f"{found['learning_rate']:g}"
+    model = calm.CalmForCausalLM.from_pretrained(folder / "seed-0/cell/composed" / rate).eval()
+    given = scoring.answers(model, load_tokenizer(str(anchor)), developed, 4)
+    references = [[example.completion.strip() for example in developed.examples]]
+    assert found["searched"][rate] == pytest.approx(sacrebleu.corpus_chrf(given, references).score)
 
 
 def test_in_a_pipeline_the_anchor_reads_what_m_a_answered_to_the_question_and_to_the_examples(finished, anchor, data):

@@ -21,7 +21,7 @@ from calm.errors import CalmError, DivergedError
 from calm.experiments.methods import bases, training
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.metrics import Bleu, Chrf
-from calm.experiments.methods.run import _beyond, parameters_of, run, seconds_of
+from calm.experiments.methods.run import _best, _beyond, parameters_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.results import METHODS
 
@@ -44,7 +44,7 @@ def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_
     searched = outcomes["composed"]["training"]["searched"]
     assert searched.keys() > {"0.001", "0.005"}  # one of two is an end
     rate = f"{outcomes['composed']['training']['learning_rate']:g}"
-    assert searched[rate] == min(searched.values())
+    assert searched[rate] == max(searched.values())
     composed = finished[0] / "seed-0/cell/composed"
     assert {path.stem for path in composed.glob("*.json")} == set(searched)
     assert [path.name for path in composed.iterdir() if path.is_dir()] == [rate]  # the others are lighter for it
@@ -324,14 +324,14 @@ def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_
 
 
 def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):
-    minutes, vanilla, rehearsed, mixture, on_all = settings.notes()
+    minutes, vanilla, rehearsed, chosen, on_all = settings.notes()
     assert "took 2 steps of 4 general texts, and m_A after these 20 of 16 of its own data" in vanilla
     assert not any("vanilla" in note for note in dataclasses.replace(settings, general=None).notes())
     assert "without the search" in minutes
-    assert "answers to the development examples are best" in mixture
+    assert "answers to the development examples are best" in chosen
     assert "texts that m_B wrote by itself" in rehearsed and "20% of all examples" in rehearsed
-    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [minutes, vanilla, mixture, on_all]
-    assert dataclasses.replace(settings, methods=("composed",)).notes() == [minutes, vanilla, rehearsed]
+    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [minutes, vanilla, chosen, on_all]
+    assert dataclasses.replace(settings, methods=("composed",)).notes() == [minutes, vanilla, rehearsed, chosen]
     assert on_all == (
         "m_B fine-tuned on all of m_A's data takes 6 steps of 4 examples, every other method 4; m_A took 20 of 16: "
         "fewer examples, so that it is less than an upper reference."
@@ -340,6 +340,26 @@ def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(setti
 
 
 def test_the_search_goes_on_beyond_an_end_that_is_the_best():
-    assert _beyond({1e-4: 3.0, 3e-4: 2.0, 1e-3: 2.5}) is None
-    assert _beyond({1e-4: 3.0, 3e-4: 2.0, 1e-3: 1.5}) == 3e-3
-    assert _beyond({1e-4: 1.0, 3e-4: 2.0, 1e-3: math.nan}) == 3e-5
+    assert _beyond({1e-4: (30.0, -1.0), 3e-4: (40.0, -2.0), 1e-3: (35.0, -1.0)}) is None
+    assert _beyond({1e-4: (30.0, -3.0), 3e-4: (40.0, -2.0), 1e-3: (45.0, -2.5)}) == 3e-3
+    assert _beyond({1e-4: (30.0, -3.0), 3e-4: (20.0, -2.0), 1e-3: (-math.inf, -math.inf)}) == 3e-5
+
+
+def test_of_rates_whose_answers_are_worth_the_same_the_likelier_is_the_best():
+    assert _best({1e-4: (0.0, -3.0), 3e-4: (0.0, -2.0), 1e-3: (0.0, -2.5)}) == 3e-4
+    assert _best({1e-4: (1.0, -9.0), 3e-4: (0.0, -2.0)}) == 1e-4
+
+
+def test_bases_of_which_only_the_steps_came_here_are_made_again(finished, data, settings, tmp_path):
+    folder, outcomes, _ = finished
+    for path in folder.rglob("*.json"):
+        if "fingerprint" in json.loads(path.read_text()) and path.stem not in ("m_A", "random_m_A"):
+            (tmp_path / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / path.relative_to(folder))
+    shown = io.StringIO()
+    again = run(data, settings, 0, tmp_path, Console(file=shown, width=200), name="cell")
+    for base in ("vanilla", "m_A", "random"):
+        assert f"{base}, whose weights are not here, is made again" in shown.getvalue()
+    for method in ("m_A", "random_m_A"):
+        assert again[method]["answers"] == outcomes[method]["answers"]
+        assert again[method]["nll"]["Arithmetic"] == outcomes[method]["nll"]["Arithmetic"]

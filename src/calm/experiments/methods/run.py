@@ -33,6 +33,9 @@ ANCHOR_ALONE = ("m_B", "m_B_zero_shot")
 ANY_SEED = "any-seed"
 """The folder, beside those of the seeds, with the outcomes of these."""
 
+Found = tuple[float, float]
+"""What a search goes by: the worth of a model's answers to the development set, and minus the nats of right ones."""
+
 Outcome = dict[str, Any]
 """What one method leaves: `answers` by row of `tests` and `preserved_tests`, `references` (how unlikely it finds the
 right answers) by row of `tests`, `nll` by preserved text set, `training`, as plain JSON."""
@@ -132,6 +135,9 @@ class _Run:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.anchor)
         self.vanilla, self.specialist, self.random = shared / "vanilla", self.folder / "m_A", self.folder / "random"
         self.development = scoring.completion_rows(data.developed, self.tokenizer, settings.max_length)
+        self.asked_in_search = fingerprint(
+            {row: [_asked(task), task.metric.name] for row, task in data.development.items()}
+        )
         self.tasks = {**data.tests, **data.preserved_tests}
         self.asked = fingerprint(
             {row: _asked(task) for row, task in self.tasks.items()},
@@ -173,7 +179,7 @@ class _Run:
 
     def _make_specialist(self) -> Outcome:
         fit = self.settings.specialist
-        model = bases.load(fit if isinstance(fit, str) else self.vanilla)
+        model = bases.load(fit if isinstance(fit, str) else self._base(self.vanilla))
         if isinstance(fit, Fit):
             self._train_base(model, self._rows(self.data.specialist), fit)
         self._save(model, self.specialist)
@@ -185,8 +191,16 @@ class _Run:
         training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
 
     def _make_random(self) -> Outcome:
-        bases.save_random(self.vanilla, self.random, self.seed)
+        bases.save_random(self._base(self.vanilla), self.random, self.seed)
         return {}
+
+    def _base(self, folder: Path) -> Path:
+        """The folder of a base, which is made again if only what is known of it was brought from another machine."""
+        if not (folder / "tokenizer_config.json").exists():  # what is saved last
+            self.console.print(f"[dim]{folder.name}, whose weights are not here, is made again ...[/dim]")
+            make = {self.vanilla: self._make_vanilla, self.specialist: self._make_specialist}
+            make.get(folder, self._make_random)()
+        return folder
 
     def _rehearse(self) -> None:
         settings, number = self.settings, self.settings.rehearsed(len(self.data.composition))
@@ -226,34 +240,33 @@ class _Run:
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
-            asked = {row: [_asked(task), task.metric.name] for row, task in self.data.development.items()}
-            depends_on += [chosen, WEIGHTS, fingerprint(asked)]
+            depends_on += [chosen, WEIGHTS, self.asked_in_search]
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
         dtype = self.settings.dtype
         if method == "m_A":
-            return self._measure(bases.load(self.specialist, dtype))
+            return self._measure(bases.load(self._base(self.specialist), dtype))
         anchor = bases.load(self.anchor, dtype)
         if method == "pipeline":
             return self._measure(anchor, few_shot=True, tasks=self._hinted())
         if method != "mixed_logits":
             return self._measure(anchor, few_shot=method == "m_B")
-        augmenting = bases.load(self.specialist, dtype)
+        augmenting = bases.load(self._base(self.specialist), dtype)
         if self.rates is not None:
             weight, searched = self.rates[method], {}
         else:
-            developed = list(self.data.development.values())
-            searched = scoring.mixture_values(
-                anchor, augmenting, developed, WEIGHTS, self.tokenizer, self.settings.batch
-            )
+            searched = {tried: self._worth(anchor, few_shot=True, mix=(augmenting, tried)) for tried in WEIGHTS}
             weight = max(searched, key=lambda tried: searched[tried])
         outcome = self._measure(anchor, few_shot=True, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
         return outcome
 
     def _rate(self, method: str, depends_on: Sequence[Any]) -> tuple[float, dict[str, float]]:
-        """The learning rate whose model has the lowest loss on the development set, once it is trained to its end."""
+        """The learning rate whose model, trained to its end, answers the development set best, and what each was worth.
+
+        Of rates that are worth the same it is the one whose model finds the right answers likelier.
+        """
         if self.rates is not None:
             rate = self.rates[method]
             if math.isfinite(self._trained(method, rate, depends_on)["nll"]):
@@ -264,22 +277,23 @@ class _Run:
         if len(candidates) == 1:
             return candidates[0], {}
 
-        searched: dict[float, float] = {}
+        searched: dict[float, Found] = {}
         rates = list(candidates)
         for rate in rates:
-            searched[rate] = float(self._trained(method, rate, depends_on)["nll"])
+            trained = self._trained(method, rate, depends_on)
+            searched[rate] = float(trained["worth"]), -float(trained["nll"])
             best = _best(searched)
             for other in searched:
                 if other != best:
                     _remove(self.folder / method / f"{other:g}")
             if len(rates) == len(searched) < len(candidates) + BEYOND and (beyond := _beyond(searched)) is not None:
                 rates.append(beyond)
-        return best, {f"{rate:g}": nll for rate, nll in sorted(searched.items()) if math.isfinite(nll)}
+        return best, {f"{rate:g}": worth for rate, (worth, _) in sorted(searched.items()) if math.isfinite(worth)}
 
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
         """Train with one learning rate. The model lies in the folder of that name beside what is returned."""
         folder = self.folder / method / f"{rate:g}"
-        settings = [*depends_on, rate, fingerprint(self.data.developed)]
+        settings = [*depends_on, rate, self.asked_in_search]
         trained_as = fingerprint([*depends_on, rate])
         return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
@@ -295,12 +309,14 @@ class _Run:
             trainable = self._train(method, fit, folder)
         except DivergedError as error:
             self.console.print(f"{method} at {rate:g}: {error}")
-            return {"nll": math.inf, "trainable_parameters": 0, "seconds": 0.0}
+            return {"worth": -math.inf, "nll": math.inf, "trainable_parameters": 0, "seconds": 0.0}
         seconds = round(time.perf_counter() - started, 1)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        nll = self._development_nll(scoring.logits_of(self._load(method, folder)))
-        return {"nll": nll, "trainable_parameters": trainable, "seconds": seconds}
+        model = self._load(method, folder)
+        nll = self._development_nll(scoring.logits_of(model))
+        worth = self._worth(model) if math.isfinite(nll) else -math.inf
+        return {"worth": worth, "nll": nll, "trainable_parameters": trainable, "seconds": seconds}
 
     def _evaluated(
         self, method: str, rate: float, searched: Mapping[str, float], trained: Outcome, depends_on: Sequence[Any]
@@ -330,7 +346,7 @@ class _Run:
             augmenting = {"vanilla_m_A": self.vanilla, "random_m_A": self.random}.get(method, self.specialist)
             return training.train_composition(
                 self.anchor,
-                augmenting,
+                self._base(augmenting),
                 examples,
                 self.rehearsed,
                 settings,
@@ -341,7 +357,8 @@ class _Run:
             ).trainable_parameters
         model = bases.load(self.anchor)
         if method == "lora":
-            composition = planning.plan(self.anchor, str(self.specialist), settings.connections, sequence_length=2)
+            augmenting = self._base(self.specialist)
+            composition = planning.plan(self.anchor, str(augmenting), settings.connections, sequence_length=2)
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
@@ -362,7 +379,8 @@ class _Run:
 
     def _hinted(self) -> dict[str, TaskSet]:
         """The tasks with what `m_A` answers to each prompt written before it, in the examples before it, too."""
-        augmenting, answers = bases.load(self.specialist, self.settings.dtype), self._method("m_A")["answers"]
+        augmenting = bases.load(self._base(self.specialist), self.settings.dtype)
+        answers = self._method("m_A")["answers"]
 
         def of_examples(task: TaskSet) -> list[str]:
             shown = dataclasses.replace(task, examples=task.few_shot)
@@ -409,6 +427,12 @@ class _Run:
             "parameters": model.num_parameters(),
             "training": {"trainable_parameters": 0},
         }
+
+    def _worth(
+        self, model: PreTrainedModel, *, few_shot: bool = False, mix: tuple[PreTrainedModel, float] | None = None
+    ) -> float:
+        developed = list(self.data.development.values())
+        return scoring.worth(model, self.tokenizer, developed, self.settings.batch, few_shot=few_shot, mix=mix)
 
     def _development_nll(self, logits: scoring.Logits) -> float:
         found = scoring.negative_log_likelihoods(logits, self.development, self.tokenizer, self.settings.batch)
@@ -467,12 +491,12 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(condemned)
 
 
-def _best(searched: Mapping[float, float]) -> float:
-    """What had the lowest loss; one that is not a number is none."""
-    return min(searched, key=lambda tried: searched[tried] if math.isfinite(searched[tried]) else math.inf)
+def _best(searched: Mapping[float, Found]) -> float:
+    """The rate that was worth most, of these the likeliest; what diverged was worth nothing."""
+    return max(searched, key=lambda tried: searched[tried])
 
 
-def _beyond(searched: Mapping[float, float]) -> float | None:
+def _beyond(searched: Mapping[float, Found]) -> float | None:
     """The next rate to try, a step beyond the end of those that were; None if the best one lies between others."""
     rates, best = sorted(searched), _best(searched)
     if rates[0] < best < rates[-1]:

@@ -141,30 +141,31 @@ def answers(
     return given
 
 
-def mixture_values(
-    anchor: PreTrainedModel,
-    augmenting: PreTrainedModel,
-    tasks: Sequence[TaskSet],
-    weights: Sequence[float],
+def worth(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[TaskSet],
     batch: int,
-) -> dict[float, float]:
-    """What the two models' mixtures answer is worth, by the weight of `m_A`: the mean of the task sets' metrics.
+    *,
+    few_shot: bool = False,
+    mix: tuple[PreTrainedModel, float] | None = None,
+) -> float:
+    """What a model's answers are worth: the mean of the task sets' metrics, of which more has to be better.
 
     Args:
-        anchor: `m_B`, which reads the task sets' examples before each prompt.
-        augmenting: `m_A`, with the same vocabulary.
-        tasks: what is asked, by metrics of which more is better.
-        weights: of `m_A`, from 0 to 1.
-        tokenizer: of both.
+        model: the model.
+        tokenizer: of the model.
+        tasks: what is asked.
         batch: prompts at a time.
+        few_shot: as for `answers`.
+        mix: as for `answers`.
     """
 
-    def value(task: TaskSet, weight: float) -> float:
-        given = answers(anchor, tokenizer, task, batch, few_shot=True, mix=(augmenting, weight))
+    def value(task: TaskSet) -> float:
+        given = answers(model, tokenizer, task, batch, few_shot=few_shot, mix=mix)
         return task.metric.value(task.metric.statistics(given, task.examples).sum(0), len(task.examples))
 
-    return {weight: fmean(value(task, weight) for task in tasks) for weight in weights}
+    return fmean(value(task) for task in tasks)
 
 
 def shown(examples: Sequence[Example]) -> str:

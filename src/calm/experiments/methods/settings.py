@@ -67,8 +67,8 @@ class Settings:
         steps_on_all: Optimiser steps of `full_on_all`, which has all of `m_A`'s data to learn.
         rows: Examples in such a step.
         learning_rates: Those that every method is trained with first, whole, by "composition", "lora" and "full". Where
-            the highest or the lowest does best on the development set, up to `BEYOND` more follow on its side. A single
-            one is taken without a search.
+            the highest or the lowest answers the development set best, up to `BEYOND` more follow on its side. A
+            single one is taken without a search.
         max_length: Tokens of an example at most.
         batch: Sequences in a batch of generation or scoring.
         dtype: Of the frozen models, and of computing.
@@ -115,11 +115,10 @@ class Settings:
         notes = ["Minutes are those of the training whose model was taken, without the search."]
         notes += [self._about_vanilla()] if self.general and isinstance(self.specialist, Fit) else []
         notes += [self._about_rehearsal()] if self.rehearsal else []
-        if "mixed_logits" in self.methods:
-            notes.append(
-                "The mixture has the weight of m_A whose answers to the development examples are best with the first "
-                "seed, in the mean of the rows' metrics."
-            )
+        notes.append(
+            "Learning rates, and the weight of m_A in a mixture, are those whose answers to the development examples "
+            "are best with the first seed, in the mean of the rows' metrics; of rates with equal answers the likelier."
+        )
         return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
 
     def _about_vanilla(self) -> str:
