@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine import Expected
 from factories import WINDOW, Mix, config, open_gates, word_tokenizer
+from transformers import PreTrainedModel
 
 import calm
 import calm.serving.vllm.connection
@@ -94,20 +95,28 @@ def test_prefix_hits_beside_sliding_windows(tmp_path: Path) -> None:
     assert engine.worst(outputs, expected) < TOLERANCE
 
 
+def composed_of(
+    anchor: PreTrainedModel, small: PreTrainedModel, known: int, folder: Path
+) -> tuple[calm.CalmForCausalLM, list[list[int]]]:
+    """Two models with one tokenizer composed, and saved as `composed` in a folder; prompts of the tokens of both."""
+    words = word_tokenizer(known)
+    for name, base in (("anchor", anchor), ("m0", small)):
+        base.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    model = calm.compose(str(folder / "anchor"), {"m0": str(folder / "m0")}, 2)
+    open_gates(model)
+    model.save_pretrained(folder / "composed")
+    return model, [[token % known for token in prompt] for prompt in engine.prompts()]
+
+
 def test_tokens_that_one_model_has_not(tmp_path: Path) -> None:
     """Embeddings padded differently for one tokenizer: the anchor's head would emit what the other cannot read."""
-    words, mix, known = word_tokenizer(60), Mix("llama", ("gpt2",)), 60
+    mix, known = Mix("llama", ("gpt2",)), 60
     anchor, small = mix.anchor_model(), mix.augmenting_models()["m0"]
     small.resize_token_embeddings(known)
     with torch.no_grad():
         anchor.lm_head.weight[known:] *= 10
-    for name, base in (("anchor", anchor), ("m0", small)):
-        base.save_pretrained(tmp_path / name)
-        words.save_pretrained(tmp_path / name)
-    model = calm.compose(str(tmp_path / "anchor"), {"m0": str(tmp_path / "m0")}, 2)
-    open_gates(model)
-    model.save_pretrained(tmp_path / "composed")
-    prompts = [[token % known for token in prompt] for prompt in engine.prompts()]
+    model, prompts = composed_of(anchor, small, known, tmp_path)
     with torch.no_grad():
         logits = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
     assert max(of_last.argmax() for of_last in logits) >= known, "the case that is tested"
@@ -121,17 +130,11 @@ def test_tokens_that_one_model_has_not(tmp_path: Path) -> None:
 
 def test_a_token_that_an_augmenting_model_has_not_ends_nothing(tmp_path: Path) -> None:
     """Ids may be those that the anchor's table holds, here far more than the other's, which vLLM pads to 64 rows."""
-    words, mix, known, many = word_tokenizer(60), Mix("llama", ("gpt2",)), 60, 200
+    mix, known, many = Mix("llama", ("gpt2",)), 60, 200
     anchor, small = mix.anchor_model(), mix.augmenting_models()["m0"]
     anchor.resize_token_embeddings(many)
     small.resize_token_embeddings(known)
-    for name, base in (("anchor", anchor), ("m0", small)):
-        base.save_pretrained(tmp_path / name)
-        words.save_pretrained(tmp_path / name)
-    model = calm.compose(str(tmp_path / "anchor"), {"m0": str(tmp_path / "m0")}, 2)
-    open_gates(model)
-    model.save_pretrained(tmp_path / "composed")
-    prompts = [[token % known for token in prompt] for prompt in engine.prompts()]
+    model, prompts = composed_of(anchor, small, known, tmp_path)
     beyond = [5, many - 1, 7]
     with torch.no_grad():
         wanted = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
