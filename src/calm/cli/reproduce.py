@@ -28,7 +28,10 @@ def reproduce(
         bool, typer.Option(help="Run the code that models write (HumanEval), in limited processes of its own.")
     ] = False,
 ) -> None:
-    """Reproduce one domain of the paper: data, training, baselines, tables and plots. Run it again to go on."""
+    """Reproduce one domain of the paper: data, training, baselines, tables and plots.
+
+    Run it again to go on, or once for each GPU to share the work.
+    """
     from transformers.utils import logging
 
     from calm.experiments.reproduce import reproduce as run

@@ -14,6 +14,7 @@ from calm.errors import CalmError
 from calm.experiments.charts import save_charts
 from calm.experiments.report import newest, write_report
 from calm.experiments.results import Asked, Results
+from calm.experiments.sharing import locked
 from calm.experiments.tables import print_results
 
 Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
@@ -46,7 +47,7 @@ def reproduce(
     preset itself.
 
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
-    repeat as you like.
+    repeat as you like. Several processes that call this with the same arguments share the work.
 
     Args:
         domain: `key_value_arithmetic`, `low_resource` or `code` (the paper's sections 4.1, 4.2 and 4.3), or
@@ -92,10 +93,11 @@ def reproduce(
     newest(Path(results_dir))  # what the report could not read is found before the work, not after
     run: Reproduce = module.reproduce
     results = run(preset, asked, folder, console)
-    path = results.save(results_dir)
+    with locked(Path(results_dir, "REPORT.md")):  # processes that shared the run end at about the same time
+        path = results.save(results_dir)
+        drawn = save_charts(results, path.parent)
+        written = write_report(Path(results_dir))
     print_results(console, results)
-    drawn = save_charts(results, path.parent)
-    written = write_report(Path(results_dir))
     for file in (path, *drawn, written):
         console.print(str(file), markup=False, soft_wrap=True)
     return path

@@ -89,5 +89,5 @@ def settings(anchor):
 def finished(data, settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     shown = io.StringIO()
-    outcomes = run(data, settings, 0, folder, Console(file=shown, width=200), name="cell")
-    return folder, outcomes, shown.getvalue()
+    outcomes = run({"cell": data}, settings, (0,), folder, Console(file=shown, width=200))
+    return folder, outcomes["cell"][0], shown.getvalue()

@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
+import re
 import shutil
 
 import pytest
@@ -24,6 +26,10 @@ from calm.experiments.methods.metrics import Bleu, Chrf
 from calm.experiments.methods.run import _best, _beyond, parameters_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.results import METHODS
+
+
+def run_cell(data, settings, seed, folder, console, rates=None):
+    return run({"cell": data}, settings, (seed,), folder, console, rates)["cell"][seed]
 
 
 def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_and_answer_all(
@@ -63,7 +69,7 @@ def test_a_finished_run_is_its_json_files_and_is_done_elsewhere_without_models(
     for name in ("fine_tune", "train_composition"):
         monkeypatch.setattr(training, name, interrupted)
     monkeypatch.setattr(bases, "load", interrupted)
-    again = run(data, settings, 0, tmp_path, Console(file=io.StringIO()), name="cell")
+    again = run_cell(data, settings, 0, tmp_path, Console(file=io.StringIO()))
     assert json.loads(json.dumps(again)) == outcomes
 
 
@@ -72,13 +78,13 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
 ):
     folder, outcomes, _ = finished
     shown = io.StringIO()
-    again = run(data, settings, 0, folder, Console(file=shown, width=200), name="cell")
+    again = run_cell(data, settings, 0, folder, Console(file=shown, width=200))
     assert json.loads(json.dumps(again)) == outcomes
     assert shown.getvalue() == ""
     assert seconds_of(folder, [0]) > seconds_of(folder, [1]) > 0  # what no seed changes counts for each
 
     (folder / "seed-0/cell/lora.json").unlink()  # as if it had been interrupted there
-    redone = run(data, settings, 0, folder, Console(file=shown, width=200), name="cell")
+    redone = run_cell(data, settings, 0, folder, Console(file=shown, width=200))
     assert "lora" in shown.getvalue() and "composed" not in shown.getvalue()
     assert redone["lora"]["answers"] == outcomes["lora"]["answers"]
     assert redone["lora"]["nll"] == outcomes["lora"]["nll"]
@@ -90,12 +96,12 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
     copy, cell = tmp_path / "copy", tmp_path / "copy/seed-0/cell"
 
     def with_another() -> dict:
-        return run(data, alone, 0, copy, Console(file=shown, width=200), {"composed": other}, "cell")["composed"]
+        return run_cell(data, alone, 0, copy, Console(file=shown, width=200), {"composed": other})["composed"]
 
     rate = f"{outcomes['composed']['training']['learning_rate']:g}"
     for step in ("composed", f"composed/{rate}"):  # trained to its end, but not measured
         (cell / f"{step}.json").unlink()
-    redone = run(data, alone, 0, copy, Console(file=shown, width=200), name="cell")
+    redone = run_cell(data, alone, 0, copy, Console(file=shown, width=200))
     assert redone["composed"]["nll"] == outcomes["composed"]["nll"]
 
     with monkeypatch.context() as patched:
@@ -111,7 +117,7 @@ def test_another_seed_does_not_ask_the_anchor_alone_again(finished, data, settin
     alone = ("m_B", "m_B_zero_shot")
     some = dataclasses.replace(settings, methods=("m_A", *alone))
     shown = io.StringIO()
-    outcomes = run(data, some, 1, tmp_path, Console(file=shown, width=200), name="cell")
+    outcomes = run_cell(data, some, 1, tmp_path, Console(file=shown, width=200))
     assert {method: outcomes[method] for method in alone} == {method: finished[1][method] for method in alone}
     assert "m_A.json" in shown.getvalue() and "m_B" not in shown.getvalue()
     assert parameters_of(tmp_path, 1, "cell").keys() == {"anchor", "augmenting"}
@@ -119,6 +125,41 @@ def test_another_seed_does_not_ask_the_anchor_alone_again(finished, data, settin
     asked = [json.loads((tmp_path / f"any-seed/cell/{method}.json").read_text()) for method in alone]
     of_each = [seconds_of(tmp_path, [seed], ["cell"]) for seed in (0, 1)]
     assert both == pytest.approx(sum(of_each) - sum(step["result"]["step_seconds"] for step in asked))
+
+
+def share(data, settings, seeds, folder, told):
+    with told.open("w") as file:
+        outcomes = run({"cell": data}, settings, seeds, folder, Console(file=file, width=200))
+    told.with_suffix(".json").write_text(json.dumps(outcomes))
+
+
+def test_two_processes_share_a_run_and_both_return_what_one_would(finished, data, settings, tmp_path):
+    some = dataclasses.replace(settings, methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "mixed_logits"))
+    told = [tmp_path / f"told-{process}" for process in range(2)]
+    spawn = multiprocessing.get_context("spawn")
+    folder = tmp_path / "run"
+    processes = [spawn.Process(target=share, args=(data, some, (0, 1), folder, path)) for path in told]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    steps = [re.findall(r"^(\S+\.json): \d+ s", path.read_text(), re.MULTILINE) for path in told]
+    assert all(steps), "one of them did nothing"
+    taken = collections.Counter(steps[0] + steps[1])
+    assert set(taken.values()) == {1}, "something was done twice"
+    assert {"seed-0/vanilla/base.json", "seed-1/cell/lora.json", "any-seed/cell/m_B.json"} <= taken.keys()
+
+    first, second = (json.loads(path.with_suffix(".json").read_text())["cell"] for path in told)
+    assert first == second and list(first) == ["0", "1"]
+    for method, outcome in first["0"].items():
+        alone = finished[1][method]
+        assert outcome["answers"] == alone["answers"], method
+        assert outcome["nll"] == alone["nll"], method
+        if "learning_rate" in alone["training"]:
+            rates = [outcomes[method]["training"]["learning_rate"] for outcomes in (finished[1], *first.values())]
+            assert len(set(rates)) == 1, "the second seed has what the first one found"
+            assert first["1"][method]["training"]["searched"] == {}
 
 
 def interrupted(*_, **__):
@@ -137,7 +178,7 @@ def test_a_rate_that_diverges_is_not_taken_and_ends_no_search(finished, data, se
 
     def search() -> dict:
         shutil.rmtree(tmp_path / "seed-0/cell/composed")
-        return run(data, alone, 0, tmp_path, Console(file=io.StringIO()), name="cell")["composed"]["training"]
+        return run_cell(data, alone, 0, tmp_path, Console(file=io.StringIO()))["composed"]["training"]
 
     monkeypatch.setattr(training, "train_composition", diverging)
     alone = dataclasses.replace(settings, methods=("composed",), steps=3)
@@ -163,7 +204,7 @@ def test_a_seed_that_diverges_at_another_ones_rate_searches_for_its_own(
     monkeypatch.setattr(training, "train_composition", diverging)
     alone = dataclasses.replace(settings, methods=("composed",), steps=3)
     told = io.StringIO()
-    outcome = run(data, alone, 0, tmp_path, Console(file=told, width=200), {"composed": given}, "cell")["composed"]
+    outcome = run_cell(data, alone, 0, tmp_path, Console(file=told, width=200), {"composed": given})["composed"]
     assert f"{outcome['training']['learning_rate']:g}" in outcome["training"]["searched"]
     assert "composed searches for a learning rate of its own with seed 0" in told.getvalue()
 
@@ -226,7 +267,7 @@ def test_a_small_dc_comes_as_often_as_keeps_the_share_of_the_anchors_texts(
     monkeypatch.setattr(training, "fine_tune", look)
     monkeypatch.setattr(training, "train_composition", look_at_file)
     with pytest.raises(InterruptedError):
-        run(data, longer, 0, tmp_path, Console(file=io.StringIO()), {method: 1e-4}, "cell")
+        run_cell(data, longer, 0, tmp_path, Console(file=io.StringIO()), {method: 1e-4})
     assert len(learned) == 3 * 20 + 15
     assert all(count % 3 == 0 for _, count in collections.Counter(learned).most_common(18))
 
@@ -241,7 +282,7 @@ def test_every_method_that_is_trained_on_dc_has_them(finished, data, settings, m
     for rehearsal_share, texts in ((0.2, 5), (0.0, 0)):
         shutil.rmtree(tmp_path / f"seed-0/cell/{method}", ignore_errors=True)
         alone = dataclasses.replace(settings, methods=(method,), rehearsal=rehearsal_share)
-        run(data, alone, 0, tmp_path, Console(file=io.StringIO()), {method: 1e-4}, "cell")
+        run_cell(data, alone, 0, tmp_path, Console(file=io.StringIO()), {method: 1e-4})
         rows = learned.pop()
         assert not learned
         assert sum((row["labels"][1:] != -100).all() for row in rows) == texts
@@ -254,7 +295,7 @@ def test_what_was_made_with_other_settings_or_data_is_made_anew(finished, data, 
     def redone(data, settings, rates=None) -> str:
         shown = io.StringIO()
         console = Console(file=shown, width=200)
-        run(data, settings, 0, tmp_path, console, rates, "cell")
+        run_cell(data, settings, 0, tmp_path, console, rates)
         return shown.getvalue()
 
     both = dataclasses.replace(settings, methods=("full_on_DC", "full_on_all"))
@@ -310,7 +351,7 @@ def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_
     def redone(data) -> str:
         shown = io.StringIO()
         console = Console(file=shown, width=200)
-        run(data, given, 0, tmp_path, console, {m: 1e-4 for m in methods}, "cell")
+        run_cell(data, given, 0, tmp_path, console, {m: 1e-4 for m in methods})
         return shown.getvalue()
 
     assert "m_A/base.json" in redone(data)
@@ -357,7 +398,7 @@ def test_bases_of_which_only_the_steps_came_here_are_made_again(finished, data, 
             (tmp_path / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(folder))
     shown = io.StringIO()
-    again = run(data, settings, 0, tmp_path, Console(file=shown, width=200), name="cell")
+    again = run_cell(data, settings, 0, tmp_path, Console(file=shown, width=200))
     for base in ("vanilla", "m_A", "random"):
         assert f"{base}, whose weights are not here, is made again" in shown.getvalue()
     for method in ("m_A", "random_m_A"):

@@ -12,7 +12,7 @@ from calm.experiments.code import hub
 from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
-from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.run import parameters_of, run, seconds_of
 from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import Asked, Results, made_here
 
@@ -122,7 +122,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         settings = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
         data, made = load(settings, preset.split, folder / "data"), describe(settings, preset.split, folder / "data")
         problems, kept_whole, tokens = "HumanEval", "files", preset.data.human_eval_tokens
-    outcomes = run_seeds(data, preset.methods, seeds, folder, console)
+    outcomes = run({"": data}, preset.methods, seeds, folder, console)[""]
     about_problems = (
         f"An answer to {problems} ends after {tokens} tokens, which some need more than."
         if allow_code_execution

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from calm.experiments.key_value_arithmetic.recipe import PRESETS, Recipe
 from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult
 from calm.experiments.methods import intervals
 from calm.experiments.results import METHODS, Asked, Cell, Curve, Results, Row, Training, made_here
+from calm.experiments.sharing import Job, do_all
 
 SEEDS = {"demo": (0,), "cpu": (8,), "tiny": (0,), "gpu": (0, 1, 2), "paper": (0, 1, 2)}
 """Those of `cpu` leave out 0, 6 and 7, whose keys its recipe was found with, and 1 to 5, by which earlier recipes were
@@ -51,7 +53,13 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
     recipe, chosen = PRESETS[preset], asked.seeds or SEEDS[preset]
     if recipe.hardware.device == "cuda" and not torch.cuda.is_available():
         raise CalmError(f"preset={preset!r} trains on a GPU, and torch finds none here; preset='cpu' needs none.")
-    finished = {seed: _run(recipe, seed, folder / f"seed-{seed}", console) for seed in chosen}
+    finished: dict[int, Mapping[str, StageResult]] = {}
+
+    def run(seed: int, of_seed: Path) -> None:
+        finished[seed] = _run(recipe, seed, of_seed, console)
+
+    folders = {seed: folder / f"seed-{seed}" for seed in chosen}
+    do_all([Job(path, functools.partial(run, seed, path)) for seed, path in folders.items()], console)
     first = finished[chosen[0]]
     flags = {
         task: {

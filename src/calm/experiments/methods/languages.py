@@ -11,7 +11,7 @@ from rich.console import Console
 
 from calm.experiments.methods import table
 from calm.experiments.methods.examples import Data
-from calm.experiments.methods.run import parameters_of, run_seeds, seconds_of
+from calm.experiments.methods.run import parameters_of, run, seconds_of
 from calm.experiments.methods.settings import Settings
 from calm.experiments.results import Asked, Results, made_here
 
@@ -61,10 +61,9 @@ def results_of(
     """
     seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
     prepared = {language: prepare(language) for language in languages}
-    fields = {}
-    for language, (data, _) in prepared.items():
-        outcomes = run_seeds(data, preset.methods, seeds, folder, console, language)
-        fields[language] = table.fields(data, outcomes)
+    data = {language: examples for language, (examples, _) in prepared.items()}
+    outcomes = run(data, preset.methods, seeds, folder, console)
+    fields = {language: table.fields(data[language], outcomes[language]) for language in languages}
     settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages))
     return Results(
         domain=domain,

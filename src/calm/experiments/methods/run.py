@@ -1,8 +1,9 @@
-"""run(): all methods on one pair of models, one data set and one seed; every method is kept once it is done."""
+"""run(): all methods on one pair of models, with every data set and seed; every method is kept once it is done."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import shutil
@@ -24,6 +25,7 @@ from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.mixing import WEIGHTS
 from calm.experiments.methods.settings import BEYOND, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.results import METHODS
+from calm.experiments.sharing import Job, do_all, locked
 from calm.experiments.steps import fingerprint, once, read_json, write_json
 from calm.training import rehearsal
 
@@ -42,62 +44,48 @@ right answers) by row of `tests`, `nll` by preserved text set, `training`, as pl
 
 
 def run(
-    data: Data,
+    data: Mapping[str, Data],
     settings: Settings,
-    seed: int,
+    seeds: Sequence[int],
     folder: Path,
     console: Console,
     rates: Mapping[str, float] | None = None,
-    name: str = "",
-) -> dict[str, Outcome]:
-    """Train and evaluate the methods, each once.
+) -> dict[str, dict[int, dict[str, Outcome]]]:
+    """Train and evaluate the methods, each once, with every data set and every seed.
+
+    Several processes may do so in one folder at the same time: each method is one's, and all return all outcomes.
 
     Args:
-        data: of one pair of models.
+        data: of one pair of models, by name: the folder of what data sets do not share, as they do a vanilla `m_A`
+            (if there is one only, its name may be empty).
         settings: sizes and lengths.
-        seed: of weights and of the order of examples.
+        seeds: of weights and of the order of examples.
         folder: where models and outcomes are kept: in its `seed-SEED`, but for what `m_B` answers by itself, which is
             the same for every seed and lies in `ANY_SEED`.
         console: is told what was done.
-        rates: learning rate (for `mixed_logits` the weight) by method, found with another seed; searched for here
-            if not given, and for a method that diverges at the one that is.
-        name: of the data set, where several share a vanilla `m_A`: the folder of what they do not share.
+        rates: learning rate (for `mixed_logits` the weight) by method; if not given, they are searched for with the
+            first seed of each data set. A method that diverges at the one that it has searches for its own.
 
     Raises:
         CalmError: a method diverged at every learning rate.
 
     Returns:
-        The outcome of each method; `outcome["training"]["learning_rate"]` is what `rates` takes.
+        The outcomes by data set, seed and method.
     """
-    return _Run(data, settings, seed, folder, console, rates, name).all()
-
-
-def run_seeds(
-    data: Data, settings: Settings, seeds: Sequence[int], folder: Path, console: Console, name: str = ""
-) -> dict[int, dict[str, Outcome]]:
-    """Run every seed, with the learning rates that the first one found.
-
-    Args:
-        data: of one pair of models.
-        settings: sizes and lengths.
-        seeds: in this order.
-        folder: as for `run`.
-        console: is told what was done.
-        name: as for `run`.
-
-    Returns:
-        The outcomes, by seed and method.
-    """
-    outcomes: dict[int, dict[str, Outcome]] = {}
-    rates: dict[str, float] | None = None
-    for seed in seeds:
-        outcomes[seed] = run(data, settings, seed, folder, console, rates, name)
-        rates = rates or {
-            method: outcome["training"]["learning_rate"]
-            for method, outcome in outcomes[seed].items()
-            if "learning_rate" in outcome["training"]
+    runs: dict[tuple[str, int], _Run] = {}
+    for name, examples in data.items():
+        first = None
+        for seed in seeds:
+            runs[name, seed] = _Run(examples, settings, seed, folder, console, rates, first, name)
+            first = first or (runs[name, seed] if rates is None else None)
+    do_all([job for one in runs.values() for job in one.jobs()], console)
+    return {
+        name: {
+            seed: {method: runs[name, seed].outcomes[method] for method in METHODS if method in settings.methods}
+            for seed in seeds
         }
-    return outcomes
+        for name in data
+    }
 
 
 def parameters_of(folder: Path, seed: int, name: str = "") -> dict[str, int]:
@@ -124,10 +112,14 @@ class _Run:
         folder: Path,
         console: Console,
         rates: Mapping[str, float] | None,
+        first: _Run | None,
         name: str,
     ) -> None:
-        self.data, self.settings, self.seed, self.console, self.rates = data, settings, seed, console, rates
-        shared = folder / f"seed-{seed}"
+        self.data, self.settings, self.seed, self.console = data, settings, seed, console
+        self.first, self.found = first, dict[str, float]()
+        self.rates = first.found if first else rates  # what the first one finds, once it has
+        self.outcomes = dict[str, Outcome]()
+        self.root, shared = folder, folder / f"seed-{seed}"
         self.folder, self.of_any_seed = shared / name, folder / ANY_SEED / name
         self.bf16 = settings.dtype == "bfloat16"
         self.is_cut = not isinstance(settings.augmenting, str)
@@ -145,25 +137,58 @@ class _Run:
             settings.max_length,
             "references",  # outcomes that were kept before there were any do not count
         )
+        self.vanilla_as: list[Any] = [settings.anchor, settings.augmenting, settings.general, fingerprint(data.general)]
+        self.vanilla_as += [seed, settings.max_length, settings.dtype, *(["vocabulary kept"] if self.is_cut else [])]
+        self.specialist_as: list[Any] = [settings.specialist]
+        if isinstance(settings.specialist, Fit):
+            self.specialist_as = [*self.vanilla_as, settings.specialist, fingerprint(data.specialist)]
+        is_trained = isinstance(settings.specialist, Fit)
+        self.bases = fingerprint(self.specialist_as if is_trained else [self.vanilla_as, self.specialist_as])
 
-    def all(self) -> dict[str, Outcome]:
-        self._make_bases()
-        self._rehearse()
-        return {method: self._method(method) for method in METHODS if method in self.settings.methods}
+    def jobs(self) -> list[Job]:
+        """All that there is to do, in the order in which to do it; each method's leaves it in `outcomes`."""
+        vanilla, specialist, random = (_made(base) for base in (self.vanilla, self.specialist, self.random))
+        rehearsal = self.folder / "rehearsal.json"
+        composed = dict.fromkeys(COMPOSED, specialist) | {"vanilla_m_A": vanilla, "random_m_A": random}
+        needs = {method: (base, rehearsal) for method, base in composed.items()} | {
+            "m_A": (specialist,),
+            "lora": (specialist, rehearsal),
+            "full_on_DC": (rehearsal,),
+            "full_on_all": (rehearsal,),
+            "mixed_logits": (specialist,),
+            "pipeline": (specialist, *([self._path("m_A")] if "m_A" in self.settings.methods else [])),
+        }
+        jobs = [
+            Job(vanilla, lambda: self._make(self.vanilla)),
+            Job(specialist, lambda: self._make(self.specialist), (vanilla,)),
+            Job(random, lambda: self._make(self.random), (vanilla,)),
+            Job(rehearsal, self._rehearse),
+        ]
+        for method in METHODS:
+            if method in self.settings.methods:
+                before = (self.first._path(method),) if self.first else ()
+                jobs.append(
+                    Job(self._path(method), functools.partial(self._do, method), needs.get(method, ()) + before)
+                )
+        return jobs
+
+    def _do(self, method: str) -> None:
+        outcome = self.outcomes[method] = self._method(method)
+        if "learning_rate" in outcome["training"]:
+            self.found[method] = outcome["training"]["learning_rate"]
+
+    def _path(self, method: str) -> Path:
+        return (self.of_any_seed if method in ANCHOR_ALONE else self.folder) / f"{method}.json"
 
     # --- bases ------------------------------------------------------------------------------------------------------
 
-    def _make_bases(self) -> None:
-        settings = self.settings
-        vanilla = [settings.anchor, settings.augmenting, settings.general, fingerprint(self.data.general), self.seed]
-        vanilla += [settings.max_length, settings.dtype, *(["vocabulary kept"] if self.is_cut else [])]
-        self._once(self.vanilla / "base.json", vanilla, self._make_vanilla)
-        specialist: list[Any] = [settings.specialist]
-        if isinstance(settings.specialist, Fit):
-            specialist = [*vanilla, settings.specialist, fingerprint(self.data.specialist)]
-        self._once(self.specialist / "base.json", specialist, self._make_specialist)
-        self._once(self.random / "base.json", vanilla, self._make_random)
-        self.bases = fingerprint(specialist if isinstance(settings.specialist, Fit) else [vanilla, specialist])
+    def _make(self, base: Path) -> None:
+        as_specialist = base == self.specialist
+        self._once(_made(base), self.specialist_as if as_specialist else self.vanilla_as, self._making(base))
+
+    def _making(self, base: Path) -> Callable[[], Outcome]:
+        making = {self.vanilla: self._make_vanilla, self.specialist: self._make_specialist}
+        return making.get(base, self._make_random)
 
     def _make_vanilla(self) -> Outcome:
         settings = self.settings
@@ -196,10 +221,10 @@ class _Run:
 
     def _base(self, folder: Path) -> Path:
         """The folder of a base, which is made again if only what is known of it was brought from another machine."""
-        if not (folder / "tokenizer_config.json").exists():  # what is saved last
-            self.console.print(f"[dim]{folder.name}, whose weights are not here, is made again ...[/dim]")
-            make = {self.vanilla: self._make_vanilla, self.specialist: self._make_specialist}
-            make.get(folder, self._make_random)()
+        with locked(_made(folder)):  # another process may be making it
+            if not (folder / "tokenizer_config.json").exists():  # what is saved last
+                self.console.print(f"[dim]{folder.name}, whose weights are not here, is made again ...[/dim]")
+                self._making(folder)()
         return folder
 
     def _rehearse(self) -> None:
@@ -215,7 +240,7 @@ class _Run:
     # --- methods ----------------------------------------------------------------------------------------------------
 
     def _method(self, method: str) -> Outcome:
-        path = (self.of_any_seed if method in ANCHOR_ALONE else self.folder) / f"{method}.json"
+        path = self._path(method)
         depends_on: list[Any] = [self.settings.anchor, self.settings.dtype, method]
         if method in TRAINED_ON_DC:
             depends_on += [self.bases, self.settings.of_training(), fingerprint(self.data.composition), self.seed]
@@ -447,11 +472,11 @@ class _Run:
 
     def _once(self, path: Path, settings: Any, compute: Callable[[], Outcome]) -> Outcome:
         def timed() -> Outcome:
-            self.console.print(f"[dim]{path.relative_to(path.parents[2])} ...[/dim]")
+            self.console.print(f"[dim]{path.relative_to(self.root)} ...[/dim]")
             started = time.perf_counter()
             result = compute()
             seconds = round(time.perf_counter() - started, 1)
-            self.console.print(f"{path.relative_to(path.parents[2])}: {seconds:.0f} s")
+            self.console.print(f"{path.relative_to(self.root)}: {seconds:.0f} s")
             return {**result, "step_seconds": seconds}
 
         return once(path, settings, timed)
@@ -475,6 +500,11 @@ def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) ->
 def _asked(task: TaskSet) -> list[Any]:
     """What answers depend on."""
     return [task.examples, task.few_shot, task.max_new_tokens, task.stop]
+
+
+def _made(base: Path) -> Path:
+    """What is known of a base, in its folder."""
+    return base / "base.json"
 
 
 def _kept(folder: Path) -> Path:
