@@ -19,7 +19,7 @@ from calm.errors import CalmError
 from calm.experiments import charts, report
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.results import METHODS, Cell, Curve, Results, Row, Training
-from calm.experiments.tables import escape, pipes, print_results, verdict
+from calm.experiments.tables import escape, pipes, print_results, shown, verdict
 
 TITLES = {"cy": "Welsh to English", "br": "Breton to English"}
 
@@ -82,6 +82,33 @@ def section(text: str, heading: str) -> str:
 
 def row_of(text: str, start: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(f"| {start} |")).split(" | ")
+
+
+def test_at_a_glance_each_row_has_both_models_the_composition_and_its_best_rival(tmp_path):
+    run = results()
+    (tmp_path / "empty").mkdir()
+    assert "Nothing was run yet." in section(text_of(tmp_path / "empty"), "At a glance")
+    glance = section(text_of(tmp_path, run), "At a glance")
+    _, seeds, anchor, augmenting, composed, rival, change = row_of(glance, "Welsh to English, chrF ↑ (cpu)")
+    cells = {method: shown(cell) for method, cell in run.table["cy"].items()}
+    assert seeds == "2" and change == "English +0.5% |"
+    for found, method in ((anchor, "m_B"), (augmenting, "m_A"), (composed, "composed"), (rival, "pipeline")):
+        assert found.split(", m_A's")[0] == cells[method], method
+    assert rival.endswith(METHODS["pipeline"])
+
+    lower = {**run.rows, "cy": Row(metric="loss", higher_is_better=False, examples=5, title="Welsh to English")}
+    alone = {"br": {"composed": cell(3)}, "cy": run.table["cy"]}
+    moved = {**run.preservation, "English perplexity br": {"m_B": cell(20), "composed": cell(30)}}
+    glance = section(text_of(tmp_path, results(rows=lower, table=alone, preservation=moved)), "At a glance")
+    assert row_of(glance, "Breton to English, chrF ↑ (cpu)")[2:] == [
+        "",
+        "",
+        "3.00 [2.00, 4.00]",
+        "",
+        "English +50.0% |",
+    ]
+    *_, rival, change = row_of(glance, "Welsh to English, loss ↓ (cpu)")
+    assert rival == f"{cells['lora']}, {METHODS['lora']}" and change == "English +0.5% |"
 
 
 @pytest.mark.parametrize(

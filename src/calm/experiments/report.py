@@ -15,7 +15,7 @@ from calm.errors import CalmError
 from calm.experiments import charts, paper
 from calm.experiments.paper import PaperTable
 from calm.experiments.results import METHODS, Cell, Curve, Results
-from calm.experiments.tables import TRAINING, escape, head, label, markdown, methods_of, pipes, shown, verdict
+from calm.experiments.tables import TRAINING, escape, head, label, markdown, measured, methods_of, pipes, shown, verdict
 
 DOMAINS = {
     "key_value_arithmetic": "Key-value arithmetic (the paper's section 4.1)",
@@ -23,6 +23,10 @@ DOMAINS = {
     "dictionary": "A dictionary and the anchor's English (not in the paper)",
     "code": "Code (the paper's section 4.3)",
 }
+
+PARTS = ("m_B", "m_A", "composed")
+RIVALS = ("lora", "full_on_DC", "full_on_all", "mixed_logits", "pipeline")
+"""What somebody with both models could do instead of composing them."""
 
 
 def write_report(results_dir: Path) -> Path:
@@ -49,6 +53,9 @@ def write_report(results_dir: Path) -> Path:
         f"Brackets hold 95% intervals; arrows show which way is better. Numbers of the paper are from {paper.SOURCE}, "
         "whose models are not public: compare patterns, not numbers.",
         "",
+        "## At a glance",
+        "",
+        *_at_a_glance(found),
         "## The paper's tables beside ours",
         "",
     ]
@@ -111,6 +118,37 @@ def no_help(results: Results) -> Iterator[str]:
                     f"{row.metric} from {before:.2f} to {after:.2f} ({said}); switched off, it is the anchor bit "
                     "for bit."
                 )
+
+
+def _at_a_glance(found: list[Results]) -> list[str]:
+    """A line for each row that was run: both models, the composition, its best rival, and what it cost the anchor."""
+    header = ["", "seeds", *(METHODS[method] for method in PARTS), "best rival", "change of the anchor's perplexity"]
+    body = []
+    for results in found:
+        perplexities = [
+            name
+            for name, cells in results.preservation.items()
+            if results.rows[name].metric == "perplexity" and {"m_B", "composed"} <= cells.keys()
+        ]
+        for name, cells in results.table.items():
+            row = results.rows[name]
+            rivals = sorted(
+                (cells[method].mean * (-1 if row.higher_is_better else 1), RIVALS.index(method), method)
+                for method in set(RIVALS) & set(cells)
+            )
+            best = [f"{shown(cells[method])}, {METHODS[method]}" for _, _, method in rivals[:1]]
+            # of several languages, each has its own
+            kept = [other for other in perplexities if other.endswith(f" {name}")] or perplexities
+            change = [
+                f"{escape(results.rows[other].title)} {_percent(results.preservation[other], 'composed')}"
+                for other in kept[:1]
+            ]
+            where = f"{escape(row.title)}, {escape(measured(row))} ({escape(results.name)}{_mark(results)})"
+            parts = [_maybe(cells.get(method)) for method in PARTS]
+            body.append([where, str(len(results.seeds)), *parts, *(best or [""]), *(change or [""])])
+    tried = "; ".join(METHODS[method] for method in RIVALS)
+    said = f"The best rival is, on each row, the best of what was run of these: {tried}."
+    return [said, "", pipes([header, *body]), ""] if body else ["Nothing was run yet.", ""]
 
 
 def _beside(table: PaperTable, found: list[Results]) -> list[str]:
@@ -204,8 +242,12 @@ def _preserved(found: list[Results]) -> list[str]:
 def _change(cells: Mapping[str, Cell], method: str) -> str:
     if method == "m_B" or method not in cells or "m_B" not in cells or not cells["m_B"].mean:
         return ""
+    return f" ({_percent(cells, method)})"
+
+
+def _percent(cells: Mapping[str, Cell], method: str) -> str:
     anchor = cells["m_B"].mean
-    return f" ({100 * (cells[method].mean - anchor) / abs(anchor):+.1f}%)"
+    return f"{100 * (cells[method].mean - anchor) / abs(anchor):+.1f}%"
 
 
 def _of_run(results: Results, again: str) -> list[str]:

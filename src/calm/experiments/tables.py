@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from calm.experiments.results import METHODS, Cell, Results
+from calm.experiments.results import METHODS, Cell, Results, Row
 
 TRAINING = ("trained parameters", "learning rate (mixed: m_A's weight)", "steps", "minutes")
 
@@ -52,7 +52,7 @@ def markdown(rows: Mapping[str, Mapping[str, Cell]], results: Results) -> str:
 
 def head(results: Results, name: str) -> str:
     """A row's name, metric and direction, for the head of a Markdown column."""
-    return escape(f"{name}, {_direction(results, name)}")
+    return escape(f"{name}, {measured(results.rows[name])}")
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
@@ -98,15 +98,15 @@ def _table(heading: str, rows: Mapping[str, Mapping[str, Cell]], results: Result
     table = Table(title=f"{heading} ({results.domain}, preset {results.name}, 95% intervals)")
     table.add_column("")
     for name in rows:
-        table.add_column(f"{name}\n{_direction(results, name)}", justify="right")
+        table.add_column(f"{name}\n{measured(results.rows[name])}", justify="right")
     for method in methods_of(rows):
         cells = [shown(rows[name][method]) if method in rows[name] else "" for name in rows]
         table.add_row(METHODS[method], *cells, style="bold" if method == "composed" else None)
     return table
 
 
-def _direction(results: Results, name: str) -> str:
-    row = results.rows[name]
+def measured(row: Row) -> str:
+    """A row's metric and which way is better: chrF ↑."""
     return f"{row.metric} {'↑' if row.higher_is_better else '↓'}"
 
 
