@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -198,6 +199,29 @@ def test_failure_in_a_worker_is_a_clear_error(tmp_path):
 
 
 # -- attention variants ------------------------------------------------------------------------------------------------
+
+
+WAITING = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from calm.experiments.key_value_arithmetic import workers
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, initializer=workers._start_worker, initargs=(context.Queue(),))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 100).result()
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    """Another process may have begun its stage anew, in the same folder."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    with subprocess.Popen([sys.executable, tmp_path / "waiting.py"], stdout=subprocess.PIPE, text=True) as parent:
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    psutil.wait_procs([worker], timeout=30)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_default_variant_is_the_librarys_connection(finished):

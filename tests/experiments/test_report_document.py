@@ -107,6 +107,12 @@ def test_at_a_glance_each_row_has_both_models_the_composition_and_its_best_rival
         "",
         "English +50.0% |",
     ]
+    parts = {"br words": alone["br"], "cy words": alone["cy"]}  # several rows of one language
+    of_parts = {row: run.rows[row.split()[0]] for row in parts}
+    parted = section(
+        text_of(tmp_path, results(rows=run.rows | of_parts, table=parts, preservation=moved)), "At a glance"
+    )
+    assert row_of(parted, "Breton to English, chrF ↑ (cpu)")[-1] == "English +50.0% |"
     *_, rival, change = row_of(glance, "Welsh to English, loss ↓ (cpu)")
     assert rival == f"{cells['lora']}, {METHODS['lora']}" and change == "English +0.5% |"
 

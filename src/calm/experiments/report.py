@@ -26,7 +26,7 @@ DOMAINS = {
 
 PARTS = ("m_B", "m_A", "composed")
 RIVALS = ("lora", "full_on_DC", "full_on_all", "mixed_logits", "pipeline")
-"""What somebody with both models could do instead of composing them."""
+"""What could be done instead of composing, with both models or with `m_A`'s data."""
 
 
 def write_report(results_dir: Path) -> Path:
@@ -137,8 +137,8 @@ def _at_a_glance(found: list[Results]) -> list[str]:
                 for method in set(RIVALS) & set(cells)
             )
             best = [f"{shown(cells[method])}, {METHODS[method]}" for _, _, method in rivals[:1]]
-            # of several languages, each has its own
-            kept = [other for other in perplexities if other.endswith(f" {name}")] or perplexities
+            language = name.split()[0]  # of several, each has its own
+            kept = [other for other in perplexities if other.endswith(f" {language}")] or perplexities
             change = [
                 f"{escape(results.rows[other].title)} {_percent(results.preservation[other], 'composed')}"
                 for other in kept[:1]

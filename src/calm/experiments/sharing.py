@@ -20,7 +20,7 @@ class Job:
     """A piece of work that one process does at a time, and none does again once its outcome is kept on disk.
 
     Attributes:
-        path: the file that keeps the outcome, which names the job.
+        path: the file or folder that keeps the outcome, if there is one; it names the job.
         do: does the work, or reads what is kept of it.
         needs: paths of the jobs that come before.
     """

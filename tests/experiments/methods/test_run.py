@@ -127,7 +127,8 @@ def test_another_seed_does_not_ask_the_anchor_alone_again(finished, data, settin
     assert both == pytest.approx(sum(of_each) - sum(step["result"]["step_seconds"] for step in asked))
 
 
-def share(data, settings, seeds, folder, told):
+def share(data, settings, seeds, folder, told, started):
+    started.wait()
     with told.open("w") as file:
         outcomes = run({"cell": data}, settings, seeds, folder, Console(file=file, width=200))
     told.with_suffix(".json").write_text(json.dumps(outcomes))
@@ -138,7 +139,8 @@ def test_two_processes_share_a_run_and_both_return_what_one_would(finished, data
     told = [tmp_path / f"told-{process}" for process in range(2)]
     spawn = multiprocessing.get_context("spawn")
     folder = tmp_path / "run"
-    processes = [spawn.Process(target=share, args=(data, some, (0, 1), folder, path)) for path in told]
+    started = spawn.Barrier(2)
+    processes = [spawn.Process(target=share, args=(data, some, (0, 1), folder, path, started)) for path in told]
     for process in processes:
         process.start()
     for process in processes:
@@ -160,6 +162,12 @@ def test_two_processes_share_a_run_and_both_return_what_one_would(finished, data
             rates = [outcomes[method]["training"]["learning_rate"] for outcomes in (finished[1], *first.values())]
             assert len(set(rates)) == 1, "the second seed has what the first one found"
             assert first["1"][method]["training"]["searched"] == {}
+
+
+def test_data_sets_that_share_a_vanilla_m_a_have_the_same_general_texts(data, settings, tmp_path):
+    cells = {"one": data, "other": dataclasses.replace(data, general=data.general[:1])}
+    with pytest.raises(CalmError, match="one, other: data sets that share a vanilla m_A, with other general texts"):
+        run(cells, settings, (0,), tmp_path, Console(file=io.StringIO()))
 
 
 def interrupted(*_, **__):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -112,10 +114,19 @@ def _show(messages: Any, bars: dict[str, TaskID], progress: Progress) -> None:
 def _start_worker(messages: Any) -> None:
     global _messages
     _messages = messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a stack trace
     torch.set_num_threads(1)  # such small matrices gain nothing from a second thread
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    """No stage goes on, while another process begins it anew, after whoever wanted it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_worker(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult:

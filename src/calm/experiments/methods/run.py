@@ -57,7 +57,7 @@ def run(
 
     Args:
         data: of one pair of models, by name: the folder of what data sets do not share, as they do a vanilla `m_A`
-            (if there is one only, its name may be empty).
+            and with it their `general` texts (if there is one only, its name may be empty).
         settings: sizes and lengths.
         seeds: of weights and of the order of examples.
         folder: where models and outcomes are kept: in its `seed-SEED`, but for what `m_B` answers by itself, which is
@@ -67,7 +67,7 @@ def run(
             first seed of each data set. A method that diverges at the one that it has searches for its own.
 
     Raises:
-        CalmError: a method diverged at every learning rate.
+        CalmError: data sets with other `general` texts; a method diverged at every learning rate.
 
     Returns:
         The outcomes by data set, seed and method.
@@ -78,6 +78,10 @@ def run(
         for seed in seeds:
             runs[name, seed] = _Run(examples, settings, seed, folder, console, rates, first, name)
             first = first or (runs[name, seed] if rates is None else None)
+    if len({fingerprint(examples.general) for examples in data.values()}) > 1:
+        raise CalmError(
+            f"{', '.join(data)}: data sets that share a vanilla m_A, with other general texts; run each alone."
+        )
     do_all([job for one in runs.values() for job in one.jobs()], console)
     return {
         name: {
@@ -405,7 +409,7 @@ class _Run:
     def _hinted(self) -> dict[str, TaskSet]:
         """The tasks with what `m_A` answers to each prompt written before it, in the examples before it, too."""
         augmenting = bases.load(self._base(self.specialist), self.settings.dtype)
-        answers = self._method("m_A")["answers"]
+        answers = (self.outcomes.get("m_A") or self._method("m_A"))["answers"]
 
         def of_examples(task: TaskSet) -> list[str]:
             shown = dataclasses.replace(task, examples=task.few_shot)
