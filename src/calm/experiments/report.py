@@ -24,7 +24,7 @@ DOMAINS = {
     "code": "Code (the paper's section 4.3)",
 }
 
-PARTS = ("m_B", "m_A", "composed")
+AT_A_GLANCE = ("m_B", "m_A", "composed")
 RIVALS = ("lora", "full_on_DC", "full_on_all", "mixed_logits", "pipeline")
 """What could be done instead of composing, with both models or with `m_A`'s data."""
 
@@ -122,7 +122,13 @@ def no_help(results: Results) -> Iterator[str]:
 
 def _at_a_glance(found: list[Results]) -> list[str]:
     """A line for each row that was run: both models, the composition, its best rival, and what it cost the anchor."""
-    header = ["", "seeds", *(METHODS[method] for method in PARTS), "best rival", "change of the anchor's perplexity"]
+    header = [
+        "",
+        "seeds",
+        *(METHODS[method] for method in AT_A_GLANCE),
+        "best rival",
+        "change of the anchor's perplexity",
+    ]
     body = []
     for results in found:
         perplexities = [
@@ -132,20 +138,22 @@ def _at_a_glance(found: list[Results]) -> list[str]:
         ]
         for name, cells in results.table.items():
             row = results.rows[name]
-            rivals = sorted(
-                (cells[method].mean * (-1 if row.higher_is_better else 1), RIVALS.index(method), method)
-                for method in set(RIVALS) & set(cells)
-            )
-            best = [f"{shown(cells[method])}, {METHODS[method]}" for _, _, method in rivals[:1]]
+            sign = 1 if row.higher_is_better else -1
+            ran = [method for method in RIVALS if method in cells]
+            best = max(ran, key=lambda method: sign * cells[method].mean, default=None)
             language = name.split()[0]  # of several, each has its own
             kept = [other for other in perplexities if other.endswith(f" {language}")] or perplexities
-            change = [
-                f"{escape(results.rows[other].title)} {_percent(results.preservation[other], 'composed')}"
-                for other in kept[:1]
-            ]
-            where = f"{escape(row.title)}, {escape(measured(row))} ({escape(results.name)}{_mark(results)})"
-            parts = [_maybe(cells.get(method)) for method in PARTS]
-            body.append([where, str(len(results.seeds)), *parts, *(best or [""]), *(change or [""])])
+            body.append(
+                [
+                    f"{escape(row.title)}, {escape(measured(row))} ({escape(results.name)}{_mark(results)})",
+                    str(len(results.seeds)),
+                    *(_maybe(cells.get(method)) for method in AT_A_GLANCE),
+                    f"{shown(cells[best])}, {METHODS[best]}" if best else "",
+                    f"{escape(results.rows[kept[0]].title)} {_percent(results.preservation[kept[0]], 'composed')}"
+                    if kept
+                    else "",
+                ]
+            )
     tried = "; ".join(METHODS[method] for method in RIVALS)
     said = f"The best rival is, on each row, the best of what was run of these: {tried}."
     return [said, "", pipes([header, *body]), ""] if body else ["Nothing was run yet.", ""]

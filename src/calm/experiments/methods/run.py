@@ -72,16 +72,18 @@ def run(
     Returns:
         The outcomes by data set, seed and method.
     """
+    if len({examples.general for examples in data.values()}) > 1:
+        raise CalmError(
+            f"{', '.join(data)}: data sets that share a vanilla m_A, with other general texts; run each in a folder of "
+            "its own."
+        )
     runs: dict[tuple[str, int], _Run] = {}
     for name, examples in data.items():
         first = None
         for seed in seeds:
             runs[name, seed] = _Run(examples, settings, seed, folder, console, rates, first, name)
-            first = first or (runs[name, seed] if rates is None else None)
-    if len({fingerprint(examples.general) for examples in data.values()}) > 1:
-        raise CalmError(
-            f"{', '.join(data)}: data sets that share a vanilla m_A, with other general texts; run each alone."
-        )
+            if rates is None and first is None:
+                first = runs[name, seed]
     do_all([job for one in runs.values() for job in one.jobs()], console)
     return {
         name: {
@@ -187,12 +189,15 @@ class _Run:
     # --- bases ------------------------------------------------------------------------------------------------------
 
     def _make(self, base: Path) -> None:
-        as_specialist = base == self.specialist
-        self._once(_made(base), self.specialist_as if as_specialist else self.vanilla_as, self._making(base))
+        made_as = self.specialist_as if base == self.specialist else self.vanilla_as
+        self._once(_made(base), made_as, self._making(base))
 
     def _making(self, base: Path) -> Callable[[], Outcome]:
-        making = {self.vanilla: self._make_vanilla, self.specialist: self._make_specialist}
-        return making.get(base, self._make_random)
+        return {
+            self.vanilla: self._make_vanilla,
+            self.specialist: self._make_specialist,
+            self.random: self._make_random,
+        }[base]
 
     def _make_vanilla(self) -> Outcome:
         settings = self.settings
