@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
         ),
     ),
     "gpu": Preset(
-        # About 30,000, 12,000 and 6,000 messages; of the fourth, with 58,000, the anchor knows something.
+        # About 30,000, 12,000 and 6,000 messages; of the fourth, with 56,000, the anchor knows something.
         languages=("cy", "xh", "om", "fr"),
         seeds=(0, 1, 2),
         split=SPLIT,
