@@ -20,13 +20,11 @@ from calm.experiments.methods.examples import Data, Example, TaskSet
 from calm.experiments.methods.metrics import Bleu, Chrf
 
 NAMES = {
-    "ast": "Asturian",
     "br": "Breton",
     "cy": "Welsh",
     "fr": "French",
     "ga": "Irish",
     "gd": "Scottish Gaelic",
-    "gl": "Galician",
     "nr": "Southern Ndebele",
     "nso": "Northern Sotho",
     "oc": "Occitan",
@@ -39,8 +37,8 @@ NAMES = {
     "ve": "Venda",
     "xh": "Xhosa",
 }
-"""English names of the languages that this is made for, and of some that an anchor knows something of. Another one goes
-by its code."""
+"""English names of the languages that this is made for, and French, of which an anchor knows something. Another one
+goes by its code."""
 
 _LARGEST = 10
 """Messages in a larger cluster, which a template made, are trained on only."""
