@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from bases import byte_tokenizer
-from factories import Mix, assert_identical, assert_same, perturb, word_tokenizer
+from factories import Mix, assert_identical, assert_same, word_tokenizer
 from torch import Tensor
 
 import calm
@@ -342,67 +342,6 @@ def test_pictures(evil: Inspection, tmp_path: Path) -> None:
     before = [path.read_bytes() for path in paths]
     assert all(content.startswith(b"\x89PNG") for content in before)
     assert [path.read_bytes() for path in pictures.save_pictures(evil, tmp_path, "x")] == before
-
-
-# -- the switch ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("off", [(0,), (1,), (0, 1)])
-def test_switched_off_connections_add_nothing_with_a_cache(off: tuple[int, ...]) -> None:
-    """Bit for bit as with `W_O` zero, in every step of cached generation; the first one counts the cache's tokens."""
-    model = Mix().build()
-    zeroed = copy.deepcopy(model)
-    for index in off:
-        zeroed.connections[index].w_o.weight.data.zero_()
-    settings = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    ids = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]
-    with model.connections_disabled(*off):
-        found = model.generate(ids, **settings)
-    for step, expected, on in zip(
-        found.logits, zeroed.generate(ids, **settings).logits, model.generate(ids, **settings).logits, strict=True
-    ):
-        assert_identical(step, expected)
-        assert not torch.equal(step, on)
-
-
-def test_the_switch_nests_and_goes_back() -> None:
-    model = perturb(Mix().fresh())
-    inspection = inspected(model)
-    on = reread(model, inspection)
-    with pytest.raises(ZeroDivisionError), model.connections_disabled(0):
-        with model.connections_disabled(1):
-            both = reread(model, inspection)
-        first = reread(model, inspection)
-        _ = 1 / 0
-    assert_identical(reread(model, inspection), on)
-    with model.composition_disabled():
-        assert_identical(both, reread(model, inspection))
-    assert not torch.equal(first, both) and not torch.equal(first, on)
-    with (
-        pytest.raises(CalmError, match=r"connections \[2\]: expected numbers from 0 to 1"),
-        model.connections_disabled(2),
-    ):
-        pass
-
-
-def test_augmenting_models_are_switched_by_name() -> None:
-    model = perturb(Mix(augmenting=("llama", "gpt2")).fresh())
-    inspection = inspected(model)
-    pairs = model.config.layer_pairs
-    first, second = sorted({pair.augmenting for pair in pairs})
-    of_first = [index for index, pair in enumerate(pairs) if pair.augmenting == first]
-    with model.connections_disabled(*of_first):
-        expected = reread(model, inspection)
-    with model.augmenting_disabled(first):
-        found = reread(model, inspection)
-        with model.augmenting_disabled(first, second):
-            none = reread(model, inspection)
-    assert_identical(found, expected)
-    with model.composition_disabled():
-        assert_identical(none, reread(model, inspection))
-    assert not torch.equal(found, none) and not torch.equal(found, reread(model, inspection))
-    with pytest.raises(CalmError, match=r"\['welsh'\]: expected some of"), model.augmenting_disabled("welsh"):
-        pass
 
 
 STYLES = {name: Path(calm.__file__).with_name(name) / "page.css" for name in ("inspection", "playground")}

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
-import transformers
-from packaging import version
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -33,11 +29,11 @@ from calm.attention import Connection, alibi_slopes
 from calm.cache import CalmCache
 from calm.config import CalmConfig, width_of
 from calm.errors import CalmError
+from calm.freezing import CompositionFreezing
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
 from calm.saving import CompositionSaving
-
-logger = logging.getLogger(__name__)
+from calm.switches import CompositionSwitches
 
 _TRAINED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that connections can have
 
@@ -62,7 +58,9 @@ _thread = threading.local()
 
 
 # GenerationMixin is named although it is inherited: transformers looks for it among the bases themselves
-class CalmForCausalLM(CompositionSaving, CompositionGeneration, GenerationMixin):
+class CalmForCausalLM(
+    CompositionSwitches, CompositionFreezing, CompositionSaving, CompositionGeneration, GenerationMixin
+):
     """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
 
     Make one with `calm.compose` or `CalmForCausalLM.from_pretrained`. Only `connections` is trained and saved.
@@ -123,8 +121,6 @@ class CalmForCausalLM(CompositionSaving, CompositionGeneration, GenerationMixin)
             device = backbones.runs_on(self.anchor) if reference.is_meta else reference.device
             self.connections.append(connection.to(device=device, dtype=dtype))
 
-        self._disabled = False
-        self._switched_off: frozenset[int] = frozenset()  # connections, by their index
         self._anchor_parameters = backbones.forward_parameters(self.anchor)
         self._augmenting_parameters = {n: backbones.forward_parameters(m) for n, m in self.augmenting.items()}
         bases = config.anchor_config, config.augmenting_configs
@@ -542,153 +538,6 @@ class CalmForCausalLM(CompositionSaving, CompositionGeneration, GenerationMixin)
                 f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
                 "the smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
-
-    # -- being frozen -------------------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> CalmForCausalLM:
-        """Switch the anchor and the connections; augmenting models stay in evaluation mode.
-
-        Raises:
-            CalmError: For training, if a part of the anchor is offloaded: its weights are not there in backward passes.
-        """
-        if mode and backbones.device_map_of(self.anchor):
-            gone = [name for name, weight in self.anchor.named_parameters() if weight.is_meta]
-            if gone:
-                raise CalmError(
-                    f"The device_map offloads {len(gone)} weights of the anchor ({gone[0]!r}, ...), which can generate "
-                    "and not train: gradients flow back through it, and its weights would be gone by then. Load it "
-                    "within devices, or quantized; augmenting models may be offloaded."
-                )
-        super().train(mode)
-        self.augmenting.eval()
-        return self
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        if enable:
-            check_activation_checkpointing()
-        function = kwargs.get("gradient_checkpointing_func")
-        if enable and isinstance(function, partial) and function.keywords.get("use_reentrant", True):
-            raise CalmError(
-                "Activation checkpointing with use_reentrant=True would leave connections and adapters without "
-                "gradients, since no input of the frozen layers below them has any: pass use_reentrant=False."
-            )
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing to do, since gradients start at the connections, or at an adapter that sits below them.
-
-        Starting them at the embeddings would store and back-propagate everything below the first of these.
-        """
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What `DistributedDataParallel` leaves alone: all that is frozen, which every process has loaded itself.
-
-        It would send it to the others first, and cannot where it is quantized by torchao.
-        """
-        parameters = self.named_parameters(remove_duplicate=False)
-        frozen = [name for name, weight in parameters if not weight.requires_grad]
-        return frozen + [name for name, _ in self.named_buffers(remove_duplicate=False)]
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise CalmError(
-            "nn.DataParallel cannot run a composed model: its replicas' hooks would run the original's connections. "
-            "Use one process per GPU (torchrun or accelerate launch), or show this process one GPU only."
-        )
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the bases are frozen.
-
-        Raises:
-            CalmError: Always.
-        """
-        raise CalmError("The embeddings of a composed model belong to its frozen bases: resize them before composing.")
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The anchor's input embeddings."""
-        return self.anchor.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The anchor's language-model head."""
-        return self.anchor.get_output_embeddings()
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters (weights shared between parts count once), as in PEFT."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the numbers of trainable and of all parameters, as PEFT does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-
-    @contextmanager
-    def composition_disabled(self) -> Iterator[CalmForCausalLM]:
-        """Within this context the model is its bare anchor, bit for bit, and runs no augmenting model.
-
-        For all threads that run the model, as the other switches: they have to take turns, as those of `calm serve` do.
-        """
-        before, self._disabled = self._disabled, True
-        try:
-            yield self
-        finally:
-            self._disabled = before
-
-    @contextmanager
-    def connections_disabled(self, *indices: int) -> Iterator[CalmForCausalLM]:
-        """Within this context these connections add nothing; the others go on.
-
-        Args:
-            indices: Of `connections`, counted from 0.
-
-        Raises:
-            CalmError: If there is no such connection.
-        """
-        if unknown := [index for index in indices if not 0 <= index < len(self.connections)]:
-            raise CalmError(f"connections {unknown}: expected numbers from 0 to {len(self.connections) - 1}.")
-        before, self._switched_off = self._switched_off, self._switched_off.union(indices)
-        try:
-            yield self
-        finally:
-            self._switched_off = before
-
-    @contextmanager
-    def augmenting_disabled(self, *names: str) -> Iterator[CalmForCausalLM]:
-        """Within this context these augmenting models add nothing; the others go on.
-
-        Args:
-            names: Of augmenting models; with all of them the model is its bare anchor, bit for bit.
-
-        Raises:
-            CalmError: If there is no such augmenting model.
-        """
-        there = {pair.augmenting for pair in self.config.layer_pairs}
-        if unknown := sorted(set(names) - there):
-            raise CalmError(f"augmenting models {unknown}: expected some of {sorted(there)}.")
-        indices = [index for index, pair in enumerate(self.config.layer_pairs) if pair.augmenting in names]
-        with self.composition_disabled() if there == set(names) else self.connections_disabled(*indices):
-            yield self
-
-    @property
-    def active_connections(self) -> list[int]:
-        """Indices of the connections that are switched on here; none within `composition_disabled()`."""
-        return [] if self._disabled else [i for i in range(len(self.connections)) if i not in self._switched_off]
-
-
-def check_activation_checkpointing() -> None:
-    """Refuse activation checkpointing with a transformers that gets it wrong.
-
-    Raises:
-        CalmError: Naming the version.
-    """
-    if version.parse(transformers.__version__) < version.parse("5.23"):
-        raise CalmError(
-            f"Activation checkpointing of a composed model needs transformers 5.23 or later, found "
-            f"{transformers.__version__}: earlier ones run the connections' hooks a second time in the backward "
-            "pass. Upgrade transformers (which needs Python 3.11), or train without it."
-        )
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:

@@ -23,7 +23,7 @@ from calm.config import CalmConfig, depth_of
 from calm.connections import choose_pairs
 from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
-from calm.model import check_activation_checkpointing
+from calm.freezing import check_activation_checkpointing
 from calm.sources import Source, load_config
 from calm.training import augmenting_outputs
 from calm.training.loop import CompositionTrainer, LogBeforeSaving, SaveAndStop, WholeBatches, saves_on_interrupt
