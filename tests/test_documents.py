@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_every_command_is_on_the_page_and_in_the_changelog() -> None:
     page, changes = (ROOT / "docs" / "cli.md").read_text(), (ROOT / "CHANGELOG.md").read_text()
     assert [name for name in names if f"| `calm {name}" not in page] == []
     assert [name for name in names if f"{name}`" not in changes] == []
+
+
+def test_reference_shows_the_members_that_it_names() -> None:
+    """mkdocstrings leaves out, without a word, a member that is inherited or not there."""
+    page = (ROOT / "docs" / "reference.md").read_text()
+    blocks = re.findall(r"^::: (\S+)\n    options:\n((?:      .*\n)*?)      members: \[(.*)\]", page, re.M)
+    assert len(blocks) == page.count("members: [")
+    for name, options, members in blocks:
+        owner = pkgutil.resolve_name(name)
+        there = dir(owner) if "inherited_members: true" in options else vars(owner)
+        assert [member for member in members.split(", ") if member not in there] == [], name
