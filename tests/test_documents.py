@@ -53,7 +53,7 @@ def test_every_command_is_on_the_page_and_in_the_changelog() -> None:
 
 
 def test_reference_shows_the_members_that_it_names() -> None:
-    """mkdocstrings leaves out, without a word, a member that is inherited or not there."""
+    """A member that is inherited or not there is left out by mkdocstrings without a word."""
     page = (ROOT / "docs" / "reference.md").read_text()
     blocks = re.findall(r"^::: (\S+)\n    options:\n((?:      .*\n)*?)      members: \[(.*)\]", page, re.M)
     assert len(blocks) == page.count("members: [")
