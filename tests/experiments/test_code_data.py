@@ -99,7 +99,7 @@ def functions():
 
 @pytest.fixture(scope="module")
 def parts(functions) -> Split:
-    return split(functions, (), (100, 20, 20), 0.07, 0)[0]
+    return split(functions, (), (100, 40), 0.07, 0)[0]
 
 
 def test_the_reader_of_emacs_lisp_knows_strings_comments_and_characters():
@@ -146,11 +146,11 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted_in_any_order():
 
 
 def test_no_held_out_function_has_a_near_duplicate_in_what_is_trained_on(parts):
-    held_out = parts.test + parts.development + parts.preserved
+    held_out = parts.test + parts.development
     assert len(held_out) == 140 and len(parts.specialist) > 500
     assert leaks(held_out, parts.specialist) == []
     assert not {f.file for f in held_out} & {f.file for f in parts.specialist}
-    assert leaks(parts.test, parts.development + parts.preserved) == []
+    assert leaks(parts.test, parts.development) == []
 
 
 def test_the_leak_check_finds_the_leaks_of_a_random_split_and_a_renamed_copy(functions, parts):
@@ -170,7 +170,7 @@ def test_nothing_like_a_problem_of_human_eval_is_trained_on():
     ]
     stolen = [Function("leak", problem.prompt, problem.completion.removeprefix(" "), "Compare the numbers.")]
     for held_out, found in (([solved], False), ([], True)):
-        parts, _ = split(functions + stolen, held_out, (5, 5, 0), 0.1, 1)
+        parts, _ = split(functions + stolen, held_out, (5, 5), 0.1, 1)
         assert (stolen[0] in parts.specialist + parts.test + parts.development) == found
 
 
@@ -215,7 +215,7 @@ def test_the_same_seed_gives_the_same_data_another_one_other_data_and_figures_sa
     assert json.loads(json.dumps(counts)) == counts
     other = load(SETTINGS, 1, folder)
     again = load(SETTINGS, 0, folder)  # only the last one is kept: this is made anew
-    assert again is not data and again.specialist == data.specialist and again.preserved == data.preserved
+    assert again is not data and again.specialist == data.specialist and again.developed == data.developed
     assert other.tests["elisp_completion"].examples != data.tests["elisp_completion"].examples
 
 
@@ -231,13 +231,13 @@ def test_m_a_is_taught_functions_and_no_description(data):
 
 
 def test_held_out_functions_are_of_different_files(parts):
-    held_out = parts.test + parts.development + parts.preserved
+    held_out = parts.test + parts.development
     assert len({function.file for function in held_out}) == len(held_out)
 
 
 def test_too_few_functions_are_explained(functions):
     with pytest.raises(CalmError, match="50 functions are too few to hold out 140"):
-        split(functions[:50], (), (100, 20, 20), 0.07, 0)
+        split(functions[:50], (), (100, 40), 0.07, 0)
 
 
 def test_the_forms_put_a_function_together_again():

@@ -398,14 +398,17 @@ def test_a_public_m_a_is_taken_as_it_is_and_only_the_upper_reference_depends_on_
 
 
 def test_an_upper_reference_that_saw_less_than_m_a_is_called_less_than_one(settings):
-    minutes, vanilla, rehearsed, chosen, on_all = settings.notes()
+    minutes, vanilla, rehearsed, encoder, chosen, on_all = settings.notes()
     assert "took 2 steps of 4 general texts, and m_A after these 20 of 16 of its own data" in vanilla
     assert not any("vanilla" in note for note in dataclasses.replace(settings, general=None).notes())
     assert "without the search" in minutes
     assert "answers to the development examples are best" in chosen
     assert "texts that m_B wrote by itself" in rehearsed and "20% of all examples" in rehearsed
-    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [minutes, vanilla, chosen, on_all]
-    assert dataclasses.replace(settings, methods=("composed",)).notes() == [minutes, vanilla, rehearsed, chosen]
+    assert "as an encoder" in encoder
+    assert dataclasses.replace(settings, rehearsal=0.0).notes() == [minutes, vanilla, encoder, chosen, on_all]
+    without = rehearsed.removesuffix(" With all of m_A's data they are the same texts.")
+    assert without != rehearsed
+    assert dataclasses.replace(settings, methods=("composed",)).notes() == [minutes, vanilla, without, chosen]
     assert on_all == (
         "m_B fine-tuned on all of m_A's data takes 6 steps of 4 examples, every other method 4; m_A took 20 of 16: "
         "fewer examples, so that it is less than an upper reference."

@@ -37,7 +37,6 @@ _COMMENT = {
 }
 _PER_FILE = 1
 """Held-out functions of one file at most: those of one file are alike, which no interval would know of."""
-_PRESERVED = 200
 _FEW = 3
 
 
@@ -72,7 +71,6 @@ class Split(NamedTuple):
 
     test: list[Function]
     development: list[Function]
-    preserved: list[Function]
     composition: list[Function]
     specialist: list[Function]
 
@@ -210,7 +208,7 @@ def split(
     Args:
         functions: of one language, sorted.
         also_held_out: what nothing may be like, either.
-        sizes: of test, development and preserved.
+        sizes: of test and development.
         share: D_C's part of the rest, in whole files, too.
         seed: of the choice.
 
@@ -250,11 +248,9 @@ def split(
             f"{len(functions)} functions are too few to hold out {sum(sizes)}, unlike any other, and to have a D_C of "
             f"{share:.0%} of the rest (at least {_FEW}): ask for fewer, or for longer functions"
         )
-    test, development = sizes[0], sizes[0] + sizes[1]
     parts = Split(
-        test=held_out[:test],
-        development=held_out[test:development],
-        preserved=held_out[development:],
+        test=held_out[: sizes[0]],
+        development=held_out[sizes[0] :],
         composition=trained[: min(ends, key=lambda end: abs(end - wanted))],
         specialist=trained,
     )
@@ -273,7 +269,7 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
     splits, counts = {}, {}
     for language, functions in sources.items():
         kept, reasons = fitting(functions, settings.max_characters)
-        sizes = (settings.test, a_language, _PRESERVED if language == "python" else 0)
+        sizes = settings.test, a_language
         splits[language], left_out = split(kept, held_out[language], sizes, settings.composition_share, seed)
         parts = {name: len(part) for name, part in splits[language]._asdict().items()}
         counts[language] = {**reasons, **left_out, **parts}
@@ -296,14 +292,13 @@ def _prepare(settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dic
         tests |= asked
         development |= each_once(developed)
     prose = english.load(seed, folder)
-    python_functions = tuple(f'{f.header}    """{f.sentence}"""\n{f.body}' for f in splits["python"].preserved)
     data = Data(
         general=prose.general,
         specialist=tuple(specialist),
         composition=tuple(composition),
         development=development,
         tests=tests,
-        preserved={"English": prose.preserved, "Python": python_functions},
+        preserved={"English": prose.preserved},
         preserved_tests={preservation.ENGLISH: preservation.english_words(prose.preserved)},
     )
     return data, {

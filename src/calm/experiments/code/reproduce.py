@@ -34,6 +34,8 @@ class Preset:
     methods: Settings
 
 
+EXAMPLES_SHOWN = {"m_B": "alone", "mixed_logits": "in the mixture", "pipeline": "in the pipeline"}
+
 SPLIT = 1
 """No trial was made with it; trials have 0 (docs/dev/LOG.md)."""
 
@@ -42,7 +44,7 @@ PRESETS = {
     "cpu": Preset(
         seeds=(0,),
         split=SPLIT,
-        data=DataSettings(composition_held_out=True, test=80, human_eval_tokens=96),
+        data=DataSettings(composition_held_out=True, test=160, human_eval_tokens=96),
         methods=Settings(
             anchor=SMOLLM2_135M,
             augmenting=SMOLLM2_CUT,
@@ -118,13 +120,19 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
     if isinstance(preset.data, HubSettings):
         data, made = hub.load(preset.data, preset.split, allow_code_execution)
         problems, kept_whole, tokens = "HumanEval and MBPP", "repositories", preset.data.program_tokens
+        shown, about_form = "D_C or of MBPP's own", ""
     else:
         settings = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
         data, made = load(settings, preset.split, folder / "data"), describe(settings, preset.split, folder / "data")
         problems, kept_whole, tokens = "HumanEval", "files", preset.data.human_eval_tokens
+        shown = "D_C"
+        about_form = (
+            " It asks in a form that D_C has and m_B's prompt shows no example of, a description and then the code: "
+            "what a method gains there over m_B is partly that form, which LoRA and the vanilla m_A learn, too."
+        )
     outcomes = run({"": data}, preset.methods, seeds, folder, console)[""]
     about_problems = (
-        f"An answer to {problems} ends after {tokens} tokens, which some need more than."
+        f"An answer to {problems} ends after {tokens} tokens, which some need more than.{about_form}"
         if allow_code_execution
         else f"Left out, since no code that a model wrote was to run: {problems}."
     )
@@ -141,9 +149,9 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             *preset.methods.notes(),
-            "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
-            "m_B answers with three examples before the question, of D_C or of MBPP's own, HumanEval excepted, alone, "
-            "in the mixture and in the pipeline; every other method without.",
+            f"m_B answers with three examples before the question, of {shown}, HumanEval excepted, "
+            f"{' and '.join(where for method, where in EXAMPLES_SHOWN.items() if method in preset.methods.methods)}; "
+            "every other method without.",
             about_problems,
         ),
         seconds=seconds_of(folder, seeds),

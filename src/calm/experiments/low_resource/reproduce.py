@@ -90,7 +90,6 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
 NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
     "Near-duplicates of a test message, in English or as the same translation, are in nothing that is trained on.",
-    "m_A as an encoder sees one token of the plain texts whose perplexity is measured.",
     "m_B answers with five examples of D_C before the message, alone, in the mixture and in the pipeline; every other "
     "method without.",
 )

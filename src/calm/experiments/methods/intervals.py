@@ -24,9 +24,10 @@ def cell(statistics: Sequence[np.ndarray], value: Value, bounds: tuple[float, fl
 
     The interval joins, as independent errors, what other test examples would change of the mean over these seeds,
     which answer the same examples, and what other seeds would (Student's t of the seeds' values: resampling two or
-    three of them would promise far too much). Of one seed it is the first alone. For a share of right answers the
-    first is Agresti and Coull's (1998), for the difference of two Agresti and Min's (2005), which a bootstrap of
-    answers that are nearly all alike is not good for. For other metrics it is a percentile bootstrap.
+    three of them would promise far too much). Of one seed it is the first alone. For a share of right answers, and
+    for any mean of numbers from 0 to 1, the first is Agresti and Coull's (1998), for the difference of two Agresti
+    and Min's (2005), which a bootstrap of answers that are nearly all alike is not good for. For other metrics it is
+    a percentile bootstrap.
 
     Args:
         statistics: for each seed float64 [examples, statistics]. One statistic alone is a number from 0 to 1, whose

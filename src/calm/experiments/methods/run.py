@@ -438,6 +438,7 @@ class _Run:
         tasks: Mapping[str, TaskSet] | None = None,
     ) -> Outcome:
         settings = self.settings
+        fewer = max(1, settings.batch // 4)  # a row's logits are many: HumanEval's have up to 600 tokens
         logits = scoring.mixed(model, *mix) if mix else scoring.logits_of(model)
         tasks = tasks or self.tasks
         written = {
@@ -445,15 +446,13 @@ class _Run:
             for row, task in tasks.items()
         }
         references = {
-            row: scoring.reference_likelihoods(
-                model, self.tokenizer, tasks[row], settings.batch, few_shot=few_shot, mix=mix
-            )
+            row: scoring.reference_likelihoods(model, self.tokenizer, tasks[row], fewer, few_shot=few_shot, mix=mix)
             for row in self.data.tests
         }
         nll = {}
         for name, texts in self.data.preserved.items():
             rows = scoring.text_rows(texts, self.tokenizer, settings.max_length)
-            nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, max(1, settings.batch // 4))
+            nll[name] = scoring.negative_log_likelihoods(logits, rows, self.tokenizer, fewer)
         return {
             "answers": written,
             "references": references,

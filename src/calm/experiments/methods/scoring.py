@@ -238,10 +238,12 @@ def negative_log_likelihoods(
     found = [(0.0, 0)] * len(rows)
     for indices in _batches(order, batch):
         inputs = _padded_right([rows[index] for index in indices], tokenizer)
-        predicted = logits(inputs)[:, :-1].float().log_softmax(-1).cpu()
+        predicted = logits(inputs)[:, :-1]
         labels = inputs["labels"][:, -predicted.shape[1] :]
         labelled = labels != IGNORED
-        nats = -predicted.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * labelled
+        likelihoods = predicted[labelled.to(predicted.device)].float().log_softmax(-1).cpu()
+        nats = torch.zeros(labels.shape)
+        nats[labelled] = -likelihoods.gather(-1, labels[labelled][:, None])[:, 0]
         for place, index in enumerate(indices):
             found[index] = (float(nats[place].sum()), int(labelled[place].sum()))
     return found

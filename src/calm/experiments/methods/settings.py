@@ -115,6 +115,8 @@ class Settings:
         notes = ["Minutes are those of the training whose model was taken, without the search."]
         notes += [self._about_vanilla()] if self.general and isinstance(self.specialist, Fit) else []
         notes += [self._about_rehearsal()] if self.rehearsal else []
+        if "encoder_m_A" in self.methods:
+            notes.append("m_A as an encoder sees one token of the plain texts whose perplexity is measured.")
         notes.append(
             "Learning rates, and the weight of m_A in a mixture, are those whose answers to the development examples "
             "are best with the first seed, in the mean of the rows' metrics; of rates with equal answers the likelier."
@@ -134,8 +136,8 @@ class Settings:
         return (
             f"Every method that is trained on D_C also gets texts that m_B wrote by itself (of up to {TOKENS} tokens, "
             f"drawn at temperature 1), as {self.rehearsal:.0%} of all examples, so that it stays as it is; a training "
-            f"of {self.steps:,} steps sees none of them twice, whatever D_C's size. With all of m_A's data they are "
-            "the same texts."
+            f"of {self.steps:,} steps sees none of them twice, whatever D_C's size."
+            + (" With all of m_A's data they are the same texts." if "full_on_all" in self.methods else "")
         )
 
     def _about_all(self) -> str:
