@@ -221,7 +221,10 @@ def test_the_code_domain_from_functions_to_results(hub, books, tmp_path):
         "elisp_completion exact match",
         *(f"{row} perplexity of the reference" for row in rows),
     }
-    assert set(results.preservation) == {"English perplexity", "Python perplexity", "English last word"}
+    assert set(results.preservation) == {"English perplexity", "English last word"}
+    notes = " ".join(results.notes)
+    assert "of D_C, HumanEval excepted, alone; every other method without" in notes and "partly that form" in notes
+    assert not any(word in notes for word in ("pipeline", "encoder", "mixture;", "all of m_A's data"))
 
 
 @pytest.mark.slow
