@@ -34,7 +34,8 @@ class Preset:
     methods: Settings
 
 
-EXAMPLES_SHOWN = {"m_B": "alone", "mixed_logits": "in the mixture", "pipeline": "in the pipeline"}
+_WITH_EXAMPLES = {"m_B": "alone", "mixed_logits": "in the mixture", "pipeline": "in the pipeline"}
+"""Methods that give `m_B` examples before the question, as a note words them."""
 
 SPLIT = 1
 """No trial was made with it; trials have 0 (docs/dev/LOG.md)."""
@@ -150,7 +151,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             *preset.methods.notes(),
             f"m_B answers with three examples before the question, of {shown}, HumanEval excepted, "
-            f"{' and '.join(where for method, where in EXAMPLES_SHOWN.items() if method in preset.methods.methods)}; "
+            f"{' and '.join(where for method, where in _WITH_EXAMPLES.items() if method in preset.methods.methods)}; "
             "every other method without.",
             about_problems,
         ),
