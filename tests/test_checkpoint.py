@@ -107,6 +107,26 @@ def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "out", safe_serialization=True)
 
 
+@pytest.mark.parametrize("holds", ["a base", "a broken configuration", "weights alone"])
+def test_another_model_is_not_written_over(holds: str, tmp_path: Path) -> None:
+    model = composition()
+    model.anchor.save_pretrained(tmp_path)
+    if holds == "a broken configuration":
+        (tmp_path / "config.json").write_text('{"model_type": ')
+    elif holds == "weights alone":
+        (tmp_path / "config.json").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(calm.errors.CheckpointError, match=r"holds (a model of type 'gemma3_text'|a config|weights)"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_composition_is_replaced(tmp_path: Path) -> None:
+    composition().save_pretrained(tmp_path, max_shard_size="10KB")
+    composition().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a hub is sent that does no more than write it down, and the files that it `holds`."""
@@ -166,6 +186,16 @@ def test_upload(through: str, tmp_path: Path, sent: dict[str, Any]) -> None:
     )
     ids = factories.tokens(2, 8)
     factories.assert_identical(loaded(ids).logits, model(ids).logits)
+
+
+def test_another_model_on_the_hub_is_not_written_over(sent: dict[str, Any]) -> None:
+    sent["holds"]["config.json"] = b'{"model_type": "llama"}'
+    with pytest.raises(calm.errors.CheckpointError, match="'me/mine' holds a model of type 'llama'"):
+        composition().push_to_hub("mine")
+    assert "uploaded" not in sent
+    sent["holds"]["config.json"] = b'{"model_type": "calm"}'
+    composition().push_to_hub("mine")
+    assert "uploaded" in sent
 
 
 def test_a_branch_is_made_if_missing(sent: dict[str, Any]) -> None:

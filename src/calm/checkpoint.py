@@ -66,9 +66,10 @@ def write(
         max_shard_size: Largest weights file, in bytes or as "5GB".
 
     Raises:
-        CheckpointError: If the directory cannot be written to, or the state dict holds no composition parameters or
-            PEFT's copies of them.
+        CheckpointError: If the directory holds a model that is no composition, or cannot be written to, or if the state
+            dict holds no composition parameters or PEFT's copies of them.
     """
+    refuse_other_model(directory)
     weights = {key: value for key, value in state_dict.items() if key.startswith(CONNECTIONS_PREFIX)}
     if not weights:
         raise CheckpointError("The state dict to save holds no composition parameters (keys 'connections.*').")
@@ -98,6 +99,34 @@ def write(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_other_model(directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Refuse a place where saving a composition would write over another model, such as one of its own bases.
+
+    Args:
+        directory: The folder; it need not exist.
+        name: What to call it in the error, if not by its path.
+
+    Raises:
+        CheckpointError: If its `config.json` is not a composition's, or if it has weights without one.
+    """
+    folder = Path(directory)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        weights = sorted(path.name for path in folder.glob("model*.safetensors*"))
+        holds = f"weights ({weights[0]}) without a config.json" if weights else ""
+    except (OSError, ValueError):
+        holds = "a config.json that cannot be read"
+    else:
+        model_type = values.get("model_type") if isinstance(values, dict) else None
+        holds = "" if model_type == CalmConfig.model_type else f"a model of type {model_type!r}"
+    if holds:
+        raise CheckpointError(
+            f"{name or os.fspath(directory)!r} holds {holds}, whose files a composition would be written over. Give "
+            "another place to save to."
+        )
 
 
 def weights_bytes(state_dict: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> int:

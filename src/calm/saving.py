@@ -47,7 +47,8 @@ class CompositionSaving(PreTrainedModel):
         An adapter that trains on a base is not among them (a warning says so): PEFT saves it.
 
         Args:
-            save_directory: Where to; made if missing. A failed save leaves what was there.
+            save_directory: Where to; made if missing. A failed save leaves what was there. A composition's files are
+                replaced, another model's never.
             state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
             max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
@@ -58,7 +59,7 @@ class CompositionSaving(PreTrainedModel):
 
         Raises:
             CalmError: If an argument is unknown.
-            CheckpointError: If the directory cannot be written to.
+            CheckpointError: If the directory holds another model, or cannot be written to.
         """
         if not kwargs.pop("safe_serialization", True):
             raise CalmError("safe_serialization=False: a composition is saved as safetensors only. Leave it out.")
@@ -115,6 +116,9 @@ class CompositionSaving(PreTrainedModel):
 
         Returns:
             What `huggingface_hub.HfApi.create_commit` returns.
+
+        Raises:
+            CheckpointError: If the repository holds a model that is no composition.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -211,6 +215,9 @@ def _upload(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if api.file_exists(repo_id, "config.json", revision=revision):
+        config = api.hf_hub_download(repo_id, "config.json", revision=revision)
+        checkpoint.refuse_other_model(os.path.dirname(config), name=repo_id)
     if api.file_exists(repo_id, "README.md", revision=revision):
         card = api.hf_hub_download(repo_id, "README.md", revision=revision)
         if not checkpoint.wrote_card(card):

@@ -125,6 +125,14 @@ def test_directory_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "a").exists(), "checking makes nothing"
 
 
+def test_the_folder_of_a_base_is_no_place_for_a_composition(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CalmError, match=r"output_dir = .* holds a model of type 'llama', .*another place.*; expected"):
+        check_recipe(fields(training__output_dir=str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "calm"}')
+    check_recipe(fields(training__output_dir=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

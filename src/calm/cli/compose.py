@@ -32,9 +32,11 @@ def compose(
     from transformers import set_seed
 
     import calm
+    from calm.checkpoint import refuse_other_model
     from calm.data import load_tokenizer
     from calm.sources import Source, load_config
 
+    refuse_other_model(out)  # weights without a configuration, too
     with stdout_for(as_json):
         load_config(Source.parse(anchor))  # where there is no model, that is to be said, not that it has no tokenizer
         tokenizer = load_tokenizer(anchor)

@@ -134,6 +134,13 @@ class TrainingRecipe(_Section):
             raise ValueError(f"{existing} is a file, not a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"{existing} cannot be written to")
+        if existing == Path(output_dir).absolute() and any(existing.iterdir()):
+            from calm.checkpoint import refuse_other_model  # which takes seconds to import, so only now
+
+            try:
+                refuse_other_model(output_dir)
+            except CheckpointError as error:
+                raise ValueError(str(error).removesuffix(".")) from error
         return output_dir
 
     @model_validator(mode="after")
