@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import weakref
 from pathlib import Path
@@ -198,6 +199,42 @@ def test_wrong_input_is_refused(call: str) -> None:
         run(IDS, attention_mask=torch.ones(2, 1, 10, 10))
     with pytest.raises(CalmError, match=r"65 tokens do not fit.*64 tokens"):
         run(factories.tokens(1, 65 if call == "forward" else 64))  # the last new token is not read
+    for wrong in (-1, factories.VOCAB):
+        with pytest.raises(CalmError, match=f"input_ids hold {wrong}: expected ids below 64 and none below 0"):
+            run(torch.tensor([[3, wrong, 5]]))
+    for shape in ((5,), (1, 2, 5)):
+        with pytest.raises(CalmError, match=f"input_ids have shape {re.escape(str(shape))}: expected .*batch, length"):
+            run(torch.ones(shape, dtype=torch.long))
+    with pytest.raises(CalmError, match=r"input_ids have shape \(1, 2\)|expected .*whole numbers"):
+        run(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("wrong", [-1, "3", 2.0, torch.ones(3, dtype=torch.long), torch.ones(2)], ids=repr)
+def test_a_prompt_length_that_does_not_fit_is_refused(call: str, wrong: Any) -> None:
+    model = Mix(attend="prompt").shared()
+    with pytest.raises(CalmError, match=r"prompt_length is .*: expected .*one whole number or a tensor of 2"):
+        if call == "forward":
+            model(IDS, prompt_length=wrong)
+        else:
+            model.generate(IDS, prompt_length=wrong, max_new_tokens=2)
+
+
+def test_labels_without_a_prompt_are_refused() -> None:
+    """With attend="prompt" the connections would see nothing, and no training would tell."""
+    model = Mix(attend="prompt").shared()
+    labels = IDS.clone()
+    labels[0, :2] = -100
+    with pytest.raises(CalmError, match="the labels of row 1 begin at its first token"):
+        model(IDS, labels=labels)
+    labels[1, :3], mask = -100, torch.ones_like(IDS)
+    mask[1, :3] = 0
+    with pytest.raises(CalmError, match="the labels of row 1 begin at its first token"):
+        model(IDS, attention_mask=mask, labels=labels)
+    model(IDS, labels=labels)
+    model(IDS, labels=IDS, prompt_length=4)
+    labels[1] = -100  # nothing to learn there
+    model(IDS, labels=labels)
 
 
 def test_the_smaller_context_counts() -> None:
@@ -258,7 +295,7 @@ def test_tokens_that_one_model_has_not(kwargs: dict[str, Any]) -> None:
         factories.assert_identical(model(ids).logits, anchor(ids).logits)  # those of padding included
     ids[1, 2] = 61
     for call in (model, model.generate, model.augmenting_outputs):
-        with pytest.raises(CalmError, match=r"input_ids hold 61: expected ids below 60, the smallest vocabulary"):
+        with pytest.raises(CalmError, match=r"input_ids hold 61: expected ids below 60 .*, the smallest vocabulary"):
             call(ids)
 
 

@@ -399,9 +399,18 @@ def known_tokens(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrainedCo
 
     Those of one tokenizer may have embeddings that are padded differently (Qwen2.5-7B and -0.5B).
     """
-    stated = (getattr(text_config(base), "vocab_size", None) for base in (anchor, *augmenting.values()))
-    sizes: set[int] = {size for size in stated if size is not None}
+    sizes = _vocabularies(anchor, augmenting)
     return min(sizes) if len(sizes) > 1 else None
+
+
+def smallest_vocabulary(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrainedConfig]) -> int | None:
+    """The smallest vocabulary of several models, `None` if none states its size."""
+    return min(_vocabularies(anchor, augmenting), default=None)
+
+
+def _vocabularies(anchor: PreTrainedConfig, augmenting: Mapping[str, PreTrainedConfig]) -> set[int]:
+    stated = (getattr(text_config(base), "vocab_size", None) for base in (anchor, *augmenting.values()))
+    return {size for size in stated if size is not None}
 
 
 def check_documents_apart(anchor: PreTrainedModel, augmenting: nn.ModuleDict) -> None:

@@ -62,6 +62,8 @@ class CompositionGeneration(GenerationMixin):
         input_ids = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs"))
         if isinstance(input_ids, Tensor):
             self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
+            self._check_tokens(input_ids)
+            self._check_prompt_length(kwargs.get("prompt_length"), len(input_ids))
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -126,6 +126,7 @@ class CalmForCausalLM(
         bases = config.anchor_config, config.augmenting_configs
         self.context_length, self._context_of = backbones.smallest_context(*bases)
         self.known_tokens = backbones.known_tokens(*bases)
+        self._vocabulary = backbones.smallest_vocabulary(*bases)
         for layer_index in sorted({pair.anchor_layer for pair in pairs}):
             here = [i for i, pair in enumerate(pairs) if pair.anchor_layer == layer_index]
             hook = backbones.CompositionHook(self, "_inject", here)
@@ -203,7 +204,8 @@ class CalmForCausalLM(
                 with activation checkpointing.
             logits_to_keep: Compute logits for the last so many positions only (0: all).
             prompt_length: For `attend="prompt"`: leading columns that are prompt, padding included, one number or
-                `[batch]`. By default what precedes the first label, or the whole input of the first call.
+                `[batch]`. By default what precedes the first label, which must not be nothing, or the whole input of
+                the first call.
             skip_logits: With labels, compute the loss at labelled positions only, in chunks, and return no logits
                 (issue 3: those of the whole vocabulary are a training step's largest tensors). An anchor whose loss
                 is not the usual one, or whose head is trained, computes them nevertheless.
@@ -215,10 +217,12 @@ class CalmForCausalLM(
             The anchor's loss and logits; `past_key_values` is a `CalmCache`.
 
         Raises:
-            CalmError: On empty input, embeddings instead of tokens, a mask that is not two-dimensional, a cache that
-                is not a `CalmCache`, tokens that one of the models does not have, more tokens than the smaller of the
-                models' contexts, kept outputs that do not fit the input, or augmenting models that are needed and were
-                not loaded.
+            CalmError: On empty input, embeddings instead of tokens, tokens or a mask that are not two-dimensional, a
+                cache that is not a `CalmCache`, tokens that one of the models does not have (on a GPU looked for only
+                where vocabularies differ, since to look is to wait for it; `generate` looks in any case), more tokens
+                than the smaller of the models' contexts, a `prompt_length` or kept outputs that do not fit the input,
+                labels from the first token on with `attend="prompt"`, or augmenting models that are needed and were not
+                loaded.
         """
         if self._disabled:
             return self._forward_anchor_alone(
@@ -232,6 +236,7 @@ class CalmForCausalLM(
                 kwargs,
             )
         input_ids = self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
+        self._check_prompt_length(prompt_length, len(input_ids))
         if augmenting_outputs is not None:
             self._check_augmenting_outputs(augmenting_outputs, input_ids, use_cache, past_key_values)
         if use_cache is None:
@@ -419,7 +424,7 @@ class CalmForCausalLM(
         """Say what each new position sees (see `calm.alignment`)."""
         if self.config.attend == "prompt":
             if prompt_length is None and labels is not None:
-                prompt_length = (labels != -100).long().argmax(-1)
+                prompt_length = _prompt_before(labels, padding_mask)
             if prompt_length is None and cache is not None:
                 if cache.prompt_length is None:
                     cache.prompt_length = length
@@ -486,19 +491,19 @@ class CalmForCausalLM(
                 "A composed model needs input_ids: each of its models embeds the tokens itself, so inputs_embeds "
                 "cannot stand for them."
             )
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            found = f"have shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else "are no tensor"
+            raise CalmError(
+                f"input_ids {found}: expected whole numbers [batch, length]. A single row needs its batch too, as with "
+                'tokenizer(text, return_tensors="pt").'
+            )
         if input_ids.shape[1] == 0:
             raise CalmError(
                 f"input_ids has shape {tuple(input_ids.shape)}: expected at least one token a row. An empty prompt "
                 "needs a beginning-of-sequence token."
             )
-        if self.known_tokens is not None and not is_tracing(input_ids):  # else no need to wait for the device
-            largest = int(input_ids.max())
-            if largest >= self.known_tokens:
-                raise CalmError(
-                    f"input_ids hold {largest}: expected ids below {self.known_tokens}, the smallest vocabulary of the "
-                    "composed models. Larger ones are padding of the others' embeddings; a tokenizer that all of them "
-                    "share gives none of these."
-                )
+        if self.known_tokens is not None or input_ids.device.type == "cpu":  # else no need to wait for the device
+            self._check_tokens(input_ids)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
             raise CalmError(
                 f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
@@ -510,6 +515,36 @@ class CalmForCausalLM(
                 "(it holds the augmenting models' and the connections' keys and values too)."
             )
         return input_ids
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        if self._vocabulary is None or is_tracing(input_ids):
+            return
+        smallest, largest = (int(found) for found in torch.stack(torch.aminmax(input_ids)))
+        found = smallest if smallest < 0 else largest
+        if 0 <= found < self._vocabulary:
+            return
+        if self.known_tokens is None or found < 0:
+            why = "the vocabulary of the composed models. Use the tokenizer that they share."
+        else:
+            why = (
+                "the smallest vocabulary of the composed models. Larger ones are padding of the others' embeddings; a "
+                "tokenizer that all of them share gives none of these."
+            )
+        raise CalmError(f"input_ids hold {found}: expected ids below {self._vocabulary} and none below 0, {why}")
+
+    @staticmethod
+    def _check_prompt_length(prompt_length: Any, batch: int) -> None:
+        if isinstance(prompt_length, Tensor):
+            fits = prompt_length.shape in ((), (batch,)) and not prompt_length.is_floating_point()
+            found = f"{prompt_length.dtype} of shape {tuple(prompt_length.shape)}"
+        else:
+            fits = prompt_length is None or (type(prompt_length) is int and prompt_length >= 0)
+            found = repr(prompt_length)
+        if not fits:
+            raise CalmError(
+                f"prompt_length is {found}: expected how many leading columns are prompt, one whole number or a tensor "
+                f"of {batch}, one for each row."
+            )
 
     def _check_augmenting_outputs(
         self, outputs: Mapping[str, Tensor], input_ids: Tensor, use_cache: bool | None, cache: CalmCache | None
@@ -538,6 +573,25 @@ class CalmForCausalLM(
                 f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
                 "the smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
             )
+
+
+def _prompt_before(labels: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """How many columns of each row come before its first label, `[batch]`.
+
+    Raises:
+        CalmError: If that is nothing but padding: the connections would see nothing, and train nothing.
+    """
+    labelled = labels != -100
+    lengths = labelled.long().argmax(-1)
+    before = torch.arange(labels.shape[1], device=labels.device) < lengths.unsqueeze(-1)
+    prompt = before if padding_mask is None else before & padding_mask.bool()
+    if not is_tracing(labels) and bool((empty := labelled.any(-1) & ~prompt.any(-1)).any()):
+        raise CalmError(
+            f'attend="prompt": the labels of row {int(empty.long().argmax())} begin at its first token, so that it has '
+            "no prompt for the connections to see. Label completions only, with -100 before them, or pass "
+            "prompt_length=; to train on whole texts, compose with attend='causal'."
+        )
+    return lengths
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:
