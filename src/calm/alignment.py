@@ -148,18 +148,20 @@ class Alignment:
         return bias
 
     def of_first_document(self, length: int) -> tuple[int, Alignment]:
-        """That of the batch's first row alone, or of its first document.
+        """That of the beginning of the batch's first row alone, or of its first document.
 
         Args:
-            length: Number of keys of a row.
+            length: Number of leading positions of the row, of a pass over whole rows.
 
         Returns:
-            How many keys the document has, and its alignment.
+            How many positions the document has, and its alignment.
         """
         if self.documents is not None:
             return self.documents[0], replace(self, documents=None)
-        of_rows = ("visible", "counts", "real", "first", "sees")
-        row: dict[str, Any] = {n: value[:1] for n in of_rows if (value := getattr(self, n)) is not None}
+        of_rows = {"visible": length, "counts": length + 1, "real": length, "first": length, "sees": length}
+        row: dict[str, Any] = {
+            name: value[:1, :end] for name, end in of_rows.items() if (value := getattr(self, name)) is not None
+        }
         return length, replace(self, **row)
 
 

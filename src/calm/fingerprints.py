@@ -169,6 +169,20 @@ def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str)
     )
 
 
+def has_changed(model: nn.Module, reference: Mapping[str, Any]) -> bool:
+    """Whether a base's weights are others than the recorded ones; no where that cannot be told, as `check_fingerprint`.
+
+    Args:
+        model: The base.
+        reference: What is recorded of it.
+    """
+    try:
+        check_fingerprint(model, reference, "the base")
+    except CheckpointError:
+        return True
+    return False
+
+
 def _rounded_to(weights: Mapping[str, Tensor], recorded: Mapping[str, str]) -> str | None:
     """The dtype in which weights are those of a fingerprint, for references from before they named one."""
     dtypes = {name: dtype for name, dtype in FINGERPRINT_DTYPES.items() if name in recorded}

@@ -14,10 +14,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from calm import checkpoint, sources
+from calm import checkpoint, fingerprints, sources
 from calm.config import CalmConfig
 from calm.errors import CalmError
-from calm.sharding import gathered, whole
+from calm.sharding import gathered, is_spread, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +44,9 @@ class CompositionSaving(PreTrainedModel):
     ) -> None:
         """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
 
-        An adapter that trains on a base is not among them (a warning says so): PEFT saves it.
+        An adapter that trains on a base is not among them (a warning says so): PEFT saves it. Of a base whose weights
+        have changed, as by an adapter that was merged into it, the new fingerprint is recorded (and warned about), so
+        that the composition loads with this base only.
 
         Args:
             save_directory: Where to; made if missing. A failed save leaves what was there. A composition's files are
@@ -80,10 +82,28 @@ class CompositionSaving(PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
+        self._record_changed_bases(config)
         checkpoint.write(save_directory, config, weights, self.generation_config, max_shard_size)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory)))
             _upload(save_directory, repo_id, **kwargs)
+
+    def _record_changed_bases(self, config: CalmConfig) -> None:
+        bases: dict[str, tuple[Any, Any]] = {"anchor": (self.anchor, config.anchor_reference)}
+        for name, model in self.augmenting.items():
+            bases[f"augmenting[{name!r}]"] = model, config.augmenting_references.get(name, {})
+        for name, (base, reference) in bases.items():
+            # an adapter is put on again after loading; spread weights are those that were loaded
+            if is_spread(base) or sources.has_adapter(base) or not fingerprints.has_changed(base, reference):
+                continue
+            reference["fingerprint"] = fingerprints.fingerprint(base)
+            reference["dtype"] = fingerprints.precision_of(base)
+            reference.pop("adapter", None)  # merged by now
+            logger.warning(
+                "The weights of model.%s are not those that this composition was made with, and it holds none of "
+                "them: save that model, too, and give it when you load the composition, as from_pretrained(..., %s).",
+                *(name, "anchor=FOLDER" if name == "anchor" else "augmenting={NAME: FOLDER}"),
+            )
 
     def _gathered_connections(self) -> dict[str, Tensor]:
         with gathered(self.connections):

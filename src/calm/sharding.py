@@ -16,6 +16,11 @@ def is_zero3(weight: Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has spread some of a module's weights over processes."""
+    return any(isinstance(weight, DTensor) or is_zero3(weight) for weight in module.parameters())
+
+
 def whole(value: Any) -> Any:
     """A tensor of FSDP2 or ZeRO-3, whole and with a storage of its own, or all in a dictionary or list.
 

@@ -313,6 +313,32 @@ def test_one_changed_weight_is_refused_in_any_dtype(saved: Saved, part: str, dty
     assert not torch.equal(saved.load(dtype=dtype, verify_bases=False)(IDS).logits, saved.model(IDS).logits)
 
 
+@pytest.mark.parametrize("part", ["anchor", "augmenting"])
+def test_a_base_that_changed_in_memory_is_told_apart(
+    pristine: Saved, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by merging an adapter: saved then, the composition loads with the changed base and not with its old one."""
+    model = pristine.load()
+    model.save_pretrained(tmp_path / "unchanged")
+    assert not caplog.records
+    base = model.anchor if part == "anchor" else model.augmenting["augmenting"]
+    with torch.no_grad():
+        next(weight for weight in base.parameters() if weight.dim() == 2).add_(0.1)
+    model.save_pretrained(tmp_path / "out")
+    assert "are not those that this composition was made with" in caplog.text and f"(..., {part}=" in caplog.text
+    changed = whole = model.anchor
+    if part == "augmenting":
+        changed, whole = base, AutoModelForCausalLM.from_pretrained(pristine.augmenting)
+        whole.transformer.load_state_dict(changed.state_dict(), strict=False)
+    whole.save_pretrained(tmp_path / "changed")
+    check_refused(lambda: CalmForCausalLM.from_pretrained(tmp_path / "out"), "weights", f"the {part}", "trained against")
+    check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "out", **{part: tmp_path / "changed"}), model)
+    in_half = pristine.load().to(torch.bfloat16)
+    caplog.clear()
+    in_half.save_pretrained(tmp_path / "half")
+    assert not caplog.records, "rounded, they are the same weights"
+
+
 def test_the_smallest_change_is_refused(saved: Saved) -> None:
     """One last bit of one weight, and two weights exchanged."""
     path = saved.anchor / "model.safetensors"

@@ -197,6 +197,22 @@ def test_bases_that_have_an_adapter_before_they_are_composed(composed: str, tmp_
         assert_identical(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_a_merged_adapter_is_not_lost(composed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The merged anchor is another one, which a composition that is saved with it asks for."""
+    model = load(composed)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model.anchor = peft.get_peft_model(model.anchor, lora).merge_and_unload()
+    assert not torch.equal(model.eval()(IDS).logits, load(composed)(IDS).logits)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "out")
+    assert "model.anchor are not those that this composition was made with" in caplog.text
+    model.anchor.save_pretrained(tmp_path / "merged")
+    with pytest.raises(calm.CheckpointError, match="weights of the anchor"):
+        load(tmp_path / "out")
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path / "out", anchor=tmp_path / "merged").eval()
+    assert_identical(loaded(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_both_apart(
     composed: str,

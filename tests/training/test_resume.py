@@ -227,6 +227,25 @@ def test_two_runs_are_not_mixed_in_one_directory(make_recipe: MakeRecipe, caplog
     assert list(losses(longer)["eval_loss"]) == [2, 4, 5, 6, 7, 8], "what the recipe says now holds from now on"
 
 
+def test_data_that_changed_under_its_name_is_told(make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture):
+    recipe = make_recipe(max_steps=2)
+    trainer.train(recipe)
+    longer = make_recipe(max_steps=4)
+    train = Path(longer.data.train)
+    lines = train.read_text().splitlines(keepends=True)
+    train.write_text("".join(lines[1:]))
+    trainer.train(longer, resume=True)
+    assert f"data.train: {train} holds something else" in caplog.text
+    assert "data.eval" not in caplog.text
+    caplog.clear()
+    begun_with = Path(longer.training.output_dir, "recipe.json")
+    fields = json.loads(begun_with.read_text())
+    assert set(fields.pop("data_digests")) == {"data.train", "data.eval"}
+    begun_with.write_text(json.dumps(fields))  # as an older version has left it
+    trainer.train(make_recipe(max_steps=6), resume=True)
+    assert "holds something else" not in caplog.text and "training.max_steps: 4 -> 6" in caplog.text
+
+
 def test_run_that_was_killed_between_its_last_step_and_its_end_is_only_ended(make_recipe: MakeRecipe):
     recipe = make_recipe(max_steps=4)
     first = trainer.train(recipe)

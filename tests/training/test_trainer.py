@@ -248,16 +248,18 @@ def test_statistics_say_which_connections_are_used(make_recipe: MakeRecipe, monk
     gates: dict[int, float] = {}
     states: list[torch.Tensor] = []
 
-    def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         first, second = model.connections
         handle = first.register_forward_hook(lambda module, args, output: states.append(args[0].detach().double()))
-        loss = original(self, model, *args, **kwargs)
+        ends = [int(row.nonzero()[-1]) + 1 for row in inputs["labels"] != -100]  # what follows is padding
+        loss = original(self, model, inputs, *args, **kwargs)
         handle.remove()
         for weight in second.parameters():
             weight.grad = None
         normed = torch.nn.functional.rms_norm(states[-1], states[-1].shape[-1:])
         opened = first.gate.bias * states[-1].shape[-1] / 8 + normed @ first.gate.weight[0].double()
-        gates[self.state.global_step + 1] = opened.mean().item()
+        real = torch.cat([row[:end] for row, end in zip(opened, ends, strict=True)])
+        gates[self.state.global_step + 1] = real.mean().item()
         return loss
 
     monkeypatch.setattr(trainer.CompositionTrainer, "training_step", training_step)

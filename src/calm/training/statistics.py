@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,10 +13,13 @@ from transformers import TrainerCallback
 
 from calm.alignment import BLOCK
 from calm.attention import Connection
+from calm.data import IGNORED
 from calm.sharding import is_zero3, whole
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from calm.model import CalmForCausalLM
 
 STATISTICS = {
     "gate": "how far the gate is open",
@@ -30,17 +34,18 @@ class ConnectionStatistics(TrainerCallback):
 
     `values` holds those of the current step, if any: `connection_INDEX/gate`, how far its gate is open (mean over
     positions), if it has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state
-    (mean over positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the
+    (means over positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the
     batch's first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm
-    of its gradient after clipping.
+    of its gradient after clipping. Positions behind a row's last label, which are padding, do not count.
 
     Args:
-        connections: Those of the model that is trained.
+        model: The composed model that is trained.
     """
 
-    def __init__(self, connections: nn.ModuleList) -> None:
-        self.connections = connections
+    def __init__(self, model: CalmForCausalLM) -> None:
+        self.model, self.connections = model, model.connections
         self.values: dict[str, float] = {}
+        self._real = torch.empty(0)
         self._hooks: list[Any] = []
 
     def on_train_begin(
@@ -59,8 +64,12 @@ class ConnectionStatistics(TrainerCallback):
         step = state.global_step + 1
         intervals = (state.logging_steps, state.eval_steps, state.save_steps)
         if step == state.max_steps or any(step % interval == 0 for interval in intervals):
+            self._hooks.append(self.model.register_forward_pre_hook(self._see_labels, with_kwargs=True))
             for index, connection in enumerate(cast(Iterable[Connection], self.connections)):
-                self._hooks.append(connection.register_forward_hook(_Watch(self.values, index)))
+                self._hooks.append(connection.register_forward_hook(partial(self._watch, index)))
+
+    def _see_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._real = (kwargs["labels"] != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,22 +87,17 @@ class ConnectionStatistics(TrainerCallback):
             norms = whole(norms)
             self.values[f"connection_{index}/gradient"] = torch.stack(norms).norm().item() if norms else 0.0
 
-
-class _Watch:
-    """A forward hook that measures one connection."""
-
-    def __init__(self, values: dict[str, float], index: int) -> None:
-        self.values, self.index = values, index
-
     @torch.no_grad()
-    def __call__(self, connection: Connection, args: tuple[Any, ...], output: Tensor) -> None:
+    def _watch(self, index: int, connection: Connection, args: tuple[Any, ...], output: Tensor) -> None:
+        """A forward hook that measures one connection."""
         hidden, context, alignment = args[:3]
-        added, residual = (states.float().norm(dim=-1).mean().item() for states in (output, hidden))
-        self.values[f"connection_{self.index}/injection"] = added / residual
+        real = self._real.to(hidden.device)
+        added, residual = (states.float().norm(dim=-1)[real].mean().item() for states in (output, hidden))
+        self.values[f"connection_{index}/injection"] = added / residual
         if connection.gate is not None:
-            self.values[f"connection_{self.index}/gate"] = connection.openness(hidden).mean().item()
-        length, first = alignment.of_first_document(context.shape[1])
+            self.values[f"connection_{index}/gate"] = connection.openness(hidden)[real].mean().item()
+        length, first = alignment.of_first_document(int(real[0].nonzero()[-1]) + 1)
         rows = slice(max(length - BLOCK, 0), length)
         weights = connection.attention_weights(hidden[:1, rows], context[:1, :length], first)
-        entropy = -torch.special.xlogy(weights, weights).sum(-1).mean().item()
-        self.values[f"connection_{self.index}/entropy"] = entropy
+        entropy = -torch.special.xlogy(weights, weights).sum(-1).mean(1)[:, real[0, rows]].mean().item()
+        self.values[f"connection_{index}/entropy"] = entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +22,7 @@ import calm
 from calm.backbones import check_documents_apart, smallest_context
 from calm.config import CalmConfig, depth_of
 from calm.connections import choose_pairs
-from calm.data import CompletionCollator, Row, load_examples, load_tokenizer, pack
+from calm.data import CompletionCollator, Row, is_file_source, load_examples, load_tokenizer, pack
 from calm.errors import CalmError, CheckpointError
 from calm.freezing import check_activation_checkpointing
 from calm.sources import Source, load_config
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
+DIGESTS = "data_digests"  # beside the fields of the recipe, in its file
 LOG_FILE = "training_log.json"
 PLOT_FILE = "loss.png"
 CONNECTIONS_PLOT_FILE = "connections.png"
@@ -132,7 +134,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
     if recipe.data.packing:
         check_documents_apart(model.anchor, model.augmenting)
     if arguments.should_save:
-        _write_whole(output_dir / RECIPE_FILE, recipe.model_dump_json(indent=2))
+        begun_with = recipe.model_dump(mode="json") | {DIGESTS: _digests_of_data(recipe)}
+        _write_whole(output_dir / RECIPE_FILE, json.dumps(begun_with, indent=2))
     on_interrupt = SaveAndStop()
     trainer = CompositionTrainer(
         model=model,
@@ -140,7 +143,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainingResult:
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=CompletionCollator.for_tokenizer(tokenizer),
-        callbacks=[LogBeforeSaving(), on_interrupt, ConnectionStatistics(model.connections)],
+        callbacks=[LogBeforeSaving(), on_interrupt, ConnectionStatistics(model)],
     )
     if recipe.data.augmenting_outputs != "recompute":
         _keep_augmenting_outputs(trainer, model, kept_dirs)
@@ -221,8 +224,12 @@ def _check_output_dir(output_dir: Path, recipe: Recipe, resume: bool, processes:
         raise CalmError(
             f"{output_dir / RECIPE_FILE}, the recipe that the run was begun with, cannot be read: {error}"
         ) from error
+    digests = before.pop(DIGESTS, {})  # of a run that an older version began there are none
     now = recipe.model_dump(mode="json")
     changed = _differences(before, now)
+    for field, digest in _digests_of_data(recipe).items():
+        if field not in changed and digests.get(field, digest) != digest:
+            changed[field] = f"{field}: {now['data'][field.removeprefix('data.')]} holds something else"
     places = ("anchor", "augmenting") if _names(before) == _names(now) else ("anchor",)
     moved = [changed.pop(field) for field in list(changed) if field.split(".")[0] in places]
     fixed = [field for field in changed if not field.startswith(("training.", "data."))]
@@ -263,6 +270,16 @@ def _finished_result(output_dir: Path, recipe: Recipe) -> TrainingResult | None:
         return None
     finished = json.loads(log.read_text())
     return TrainingResult(**finished["result"]) if finished["recipe"] == recipe.model_dump(mode="json") else None
+
+
+def _digests_of_data(recipe: Recipe) -> dict[str, str]:
+    """What tells the content of the recipe's data files from another one, by their fields; data sets have none."""
+    files = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
+    return {
+        field: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+        for field, file in files.items()
+        if file is not None and is_file_source(file)
+    }
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> dict[str, str]:
