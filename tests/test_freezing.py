@@ -97,6 +97,32 @@ def test_lora_on_the_anchor_before_composing(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("through", ["get_peft_model", "add_adapter", "requires_grad_"])
+def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter that does not name them freezes them; one on the anchor alone, or one that does, does not."""
+    model = Mix().build()
+    if through == "requires_grad_":
+        model.requires_grad_(False)
+    elif through == "add_adapter":
+        model.add_adapter(lora(target_modules=["q_proj"]))
+    else:
+        model = peft.get_peft_model(model, lora(target_modules="all-linear", task_type="CAUSAL_LM"))
+    caplog.clear()
+    model.eval().train()
+    model.train()  # as trainers do in every step
+    assert [record.getMessage()[:27] for record in caplog.records] == ["The connections are frozen,"]
+    named, apart = Mix().build(), Mix().build()
+    connections = [f"connections.{index}" for index in range(len(named.connections))]
+    caplog.clear()
+    apart.anchor.add_adapter(lora(target_modules=["q_proj"]))
+    for trained in (
+        peft.get_peft_model(named, lora(target_modules=r"anchor\..*q_proj", modules_to_save=connections)),
+        apart,
+    ):
+        trained.eval().train()
+    assert not caplog.records
+
+
 def test_lora_on_the_anchor_after_composing(tmp_path: Path) -> None:
     """Adapter and connections train together; the bases stay."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,20 @@ from calm.errors import CalmError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+logger = logging.getLogger(__name__)
+
 
 class CompositionFreezing(PreTrainedModel):
     """What `CalmForCausalLM` changes of how transformers' models are trained, counted and resized."""
 
     anchor: PreTrainedModel
     augmenting: nn.ModuleDict
+    connections: nn.ModuleList
 
     def train(self, mode: bool = True) -> Self:
         """Switch the anchor and the connections; augmenting models stay in evaluation mode.
+
+        A warning says so if the connections are frozen: PEFT freezes whatever its configuration does not name.
 
         Raises:
             CalmError: For training, if a part of the anchor is offloaded: its weights are not there in backward passes.
@@ -37,6 +43,15 @@ class CompositionFreezing(PreTrainedModel):
                     "and not train: gradients flow back through it, and its weights would be gone by then. Load it "
                     "within devices, or quantized; augmenting models may be offloaded."
                 )
+        # what LoRA adds to them does nothing while their gates stay at zero
+        own = [weight for name, weight in self.connections.named_parameters() if "lora_" not in name]
+        if mode and not self.training and not any(weight.requires_grad for weight in own):
+            logger.warning(
+                "The connections are frozen, as PEFT freezes what its configuration does not name, and will not train. "
+                'If they are to, pass modules_to_save=[f"connections.{i}" for i in range(%d)] to it, or put the '
+                "adapter on model.anchor alone.",
+                len(self.connections),
+            )
         super().train(mode)
         self.augmenting.eval()
         return self

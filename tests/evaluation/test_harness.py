@@ -105,6 +105,22 @@ def test_the_number_of_examples_is_that_of_the_call_and_else_the_tasks_own(compo
     assert [one.tasks["sums"].num_fewshot for one in found] == [5, 2, 0, 3]
 
 
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_no_more_examples_than_a_task_has(split: str, tmp_path: Path, composed_folder: Path):
+    """Of the split that is asked, one is left for the question."""
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
+    lines = (TASKS / "sums.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sums.jsonl").write_text("".join(lines[:4]))
+    task = (TASKS / "sums.yaml").read_text().replace("{test: sums.jsonl}", "{test: sums.jsonl, train: sums.jsonl}")
+    task = task.replace("fewshot_split: test", f"training_split: train\nfewshot_split: {split}")
+    (tmp_path / "sums.yaml").write_text(task)
+    tasks = load_tasks(["sums"], tmp_path)
+    most = {"test": 3, "train": 4}[split]
+    assert evaluate(model, tokenizer, tasks, num_fewshot=most).tasks["sums"].num_fewshot == most
+    with pytest.raises(CalmError, match=rf"num_fewshot = {most + 1}: the task 'sums' has {most} examples"):
+        evaluate(model, tokenizer, tasks, num_fewshot=most + 1)
+
+
 def test_what_the_model_generates_with_is_in_the_results(composed_folder: Path):
     model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
     model.generation_config.repetition_penalty = 1.3

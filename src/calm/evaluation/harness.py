@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import lm_eval
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -71,6 +72,7 @@ def evaluate(
             if own_fewshot[name] is None or (num_fewshot is not None and own_fewshot[name] != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
             task.set_fewshot_seed(seed=seed)
+            _check_fewshot(name, task)
             if task.OUTPUT_TYPE == "generate_until":
                 new = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)["max_gen_toks"]
                 if new >= lm.max_length:
@@ -111,3 +113,17 @@ def evaluate(
         },
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _check_fewshot(name: str, task: Any) -> None:
+    """Refuse more examples in the prompt than a task has to draw from."""
+    wanted = task.get_config("num_fewshot")
+    if not wanted or not isinstance(task, ConfigurableTask):
+        return
+    its_own = task.fewshot_cfg.split == task.config.test_split  # the example that is asked for is left out
+    available = len(task.sampler.fewshot_docs()) - its_own
+    if wanted > available:
+        raise CalmError(
+            f"num_fewshot = {wanted}: the task {name!r} has {available} examples to put into a prompt"
+            f"{', beside the one that is asked' if its_own else ''}. Ask for no more."
+        )
