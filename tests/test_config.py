@@ -52,6 +52,7 @@ def test_looks_like_its_anchor() -> None:
     config = make()
     text = config.get_text_config(decoder=True)
     assert (text.vocab_size, text.num_hidden_layers) == (factories.VOCAB, 4)
+    assert (config.vocab_size, config.hidden_size) == (factories.VOCAB, 32)
     assert config.to_json_string()
 
 

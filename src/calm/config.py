@@ -123,6 +123,17 @@ class CalmConfig(PreTrainedConfig):
         """The connections as `LayerPair`s, in the order of `model.connections`."""
         return [LayerPair(c["augmenting"], c["augmenting_layer"], c["anchor_layer"]) for c in self.connections]
 
+    @property
+    def hidden_size(self) -> int:
+        """The anchor's width, which DeepSpeed's settings that are "auto" follow."""
+        return width_of(self.anchor_config)
+
+    @property
+    def vocab_size(self) -> int:
+        """The anchor's vocabulary, which logits are of; `CalmForCausalLM.known_tokens` says what all models know."""
+        size: int = text_config(self.anchor_config).vocab_size
+        return size
+
     def augmenting_depth(self, name: str) -> int:
         """How many layers of an augmenting model the composition runs: up to its last connected one."""
         return 1 + max(pair.augmenting_layer for pair in self.layer_pairs if pair.augmenting == name)

@@ -59,8 +59,8 @@ class Headless:
             if model.config.attend == "prompt" and kwargs.get("prompt_length") is None:
                 raise CalmError(
                     'attend="prompt": without labels or prompt_length the composition cannot know where the prompt '
-                    "ends (TRL's trainers give it neither). Train it with calm.training, or with the transformers Trainer and "
-                    "labels of -100 for the prompt."
+                    "ends (TRL's trainers give it neither). Train it with calm.training, or with the transformers "
+                    "Trainer and labels of -100 for the prompt."
                 )
             if position_ids is not None and attention_mask is None:
                 self._check_documents(position_ids)

@@ -331,7 +331,9 @@ def test_a_base_that_changed_in_memory_is_told_apart(
         changed, whole = base, AutoModelForCausalLM.from_pretrained(pristine.augmenting)
         whole.transformer.load_state_dict(changed.state_dict(), strict=False)
     whole.save_pretrained(tmp_path / "changed")
-    check_refused(lambda: CalmForCausalLM.from_pretrained(tmp_path / "out"), "weights", f"the {part}", "trained against")
+    check_refused(
+        lambda: CalmForCausalLM.from_pretrained(tmp_path / "out"), "weights", f"the {part}", "trained against"
+    )
     check_same_logits(CalmForCausalLM.from_pretrained(tmp_path / "out", **{part: tmp_path / "changed"}), model)
     in_half = pristine.load().to(torch.bfloat16)
     caplog.clear()

@@ -132,7 +132,8 @@ def statistics(folder: Path) -> dict[tuple[str, int], float]:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[tuple[str, int], float]:
     """What two processes measure whose weights are whole."""
-    calm_train(folder, "ddp", *launcher(EXAMPLES / "accelerate/ddp.yaml", "--no_python", str(CALM)), processes=2)
+    said = calm_train(folder, "ddp", *launcher(EXAMPLES / "accelerate/ddp.yaml", "--no_python", str(CALM)), processes=2)
+    assert said.count("done after 8 steps") == said.count("try it: calm chat") == 1, "the first process speaks"
     expected = statistics(folder / "ddp")
     assert len(expected) == 8 * 6
     assert min(expected[f"connection_{index}/{name}", 8] for index in (0, 1) for name in ("gate", "injection")) > 0.1

@@ -32,8 +32,12 @@ def train(
         raise TrainingInterrupted(f"{interruption}; go on with: calm train {recipe} --resume") from interruption
     from torch import distributed
 
-    if distributed.is_initialized():  # left open, it may abort the process while Python ends
-        distributed.destroy_process_group()
+    tells = True
+    if distributed.is_initialized():
+        tells = distributed.get_rank() == 0
+        distributed.destroy_process_group()  # left open, it may abort the process while Python ends
+    if not tells:
+        return
     if as_json:
         print(json.dumps(asdict(result)))
         return

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 
 def _whole(value: Any) -> Any:
@@ -15,14 +25,28 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _only(expected: str) -> WrapValidator:
+    """What is not supported takes the values that change nothing, and says of others that it is not supported."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            message = "this server does not support this parameter: expected {expected}, or leave it out"
+            raise PydanticCustomError("not_supported", message, {"expected": expected}) from error
+
+    return WrapValidator(check)
+
+
 Int = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[Int, Field(ge=0)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-EmptyList = Annotated[list[Any], Field(max_length=0)]
-EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
+Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _only("0")]
+No = Annotated[Literal[False] | None, _only("false")]
+EmptyList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, _only("[]")]
+EmptyObject = Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, _only("{}")]
 NotSupported = "Only what changes nothing is accepted: 0."
 NothingOnly = "Only what changes nothing is accepted."
 
@@ -37,7 +61,7 @@ class StreamOptions(_Strict):
     """What a stream tells besides its text."""
 
     include_usage: bool = Field(False, description="Count the tokens in a last chunk.")
-    include_obfuscation: Literal[False] | None = Field(False, description=NothingOnly)
+    include_obfuscation: No = Field(False, description=NothingOnly)
 
 
 class _Request(_Strict):
@@ -62,9 +86,9 @@ class _Request(_Strict):
     )
     stream: bool | None = Field(False, description="Send the answer as it comes, as server-sent events.")
     stream_options: StreamOptions | None = None
-    frequency_penalty: Zero | None = Field(0, description=NotSupported)
-    presence_penalty: Zero | None = Field(0, description=NotSupported)
-    logit_bias: EmptyObject | None = Field(None, description=NothingOnly)
+    frequency_penalty: Zero = Field(0, description=NotSupported)
+    presence_penalty: Zero = Field(0, description=NotSupported)
+    logit_bias: EmptyObject = Field(None, description=NothingOnly)
     user: str | None = Field(None, description="Accepted, of no effect and not kept.")
 
     @property
@@ -81,9 +105,9 @@ class CompletionRequest(_Request):
     )
     max_tokens: Int | None = Field(None, ge=1, description="Tokens to generate at most; by default 16, as OpenAI's.")
     logprobs: Int | None = Field(None, ge=0, le=5, description="Alternatives beside each token's log-probability.")
-    echo: Literal[False] | None = Field(False, description="Not supported: false.")
-    best_of: Literal[1] | None = Field(None, description="Not supported: 1.")
-    suffix: None = Field(None, description=NothingOnly)
+    echo: No = Field(False, description="Not supported: false.")
+    best_of: Annotated[Literal[1] | None, _only("1")] = Field(None, description="Not supported: 1.")
+    suffix: Annotated[None, _only("null")] = Field(None, description=NothingOnly)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -148,13 +172,13 @@ class ChatRequest(_Request):
     max_tokens: Int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
     top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
-    response_format: TextFormat | None = Field(None, description=NothingOnly)
-    tools: EmptyList | None = Field(None, description=NothingOnly)
-    tool_choice: Literal["none"] | None = Field(None, description=NothingOnly)
+    response_format: Annotated[TextFormat | None, _only('{"type": "text"}')] = Field(None, description=NothingOnly)
+    tools: EmptyList = Field(None, description=NothingOnly)
+    tool_choice: Annotated[Literal["none"] | None, _only('"none"')] = Field(None, description=NothingOnly)
     parallel_tool_calls: bool | None = Field(None, description="Of no effect: there are no tools.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="Of no effect: there is one.")
-    store: Literal[False] | None = Field(None, description=NothingOnly)
-    metadata: EmptyObject | None = Field(None, description=NothingOnly)
+    store: No = Field(None, description=NothingOnly)
+    metadata: EmptyObject = Field(None, description=NothingOnly)
 
     @property
     def alternatives(self) -> int | None:
