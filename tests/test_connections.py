@@ -51,7 +51,7 @@ def test_pairs_by_name_and_in_order() -> None:
     ("connections", "words"),
     [
         (0, ["connections=0", "1 to 4"]),
-        (5, ["connections=5", "1 to 4", "4 layers", "6"]),
+        (5, ["connections=5", "1 to 4", "4 layers", "6", "'a'"]),
         (-1, ["connections=-1"]),
         (True, ["connections=True"]),
         (2.5, ["connections=2.5", "a number"]),

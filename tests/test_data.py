@@ -165,6 +165,8 @@ def test_datasets_names_are_read_by_datasets(tmp_path: Path):
     tokenizer = byte_tokenizer()
     assert len(load_examples(str(folder), tokenizer, max_length=64)) == 3
     assert len(load_examples(str(folder), tokenizer, max_length=64, split="test")) == 2
+    with pytest.raises(CalmError, match="no such data file"):
+        load_examples(f"{folder}-2", tokenizer, max_length=64)
     with pytest.raises(CalmError, match="split 'dev', could not be read"):
         load_examples(str(folder), tokenizer, max_length=64, split="dev")
 

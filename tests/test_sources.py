@@ -51,6 +51,28 @@ def test_names_folders_and_gguf_files(tmp_path: Path) -> None:
             Source.parse(wrong)
 
 
+def test_arguments_that_nobody_knows(tmp_path: Path) -> None:
+    """Whoever slips in a name is told of that, and not of a model that cannot be loaded."""
+    folder = save(tmp_path / "a", "llama", factories.word_tokenizer())
+    with pytest.raises(CalmError, match=r"^num_head=4: this is an argument neither of calm's nor of the from_pre"):
+        calm.compose(folder, folder, 1, num_head=4)
+    calm.compose(folder, folder, 1).save_pretrained(tmp_path / "out")
+    with pytest.raises(CalmError, match=r"^verify=False: this is an argument neither"):
+        calm.CalmForCausalLM.from_pretrained(tmp_path / "out", verify=False)
+    for name in ("source", "depth", "role"):  # what functions within are given
+        with pytest.raises(CalmError, match=f"^{name}=1: this is an argument neither"):
+            calm.CalmForCausalLM.from_pretrained(tmp_path / "out", **{name: 1})
+
+
+def test_names_that_are_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for load in (calm.CalmForCausalLM.from_pretrained, lambda name: calm.compose(name, name, 1)):
+        with pytest.raises(CheckpointError, match=r"'\./nope': no such folder"):
+            load("./nope")
+        with pytest.raises(CheckpointError, match=r"'m/nope' \(a name on a hub, since there is no such folder in /"):
+            load("m/nope")
+
+
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No usable configuration"):
         calm.compose(tmp_path, tmp_path, 1)

@@ -28,6 +28,7 @@ from transformers.utils import cached_file
 
 from calm.config import CalmConfig
 from calm.errors import CheckpointError
+from calm.sources import Source, not_here
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +178,11 @@ def read_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> CalmConfig:
         CheckpointError: If there is none, if it is not that of a composition, or of a newer format.
     """
     name = os.fspath(path)
+    Source.parse(name)  # of a path that can only be here, it says so
     try:
         values, _ = CalmConfig.get_config_dict(name, **hub_kwargs)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name!r} holds no composition: {error}") from error
+        raise CheckpointError(f"{name!r}{not_here(name)} holds no composition: {error}") from error
     if not values:
         raise CheckpointError(f"{name!r} holds no composition: there is no config.json.")
     if values.get("model_type") != CalmConfig.model_type:

@@ -27,7 +27,9 @@ class LayerPair:
         return asdict(self)
 
 
-def uniform_pairs(count: int, augmenting_depth: int, anchor_depth: int) -> list[tuple[int, int]]:
+def uniform_pairs(
+    count: int, augmenting_depth: int, anchor_depth: int, name: str = "augmenting"
+) -> list[tuple[int, int]]:
     """Choose `count` layers of each model at a uniform gap and pair them in order (paper, section 3.1).
 
     With `N` layers the i-th chosen one (i = 1..count) is the `floor(i * N / count)`-th, so the last layers of both
@@ -37,6 +39,7 @@ def uniform_pairs(count: int, augmenting_depth: int, anchor_depth: int) -> list[
         count: How many connections.
         augmenting_depth: Number of layers of the augmenting model.
         anchor_depth: Number of layers of the anchor.
+        name: The augmenting model's, for the error.
 
     Returns:
         `(augmenting layer, anchor layer)` pairs, 0-based, ascending.
@@ -47,8 +50,8 @@ def uniform_pairs(count: int, augmenting_depth: int, anchor_depth: int) -> list[
     most = min(augmenting_depth, anchor_depth)
     if not 1 <= count <= most:
         raise CalmError(
-            f"connections={count}: expected a number from 1 to {most}, because the augmenting model has "
-            f"{augmenting_depth} layers and the anchor {anchor_depth} and each layer is chosen at most once. "
+            f"connections={count}: expected a number from 1 to {most}, because the augmenting model {name!r} "
+            f"has {augmenting_depth} layers and the anchor {anchor_depth} and each layer is chosen at most once. "
             "Pass explicit (augmenting layer, anchor layer) pairs to use a layer more than once."
         )
     return [(i * augmenting_depth // count - 1, i * anchor_depth // count - 1) for i in range(1, count + 1)]
@@ -97,7 +100,7 @@ def choose_pairs(
         wanted = by_name[name]
         if isinstance(wanted, bool) or not isinstance(wanted, int | Iterable) or isinstance(wanted, str):
             raise CalmError(f"connections={wanted!r}: expected a number or (augmenting layer, anchor layer) pairs.")
-        layers = uniform_pairs(wanted, depth, anchor_depth) if isinstance(wanted, int) else list(wanted)
+        layers = uniform_pairs(wanted, depth, anchor_depth, name) if isinstance(wanted, int) else list(wanted)
         for pair in layers:
             try:
                 augmenting_layer, anchor_layer = pair

@@ -159,7 +159,7 @@ def read_rows(
     if not isinstance(source, str | Path):
         for number, row in enumerate(source, start=1):
             yield _checked_object(row, f"example {number}")
-    elif is_file_source(source):
+    elif is_file_source(source) or (str(source).startswith((".", "/", "~")) and not Path(source).exists()):
         yield from _read_json(Path(source))
     else:
         try:

@@ -149,7 +149,7 @@ def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str)
         now, then = ("quantized", "not") if quantized else ("not quantized", "quantized")
         raise CheckpointError(
             f"{name} is {now}, and was {then} when this composition was trained against it. Load it as it was, or pass "
-            "verify_bases=False if the change is meant."
+            "verify_bases=False (in Python) if the change is meant."
         )
     # with mixed dtypes the lowest precision decides, since casting down gives the same bits from either
     key = "stored" if quantized else precision_of(model)
@@ -165,7 +165,8 @@ def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str)
     where = "as stored" if quantized else f"in {key}"
     raise CheckpointError(
         f"The weights of {name} are not those that this composition was trained against (fingerprint {found} {where}, "
-        f"recorded {recorded.get(key)}). {advice}, or pass verify_bases=False if the change is meant."
+        f"recorded {recorded.get(key)}). {advice}, or pass verify_bases=False (in Python) if the change is "
+        "meant."
     )
 
 

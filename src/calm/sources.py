@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ class Source:
         return {key: value for key, value in (("gguf_file", self.gguf_file), ("revision", self.revision)) if value}
 
 
-def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
+def load_config(source: Source, /, **load_kwargs: Any) -> PreTrainedConfig:
     """Load a base's configuration.
 
     Args:
@@ -113,11 +114,12 @@ def load_config(source: Source, **load_kwargs: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.name_or_path, **source.arguments(), **_finding(load_kwargs))
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"No usable configuration for {source.name_or_path!r}: {error}{_advice(source, error)}"
+            f"No usable configuration for {source.name_or_path!r}{not_here(source.name_or_path)}: {error}"
+            f"{_advice(source, error)}"
         ) from error
 
 
-def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
+def load_anchor(source: Source, config: PreTrainedConfig, /, **load_kwargs: Any) -> PreTrainedModel:
     """Load a whole causal language model.
 
     Args:
@@ -131,7 +133,7 @@ def load_anchor(source: Source, config: PreTrainedConfig, **load_kwargs: Any) ->
     return freeze(_load(AutoModelForCausalLM, source, config, **load_kwargs))
 
 
-def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load_kwargs: Any) -> PreTrainedModel:
+def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, /, **load_kwargs: Any) -> PreTrainedModel:
     """Load the first `depth` layers of a decoder; later layers and the head are never built.
 
     Args:
@@ -159,13 +161,19 @@ def load_augmenting(source: Source, config: PreTrainedConfig, depth: int, **load
     return freeze(decoder_of(_load(AutoModelForCausalLM, source, config, **load_kwargs)))
 
 
-def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwargs: Any) -> PreTrainedModel:
+def _load(auto_class: Any, source: Source, config: PreTrainedConfig, /, **load_kwargs: Any) -> PreTrainedModel:
     try:
         with _quiet():  # the later layers' weights are unexpected on purpose
             model, info = auto_class.from_pretrained(
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
+        if unknown is not None and unknown[1] in load_kwargs:
+            raise CalmError(
+                f"{unknown[1]}={load_kwargs[unknown[1]]!r}: this is an argument neither of calm's nor of the "
+                f"from_pretrained of {source.name_or_path!r}. Leave it out, or look for a slip in its name."
+            ) from error
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}{_advice(source, error)}") from error
     if missing := sorted(info.get("missing_keys", ())):
         raise _IncompleteError(
@@ -173,6 +181,11 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, **load_kwar
             "them: its files are incomplete, or of another architecture."
         )
     return model
+
+
+def not_here(name: str) -> str:
+    """What to add to a name that was taken for one on a hub, since there is no folder of that name."""
+    return "" if Path(name).exists() else f" (a name on a hub, since there is no such folder in {Path.cwd()})"
 
 
 def _finding(load_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,6 +305,7 @@ def load_bases(
     anchor: PreTrainedModel | str | os.PathLike[str] | None = None,
     augmenting: Any = None,
     verify: bool = True,
+    /,  # what users call their arguments for from_pretrained must not be taken for these
     **load_kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
     """Load a composition's bases by their recorded references, or take those given by hand.
@@ -385,8 +399,9 @@ def _given(config: CalmConfig, augmenting: Any) -> dict[str, Any]:
     if "" in given and len(config.augmenting_configs) == 1:
         given = {next(iter(config.augmenting_configs)): given[""]}
     if unknown := sorted(set(given) - set(config.augmenting_configs)):
+        found = "one model without a name" if unknown == [""] else repr(unknown)
         raise CheckpointError(
-            f"augmenting={unknown or list(given)}: this composition has the augmenting models "
+            f"augmenting={found}: this composition has the augmenting models "
             f"{sorted(config.augmenting_configs)}; give them by name."
         )
     return given
@@ -422,7 +437,7 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
         CheckpointError: If there is no such part, if it is missing or unreadable, or not the base trained against.
     """
     if name == "anchor":
-        return load_bases(config, where, augmenting={}, **load_kwargs)[0]
+        return load_bases(config, where, {}, **load_kwargs)[0]
     if name not in config.augmenting_configs:
         raise CheckpointError(
             f"This composition has no part {name!r}: expected 'anchor' or one of its augmenting models, "
@@ -431,7 +446,7 @@ def load_part(config: CalmConfig, name: str, where: Any = None, **load_kwargs: A
     role, reference = f"the augmenting model {name!r}", config.augmenting_references.get(name, {})
     source = _find(role, where, reference)
     expected, arguments = config.augmenting_configs[name], _as_recorded(reference, load_kwargs)
-    model = _take(role, None, source, expected, verify=True, **arguments)
+    model = _take(role, None, source, expected, True, **arguments)
     check_fingerprint(truncated(model, config.augmenting_depth(name)), reference, _looked_at(role, source))
     return model
 
@@ -454,6 +469,7 @@ def _take(
     expected: PreTrainedConfig,
     verify: bool,
     depth: int | None = None,
+    /,
     **load_kwargs: Any,
 ) -> PreTrainedModel:
     if source is None:
@@ -519,6 +535,6 @@ def _check_config(found: PreTrainedConfig, expected: PreTrainedConfig, role: str
         if here[field] != then[field]:
             raise CheckpointError(
                 f"{role} has {field}={here[field]!r} in its configuration; this composition was trained against "
-                f"{then[field]!r}. Give the base that it was made with, or pass verify_bases=False if the change is "
-                "meant."
+                f"{then[field]!r}. Give the base that it was made with, or pass verify_bases=False (in Python) if the "
+                "change is meant."
             )
