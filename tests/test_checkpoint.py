@@ -130,7 +130,7 @@ def test_a_composition_is_replaced(tmp_path: Path) -> None:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a hub is sent that does no more than write it down, and the files that it `holds`."""
-    sent: dict[str, Any] = {"holds": {}, "branches": []}
+    sent: dict[str, Any] = {"holds": {}, "branches": [], "revisions": [None]}
 
     class Hub:
         def __init__(self, token: str | None = None) -> None:
@@ -141,7 +141,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
         def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
-            return filename in sent["holds"]
+            return filename in sent["holds"] and revision in sent["revisions"]
 
         def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
             (tmp_path_factory.getbasetemp() / filename).write_bytes(sent["holds"][filename])
@@ -193,6 +193,13 @@ def test_another_model_on_the_hub_is_not_written_over(sent: dict[str, Any]) -> N
     with pytest.raises(calm.errors.CheckpointError, match="'me/mine' holds a model of type 'llama'"):
         composition().push_to_hub("mine")
     assert "uploaded" not in sent
+    sent["revisions"].append("dev")
+    with pytest.raises(calm.errors.CheckpointError, match="holds a model of type 'llama'"):
+        composition().push_to_hub("mine", revision="dev")
+    assert "uploaded" not in sent and not sent["branches"]
+    for elsewhere in ({"revision": "new"}, {"create_pr": True}):  # the model stays what it is
+        composition().push_to_hub("mine", **elsewhere)
+        assert sent.pop("uploaded")
     sent["holds"]["config.json"] = b'{"model_type": "calm"}'
     composition().push_to_hub("mine")
     assert "uploaded" in sent

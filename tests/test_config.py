@@ -53,6 +53,9 @@ def test_looks_like_its_anchor() -> None:
     text = config.get_text_config(decoder=True)
     assert (text.vocab_size, text.num_hidden_layers) == (factories.VOCAB, 4)
     assert (config.vocab_size, config.hidden_size) == (factories.VOCAB, 32)
+    assert CalmConfig.from_dict(config.to_dict() | {"vocab_size": factories.VOCAB}).to_dict() == config.to_dict()
+    with pytest.raises(CalmError, match=r"vocab_size=3: a composition's is its anchor's, 64"):
+        CalmConfig.from_dict(config.to_dict() | {"vocab_size": 3})
     assert config.to_json_string()
 
 

@@ -157,7 +157,7 @@ def test_dates_stay_text(tmp_path: Path):
     assert completion_of(load_examples(file, tokenizer, max_length=64)[0], tokenizer) == "2020-05-03<eos>"
 
 
-def test_datasets_names_are_read_by_datasets(tmp_path: Path):
+def test_datasets_names_are_read_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "set"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", sums(3))
@@ -165,6 +165,8 @@ def test_datasets_names_are_read_by_datasets(tmp_path: Path):
     tokenizer = byte_tokenizer()
     assert len(load_examples(str(folder), tokenizer, max_length=64)) == 3
     assert len(load_examples(str(folder), tokenizer, max_length=64, split="test")) == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_examples(f"~/{folder.name}", tokenizer, max_length=64)) == 3
     with pytest.raises(CalmError, match="no such data file"):
         load_examples(f"{folder}-2", tokenizer, max_length=64)
     with pytest.raises(CalmError, match="split 'dev', could not be read"):

@@ -100,7 +100,7 @@ def test_lora_on_the_anchor_before_composing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("through", ["get_peft_model", "add_adapter", "requires_grad_"])
 def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixture) -> None:
     """An adapter that does not name them freezes them; one on the anchor alone, or one that does, does not."""
-    model = Mix().build()
+    model = calm.compose(factories.base("llama"), factories.base("gpt2"), 2)  # whose gates are shut
     if through == "requires_grad_":
         model.requires_grad_(False)
     elif through == "add_adapter":
@@ -109,6 +109,7 @@ def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixt
         model = peft.get_peft_model(model, lora(target_modules="all-linear", task_type="CAUSAL_LM"))
     caplog.clear()
     model.eval().train()
+    model.eval().train()  # once
     model.train()  # as trainers do in every step
     assert [record.getMessage()[:27] for record in caplog.records] == ["The connections are frozen,"]
     named, apart = Mix().build(), Mix().build()
@@ -121,6 +122,18 @@ def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixt
     ):
         trained.eval().train()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("attention", ["gated", "normalized"])
+def test_adapters_on_connections_that_train_are_no_matter(attention: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Behind a gate that is open, or without one, LoRA on a connection learns."""
+    model = factories.perturb(Mix(attention=attention).build())
+    adapted = peft.get_peft_model(model, lora(target_modules=r"connections\..*w_o"))
+    caplog.clear()
+    adapted.eval().train()
+    assert not caplog.records
+    adapted(IDS, labels=IDS).loss.backward()
+    assert sum(float(weight.grad.norm()) for weight in adapted.parameters() if weight.grad is not None) > 0
 
 
 def test_lora_on_the_anchor_after_composing(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import threading
 import weakref
 from pathlib import Path
@@ -170,96 +169,6 @@ def test_kept_outputs_stand_for_the_augmenting_models(augmenting: tuple[str, ...
         model(ids)
 
 
-def test_kept_outputs_that_do_not_fit_are_refused() -> None:
-    model = Mix().shared()
-    kept = model.augmenting_outputs(IDS)
-    with pytest.raises(CalmError, match=r"and a cache"):
-        model(IDS, augmenting_outputs=kept, use_cache=True)
-    with pytest.raises(CalmError, match=r"'m0.1': \(2, 10, 24\).*expected .*'m0.1': \(2, 9, 24\)"):
-        model(IDS[:, :9], augmenting_outputs=kept)
-    with pytest.raises(CalmError, match=r"have the shapes \{'m0.1'.*expected \{'m0.1'.*'m0.3'"):
-        model(IDS, augmenting_outputs={"m0.1": kept["m0.1"]})
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_wrong_input_is_refused(call: str) -> None:
-    model = Mix().shared()
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs) if call == "forward" else model.generate(*args, **kwargs | {"max_new_tokens": 2})
-
-    with pytest.raises(CalmError, match=r"\(1, 0\).*at least one token.*beginning-of-sequence"):
-        run(torch.zeros(1, 0, dtype=torch.long))
-    with pytest.raises(CalmError, match=r"needs input_ids.*inputs_embeds"):
-        run(inputs_embeds=torch.zeros(1, 3, 32))
-    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions: expected 2|must be 2D"):
-        run(IDS, attention_mask=torch.ones(2, 1, 10, 10))
-    with pytest.raises(CalmError, match=r"65 tokens do not fit.*64 tokens"):
-        run(factories.tokens(1, 65 if call == "forward" else 64))  # the last new token is not read
-    for wrong in (-1, factories.VOCAB):
-        with pytest.raises(CalmError, match=f"input_ids hold {wrong}: expected ids below 64 and none below 0"):
-            run(torch.tensor([[3, wrong, 5]]))
-    for shape in ((5,), (1, 2, 5)):
-        with pytest.raises(CalmError, match=f"input_ids have shape {re.escape(str(shape))}: expected .*batch, length"):
-            run(torch.ones(shape, dtype=torch.long))
-    with pytest.raises(CalmError, match=r"input_ids have shape \(1, 2\)|expected .*whole numbers"):
-        run(torch.ones(1, 2))
-
-
-@pytest.mark.parametrize("call", ["forward", "generate"])
-@pytest.mark.parametrize("wrong", [-1, "3", 2.0, torch.ones(3, dtype=torch.long), torch.ones(2)], ids=repr)
-def test_a_prompt_length_that_does_not_fit_is_refused(call: str, wrong: Any) -> None:
-    model = Mix(attend="prompt").shared()
-    with pytest.raises(CalmError, match=r"prompt_length is .*: expected .*one whole number or a tensor of 2"):
-        if call == "forward":
-            model(IDS, prompt_length=wrong)
-        else:
-            model.generate(IDS, prompt_length=wrong, max_new_tokens=2)
-
-
-def test_labels_without_a_prompt_are_refused() -> None:
-    """With attend="prompt" the connections would see nothing, and no training would tell."""
-    model = Mix(attend="prompt").shared()
-    labels = IDS.clone()
-    labels[0, :2] = -100
-    with pytest.raises(CalmError, match="the labels of row 1 begin at its first token"):
-        model(IDS, labels=labels)
-    labels[1, :3], mask = -100, torch.ones_like(IDS)
-    mask[1, :3] = 0
-    with pytest.raises(CalmError, match="the labels of row 1 begin at its first token"):
-        model(IDS, attention_mask=mask, labels=labels)
-    model(IDS, labels=labels)
-    model(IDS, labels=IDS, prompt_length=4)
-    labels[1] = -100  # nothing to learn there
-    model(IDS, labels=labels)
-
-
-def test_the_smaller_context_counts() -> None:
-    config = factories.config("gpt2", 24, 4, 2)
-    config.n_positions = 12
-    other = AutoModelForCausalLM.from_config(config)
-    model = calm.compose(factories.base("llama"), {"short": other}, 2)
-    model(factories.tokens(1, 12))
-    with pytest.raises(
-        CalmError, match=r"13 tokens do not fit: the context of the augmenting model 'short' is 12 tokens"
-    ):
-        model(factories.tokens(1, 13))
-    with pytest.raises(CalmError, match=r"13 tokens do not fit.*short"):
-        model.generate(factories.tokens(1, 9), max_new_tokens=5)
-    model.generate(factories.tokens(1, 9), max_new_tokens=4)  # nothing reads the last one
-    cache = model(factories.tokens(1, 10)).past_key_values
-    with pytest.raises(CalmError, match=r"13 tokens"):
-        model(factories.tokens(1, 3), past_key_values=cache)
-    with model.composition_disabled():
-        model(factories.tokens(1, 13))
-    reversed_roles = calm.compose(other, factories.base("llama"), 2)
-    with pytest.raises(CalmError, match=r"the context of the anchor is 12"):
-        reversed_roles(factories.tokens(1, 13))
-
-
 @pytest.mark.parametrize("anchor", ["llama", "gpt2", "gemma3_text"])
 def test_hidden_states_hold_what_connections_add_whatever_the_anchor_did_before(anchor: str) -> None:
     """Asked once for its hidden states, a model records them with hooks that stay, and were there before ours."""
@@ -274,29 +183,6 @@ def test_hidden_states_hold_what_connections_add_whatever_the_anchor_did_before(
     for state, wanted in zip(found, expected, strict=True):
         factories.assert_identical(state, wanted)
     assert [torch.equal(state, before) for state, before in zip(found, alone, strict=True)] == [True] * 2 + [False] * 3
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
-def test_tokens_that_one_model_has_not(kwargs: dict[str, Any]) -> None:
-    """Embeddings padded differently for one tokenizer: the anchor's head would emit what the other cannot read."""
-    words, small = factories.word_tokenizer(60), factories.config("gpt2", 24, 4, 2)
-    small.vocab_size = 60
-    anchor = factories.base("llama")
-    with torch.no_grad():
-        anchor.lm_head.weight[60:] *= 3
-    augmenting = {"small": AutoModelForCausalLM.from_config(small)}
-    model = calm.compose(anchor, augmenting, 2, anchor_tokenizer=words, augmenting_tokenizer={"small": words})
-    ids, arguments = factories.tokens(4, 5).clamp(max=59), {"max_new_tokens": 12, **kwargs}
-    torch.manual_seed(0)
-    with model.composition_disabled():
-        assert model.generate(ids, **arguments).max() >= 60, "the case that is tested"
-    assert model.generate(ids, **arguments).max() < 60
-    with torch.no_grad():
-        factories.assert_identical(model(ids).logits, anchor(ids).logits)  # those of padding included
-    ids[1, 2] = 61
-    for call in (model, model.generate, model.augmenting_outputs):
-        with pytest.raises(CalmError, match=r"input_ids hold 61: expected ids below 60 .*, the smallest vocabulary"):
-            call(ids)
 
 
 def test_what_cannot_work_says_so() -> None:

@@ -122,7 +122,8 @@ def refuse_other_model(directory: str | os.PathLike[str], name: str | None = Non
         holds = "a config.json that cannot be read"
     else:
         model_type = values.get("model_type") if isinstance(values, dict) else None
-        holds = "" if model_type == CalmConfig.model_type else f"a model of type {model_type!r}"
+        other = f"a model of type {model_type!r}" if model_type else "a config.json that is no composition's"
+        holds = "" if model_type == CalmConfig.model_type else other
     if holds:
         raise CheckpointError(
             f"{name or os.fspath(directory)!r} holds {holds}, whose files a composition would be written over. Give "

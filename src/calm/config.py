@@ -78,6 +78,7 @@ class CalmConfig(PreTrainedConfig):
         self.asked_of_bases = {key: value for key, value in asked.items() if value is not None}
         self.anchor_reference = dict(self.anchor_reference or {})
         self.augmenting_references = dict(self.augmenting_references or {})
+        given = {key: kwargs.pop(key) for key in ("hidden_size", "vocab_size") if key in kwargs}
         super().__post_init__(**kwargs)
         if self.anchor_config is None and not (self.augmenting_configs or self.connections):
             return  # transformers makes default instances to compare against
@@ -85,6 +86,8 @@ class CalmConfig(PreTrainedConfig):
         self.augmenting_configs = {name: _as_config(c) for name, c in self.augmenting_configs.items()}
         if self.num_heads is None:
             self.num_heads = _attention_heads(self.anchor_config)
+        for key, value in given.items():
+            setattr(self, key, value)
         self._check()
 
     def _check(self) -> None:
@@ -128,11 +131,24 @@ class CalmConfig(PreTrainedConfig):
         """The anchor's width, which DeepSpeed's settings that are "auto" follow."""
         return width_of(self.anchor_config)
 
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        self._check_given("hidden_size", value, self.hidden_size)
+
     @property
     def vocab_size(self) -> int:
         """The anchor's vocabulary, which logits are of; `CalmForCausalLM.known_tokens` says what all models know."""
         size: int = text_config(self.anchor_config).vocab_size
         return size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self._check_given("vocab_size", value, self.vocab_size)
+
+    @staticmethod
+    def _check_given(key: str, value: int, own: int) -> None:
+        if value != own:
+            raise CalmError(f"{key}={value!r}: a composition's is its anchor's, {own}. Leave it out.")
 
     def augmenting_depth(self, name: str) -> int:
         """How many layers of an augmenting model the composition runs: up to its last connected one."""

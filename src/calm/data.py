@@ -142,7 +142,8 @@ def _tokenizer_places(name: str | os.PathLike[str], anchor: str | os.PathLike[st
 
 def is_file_source(source: str | Path) -> bool:
     """Whether a data source means a file (it exists as one or is named `*.json`/`*.jsonl`), not a hub name."""
-    return Path(source).is_file() or Path(source).suffix.lower() in {".json", ".jsonl"}
+    path = Path(source).expanduser()
+    return path.is_file() or path.suffix.lower() in {".json", ".jsonl"}
 
 
 def read_rows(
@@ -159,13 +160,15 @@ def read_rows(
     if not isinstance(source, str | Path):
         for number, row in enumerate(source, start=1):
             yield _checked_object(row, f"example {number}")
-    elif is_file_source(source) or (str(source).startswith((".", "/", "~")) and not Path(source).exists()):
-        yield from _read_json(Path(source))
+        return
+    name = os.path.expanduser(source)
+    if is_file_source(name) or (str(name).startswith((".", "/")) and not Path(name).exists()):
+        yield from _read_json(Path(name))
     else:
         try:
             import datasets
 
-            loaded = datasets.load_dataset(str(source), config, split=split)
+            loaded = datasets.load_dataset(str(name), config, split=split)
         except Exception as error:  # many: not installed or found, unknown split, needs a config name
             raise CalmError(
                 f"the data set {str(source)!r}, split {split!r}, could not be read: {error} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from calm.errors import CheckpointError
 
 FINGERPRINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
+_PIECE = 2**22
 _FLOATS = set(FINGERPRINT_DTYPES.values())
 
 
@@ -81,7 +84,8 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """
     saved = model.state_dict()
     if not _is_quantized(model):
-        return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
+        found = dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in saved}
+        return {_WRAPPERS.sub("", name): weight for name, weight in found.items()}
     parts: dict[str, Tensor] = {}
     stack = [(name, value) for name, value in saved.items() if isinstance(value, Tensor)]
     while stack:
@@ -112,7 +116,10 @@ def sums_of(name: str, weight: Tensor, dtype: torch.dtype | None) -> str:
     bits = data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()])
     bits = bits.reshape(-1, bits.shape[-1] if bits.dim() else 1)
     part = f"{name}{tuple(weight.shape)}"
-    for sums in (bits.sum(-1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)):  # of rows and of columns, placed
+    pieces = bits.split(max(_PIECE // max(bits.shape[-1], 1), 1))  # to sum up is to copy to 64 bits
+    rows = torch.cat([piece.sum(-1, dtype=torch.int64) for piece in pieces])
+    columns = torch.stack([piece.sum(0, dtype=torch.int64) for piece in pieces]).sum(0)
+    for sums in (rows, columns):  # placed
         part += f"{int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum())},"
     return part
 
@@ -171,17 +178,23 @@ def check_fingerprint(model: nn.Module, reference: Mapping[str, Any], name: str)
 
 
 def has_changed(model: nn.Module, reference: Mapping[str, Any]) -> bool:
-    """Whether a base's weights are others than the recorded ones; no where that cannot be told, as `check_fingerprint`.
+    """Whether a base's weights are others than the recorded ones, in whichever of the recorded dtypes.
 
     Args:
         model: The base.
         reference: What is recorded of it.
+
+    Returns:
+        False, too, where it cannot be told: without a fingerprint, with weights that are not here, or where only one of
+        the two is quantized.
     """
-    try:
-        check_fingerprint(model, reference, "the base")
-    except CheckpointError:
-        return True
-    return False
+    weights = _weights(model)
+    recorded: Mapping[str, str] = reference.get("fingerprint", {})
+    if not recorded or any(weight.is_meta for weight in weights.values()):
+        return False
+    if _is_quantized(model):
+        return "stored" in recorded and _digest(weights, None) != recorded["stored"]
+    return "stored" not in recorded and _rounded_to(weights, recorded) is None
 
 
 def _rounded_to(weights: Mapping[str, Tensor], recorded: Mapping[str, str]) -> str | None:

@@ -26,6 +26,7 @@ class CompositionFreezing(PreTrainedModel):
     anchor: PreTrainedModel
     augmenting: nn.ModuleDict
     connections: nn.ModuleList
+    _warned = False  # of frozen connections, once
 
     def train(self, mode: bool = True) -> Self:
         """Switch the anchor and the connections; augmenting models stay in evaluation mode.
@@ -43,9 +44,8 @@ class CompositionFreezing(PreTrainedModel):
                     "and not train: gradients flow back through it, and its weights would be gone by then. Load it "
                     "within devices, or quantized; augmenting models may be offloaded."
                 )
-        # what LoRA adds to them does nothing while their gates stay at zero
-        own = [weight for name, weight in self.connections.named_parameters() if "lora_" not in name]
-        if mode and not self.training and not any(weight.requires_grad for weight in own):
+        if mode and not self.training and not self._warned and self._learns_nothing():
+            self._warned = True
             logger.warning(
                 "The connections are frozen, as PEFT freezes what its configuration does not name, and will not train. "
                 'If they are to, pass modules_to_save=[f"connections.{i}" for i in range(%d)] to it, or put the '
@@ -55,6 +55,14 @@ class CompositionFreezing(PreTrainedModel):
         super().train(mode)
         self.augmenting.eval()
         return self
+
+    def _learns_nothing(self) -> bool:
+        weights = dict(self.connections.named_parameters())
+        if not any(weight.requires_grad for weight in weights.values()):
+            return True
+        gates = [weight for name, weight in weights.items() if ".gate." in name]
+        # what an adapter adds to connections stays behind frozen gates that are shut
+        return bool(gates) and not any(gate.requires_grad for gate in gates) and not any(gate.any() for gate in gates)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         if enable:

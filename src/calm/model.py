@@ -32,6 +32,7 @@ from calm.errors import CalmError
 from calm.freezing import CompositionFreezing
 from calm.generation import CompositionGeneration
 from calm.headless import Headless
+from calm.inputs import CompositionInputs, output_key, prompt_before
 from calm.saving import CompositionSaving
 from calm.switches import CompositionSwitches
 
@@ -43,13 +44,9 @@ class _Pass:
     """What the hooks need during one forward pass."""
 
     model: CalmForCausalLM
-    captured: dict[str, Tensor] = field(default_factory=dict)  # by `_key`
+    captured: dict[str, Tensor] = field(default_factory=dict)  # by `output_key`
     alignment: Alignment | None = None
     cross: Cache | None = None
-
-
-def _key(augmenting: str, layer: int) -> str:
-    return f"{augmenting}.{layer}"
 
 
 # Hooks have no argument for it. One for each thread, so that several may run one model at the same time, under the same
@@ -59,7 +56,12 @@ _thread = threading.local()
 
 # GenerationMixin is named although it is inherited: transformers looks for it among the bases themselves
 class CalmForCausalLM(
-    CompositionSwitches, CompositionFreezing, CompositionSaving, CompositionGeneration, GenerationMixin
+    CompositionSwitches,
+    CompositionFreezing,
+    CompositionSaving,
+    CompositionInputs,
+    CompositionGeneration,
+    GenerationMixin,
 ):
     """A frozen anchor composed with frozen augmenting models through trained connections (paper, section 3).
 
@@ -423,14 +425,14 @@ class CalmForCausalLM(
     ) -> Alignment:
         """Say what each new position sees (see `calm.alignment`)."""
         if self.config.attend == "prompt":
-            if prompt_length is None and labels is not None:
-                prompt_length = _prompt_before(labels, padding_mask)
             if prompt_length is None and cache is not None:
-                if cache.prompt_length is None:
-                    cache.prompt_length = length
                 prompt_length = cache.prompt_length
+            if prompt_length is None and labels is not None:
+                prompt_length = prompt_before(labels, padding_mask)
             if prompt_length is None:
                 prompt_length = length
+            if cache is not None and cache.prompt_length is None:  # what comes later belongs to the same prompt
+                cache.prompt_length = prompt_length
         else:
             prompt_length = None
         documents = None
@@ -455,7 +457,7 @@ class CalmForCausalLM(
 
     def _capture(self, name: str, layer: int, output: Any) -> None:
         if (state := self._running()) is not None:
-            state.captured[_key(name, layer)] = backbones.residual_of(output, self.augmenting[name].config)
+            state.captured[output_key(name, layer)] = backbones.residual_of(output, self.augmenting[name].config)
 
     def _inject(self, indices: list[int], output: Any) -> Any:
         state = self._running()
@@ -467,7 +469,7 @@ class CalmForCausalLM(
         # all connections of a layer ask with the same hidden state, so that their order does not matter
         injections = []
         for i in indices:
-            context = state.captured[_key(pairs[i].augmenting, pairs[i].augmenting_layer)]
+            context = state.captured[output_key(pairs[i].augmenting, pairs[i].augmenting_layer)]
             cache_layer = state.cross.layers[i] if state.cross is not None else None
             injection = self.connections[i](hidden, context.to(hidden.device), alignment, cache_layer)
             if i not in self._switched_off:  # it has run nevertheless, so that its keys and values are in the cache
@@ -480,118 +482,6 @@ class CalmForCausalLM(
         """This thread's pass, if it is this composition's (others may have hooks on the same anchor)."""
         state: _Pass | None = getattr(_thread, "running", None)
         return state if state is not None and state.model is self else None
-
-    # -- checks of input ----------------------------------------------------------------------------------------
-
-    def _check_inputs(
-        self, input_ids: Tensor | None, attention_mask: Any, cache: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
-        if kwargs.get("inputs_embeds") is not None or input_ids is None:
-            raise CalmError(
-                "A composed model needs input_ids: each of its models embeds the tokens itself, so inputs_embeds "
-                "cannot stand for them."
-            )
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-            found = f"have shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else "are no tensor"
-            raise CalmError(
-                f"input_ids {found}: expected whole numbers [batch, length]. A single row needs its batch too, as with "
-                'tokenizer(text, return_tensors="pt").'
-            )
-        if input_ids.shape[1] == 0:
-            raise CalmError(
-                f"input_ids has shape {tuple(input_ids.shape)}: expected at least one token a row. An empty prompt "
-                "needs a beginning-of-sequence token."
-            )
-        if self.known_tokens is not None or input_ids.device.type == "cpu":  # else no need to wait for the device
-            self._check_tokens(input_ids)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
-            raise CalmError(
-                f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
-                "a token and 0 for padding; the models' own masks are made from it."
-            )
-        if cache is not None and not isinstance(cache, CalmCache):
-            raise CalmError(
-                f"past_key_values is a {type(cache).__name__}: expected a CalmCache, as a composed model returns it "
-                "(it holds the augmenting models' and the connections' keys and values too)."
-            )
-        return input_ids
-
-    def _check_tokens(self, input_ids: Tensor) -> None:
-        if self._vocabulary is None or is_tracing(input_ids):
-            return
-        smallest, largest = (int(found) for found in torch.stack(torch.aminmax(input_ids)))
-        found = smallest if smallest < 0 else largest
-        if 0 <= found < self._vocabulary:
-            return
-        if self.known_tokens is None or found < 0:
-            why = "the vocabulary of the composed models. Use the tokenizer that they share."
-        else:
-            why = (
-                "the smallest vocabulary of the composed models. Larger ones are padding of the others' embeddings; a "
-                "tokenizer that all of them share gives none of these."
-            )
-        raise CalmError(f"input_ids hold {found}: expected ids below {self._vocabulary} and none below 0, {why}")
-
-    @staticmethod
-    def _check_prompt_length(prompt_length: Any, batch: int) -> None:
-        if isinstance(prompt_length, Tensor):
-            fits = prompt_length.shape in ((), (batch,)) and not prompt_length.is_floating_point()
-            found = f"{prompt_length.dtype} of shape {tuple(prompt_length.shape)}"
-        else:
-            fits = prompt_length is None or (type(prompt_length) is int and prompt_length >= 0)
-            found = repr(prompt_length)
-        if not fits:
-            raise CalmError(
-                f"prompt_length is {found}: expected how many leading columns are prompt, one whole number or a tensor "
-                f"of {batch}, one for each row."
-            )
-
-    def _check_augmenting_outputs(
-        self, outputs: Mapping[str, Tensor], input_ids: Tensor, use_cache: bool | None, cache: CalmCache | None
-    ) -> None:
-        if use_cache or cache is not None:
-            raise CalmError(
-                "augmenting_outputs and a cache: the augmenting models would have to run to fill theirs. Leave one out."
-            )
-        configs = self.config.augmenting_configs
-        expected = {
-            _key(pair.augmenting, pair.augmenting_layer): (*input_ids.shape, width_of(configs[pair.augmenting]))
-            for pair in self._pairs
-        }
-        found = {key: tuple(output.shape) for key, output in outputs.items()}
-        if found != expected:
-            raise CalmError(
-                f"augmenting_outputs have the shapes {found}: expected {expected}, which is what augmenting_outputs() "
-                f"returns for input_ids of the shape {tuple(input_ids.shape)}."
-            )
-
-    def _check_length(self, length: int, position_ids: Tensor | None = None) -> None:
-        if self.context_length is not None and length > self.context_length and position_ids is not None:
-            length = int(position_ids.max()) + 1
-        if self.context_length is not None and length > self.context_length:
-            raise CalmError(
-                f"{length} tokens do not fit: the context of {self._context_of} is {self.context_length} tokens, and "
-                "the smallest context of the composed models counts. Shorten the prompt or max_new_tokens."
-            )
-
-
-def _prompt_before(labels: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """How many columns of each row come before its first label, `[batch]`.
-
-    Raises:
-        CalmError: If that is nothing but padding: the connections would see nothing, and train nothing.
-    """
-    labelled = labels != -100
-    lengths = labelled.long().argmax(-1)
-    before = torch.arange(labels.shape[1], device=labels.device) < lengths.unsqueeze(-1)
-    prompt = before if padding_mask is None else before & padding_mask.bool()
-    if not is_tracing(labels) and bool((empty := labelled.any(-1) & ~prompt.any(-1)).any()):
-        raise CalmError(
-            f'attend="prompt": the labels of row {int(empty.long().argmax())} begin at its first token, so that it has '
-            "no prompt for the connections to see. Label completions only, with -100 before them, or pass "
-            "prompt_length=; to train on whole texts, compose with attend='causal'."
-        )
-    return lengths
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:

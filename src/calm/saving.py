@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class CompositionSaving(PreTrainedModel):
                 "that too, with model.anchor.save_pretrained(FOLDER); model.anchor.load_adapter(FOLDER) loads it.",
                 os.fspath(save_directory),
             )
+        checkpoint.refuse_other_model(save_directory)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.dtype = next(iter(self.connections.parameters())).dtype
@@ -89,20 +90,26 @@ class CompositionSaving(PreTrainedModel):
             _upload(save_directory, repo_id, **kwargs)
 
     def _record_changed_bases(self, config: CalmConfig) -> None:
-        bases: dict[str, tuple[Any, Any]] = {"anchor": (self.anchor, config.anchor_reference)}
+        bases: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {"anchor": (self.anchor, config.anchor_reference)}
         for name, model in self.augmenting.items():
-            bases[f"augmenting[{name!r}]"] = model, config.augmenting_references.get(name, {})
+            bases[name] = cast(PreTrainedModel, model), config.augmenting_references.get(name, {})
+        adapted: set[int] = set()
         for name, (base, reference) in bases.items():
-            # an adapter is put on again after loading; spread weights are those that were loaded
-            if is_spread(base) or sources.has_adapter(base) or not fingerprints.has_changed(base, reference):
+            weights = set(map(id, base.parameters()))
+            if sources.has_adapter(base) or weights & adapted:  # it is put on again after loading
+                adapted |= weights
+                continue
+            if is_spread(base) or not fingerprints.has_changed(base, reference):
                 continue
             reference["fingerprint"] = fingerprints.fingerprint(base)
             reference["dtype"] = fingerprints.precision_of(base)
             reference.pop("adapter", None)  # merged by now
             logger.warning(
-                "The weights of model.%s are not those that this composition was made with, and it holds none of "
-                "them: save that model, too, and give it when you load the composition, as from_pretrained(..., %s).",
-                *(name, "anchor=FOLDER" if name == "anchor" else "augmenting={NAME: FOLDER}"),
+                "The weights of the %s are not those that this composition was made with, and it holds none of them: "
+                "save the whole model that has them, too, and give it when you load the composition, as "
+                "from_pretrained(..., %s).",
+                "anchor" if name == "anchor" else f"augmenting model {name!r}",
+                "anchor=FOLDER" if name == "anchor" else f"augmenting={{{name!r}: FOLDER}}",
             )
 
     def _gathered_connections(self) -> dict[str, Tensor]:
@@ -138,7 +145,8 @@ class CompositionSaving(PreTrainedModel):
             What `huggingface_hub.HfApi.create_commit` returns.
 
         Raises:
-            CheckpointError: If the repository holds a model that is no composition.
+            CheckpointError: If the repository, or its branch `revision`, holds a model that is no composition; a new
+                branch of it or a pull request may be made.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -233,11 +241,11 @@ def _upload(
     files = checkpoint.uploads(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if api.file_exists(repo_id, "config.json", revision=revision):
+    if not create_pr and api.file_exists(repo_id, "config.json", revision=revision):
         config = api.hf_hub_download(repo_id, "config.json", revision=revision)
         checkpoint.refuse_other_model(os.path.dirname(config), name=repo_id)
+    if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     if api.file_exists(repo_id, "README.md", revision=revision):
         card = api.hf_hub_download(repo_id, "README.md", revision=revision)
         if not checkpoint.wrote_card(card):

@@ -168,11 +168,15 @@ def _load(auto_class: Any, source: Source, config: PreTrainedConfig, /, **load_k
                 source.name_or_path, config=config, output_loading_info=True, **source.arguments(), **load_kwargs
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if type(error) is TypeError else None
+        unknown = (
+            re.search(r"(?:unexpected keyword argument|multiple values for keyword argument) '(\w+)'", str(error))
+            if type(error) is TypeError
+            else None
+        )
         if unknown is not None and unknown[1] in load_kwargs:
             raise CalmError(
-                f"{unknown[1]}={load_kwargs[unknown[1]]!r}: this is an argument neither of calm's nor of the "
-                f"from_pretrained of {source.name_or_path!r}. Leave it out, or look for a slip in its name."
+                f"{unknown[1]}={load_kwargs[unknown[1]]!r}: neither calm nor the loading of {source.name_or_path!r} "
+                "takes this argument. Leave it out, or look for a slip in its name."
             ) from error
         raise CheckpointError(f"Cannot load {source.name_or_path!r}: {error}{_advice(source, error)}") from error
     if missing := sorted(info.get("missing_keys", ())):

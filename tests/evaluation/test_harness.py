@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from bases import byte_tokenizer, save_base, write_jsonl
 from lm_eval.tasks import TaskManager
 from scipy.stats import norm
@@ -119,6 +120,26 @@ def test_no_more_examples_than_a_task_has(split: str, tmp_path: Path, composed_f
     assert evaluate(model, tokenizer, tasks, num_fewshot=most).tasks["sums"].num_fewshot == most
     with pytest.raises(CalmError, match=rf"num_fewshot = {most + 1}: the task 'sums' has {most} examples"):
         evaluate(model, tokenizer, tasks, num_fewshot=most + 1)
+
+
+def test_first_examples_of_a_tasks_own(tmp_path: Path, composed_folder: Path):
+    """None of them is asked, so all of them may be shown."""
+    model, tokenizer = calm.CalmForCausalLM.from_pretrained(composed_folder), byte_tokenizer()
+    lines = (TASKS / "sums.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sums.jsonl").write_text("".join(lines[:4]))
+    task = yaml.safe_load((TASKS / "sums.yaml").read_text())
+    shown = [json.loads(line) for line in lines[4:7]]
+    task |= {
+        "fewshot_config": {"sampler": "first_n", "samples": shown},
+        "dataset_kwargs": {"data_files": {"validation": "sums.jsonl"}},
+    }
+    task |= {"validation_split": "validation"}
+    del task["fewshot_split"], task["test_split"]
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(task))
+    tasks = load_tasks(["sums"], tmp_path)
+    assert evaluate(model, tokenizer, tasks, num_fewshot=3).tasks["sums"].num_fewshot == 3
+    with pytest.raises(CalmError, match=r"num_fewshot = 4: the task 'sums' has 3 examples to put into a prompt\."):
+        evaluate(model, tokenizer, tasks, num_fewshot=4)
 
 
 def test_what_the_model_generates_with_is_in_the_results(composed_folder: Path):

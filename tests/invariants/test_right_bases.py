@@ -12,6 +12,7 @@ import torch
 from factories import EOS
 from safetensors.torch import load_file, save_file
 from saved import IDS, Saved, change_config, check_refused, check_same_logits
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import AutoModelForCausalLM
 
 import calm
@@ -56,6 +57,23 @@ def test_a_base_that_changed_in_memory_is_told_apart(
     caplog.clear()
     in_half.save_pretrained(tmp_path / "half")
     assert not caplog.records, "rounded, they are the same weights"
+
+
+def test_bases_that_did_not_change_are_left_as_recorded(
+    pristine: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wrapped, or rounded while they were loaded, they have other names or digests, and are the same weights."""
+    wrapped, rounded = pristine.load(), pristine.load(dtype=torch.bfloat16).float()
+    wrapped.anchor = torch.compile(wrapped.anchor)
+    layers = wrapped.augmenting["augmenting"].h
+    layers[0] = CheckpointWrapper(layers[0])
+    caplog.clear()
+    for number, model in enumerate((wrapped, rounded)):
+        model.save_pretrained(tmp_path / str(number))
+        loaded = CalmForCausalLM.from_pretrained(tmp_path / str(number))
+        assert loaded.config.anchor_reference == pristine.model.config.anchor_reference
+        assert loaded.config.augmenting_references == pristine.model.config.augmenting_references
+    assert not caplog.records
 
 
 def test_the_smallest_change_is_refused(saved: Saved) -> None:

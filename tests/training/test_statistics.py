@@ -54,5 +54,34 @@ def test_padding_does_not_count(attend: str, kept: bool) -> None:
         gates = torch.tensor([values[f"connection_{index}/gate"] for values in alone])
         assert found[f"connection_{index}/gate"] == pytest.approx(float(gates @ weights), rel=1e-5)
         assert found[f"connection_{index}/entropy"] == pytest.approx(alone[0][f"connection_{index}/entropy"], rel=1e-5)
-    injections = [values["connection_0/injection"] for values in (*alone, found)]
-    assert min(injections[:2]) <= injections[2] <= max(injections[:2])
+        parts = [norms(model, row)[index] for row in rows]
+        added, residual = (torch.cat(norms).mean() for norms in zip(*parts, strict=True))
+        assert found[f"connection_{index}/injection"] == pytest.approx(float(added / residual), rel=1e-4)
+
+
+def norms(model: Any, row: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each connection, of what it adds and of the anchor's state, at each position of a row alone."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        connection.register_forward_hook(
+            lambda module, args, output: seen.append((output.norm(dim=-1)[0], args[0].norm(dim=-1)[0]))
+        )
+        for connection in model.connections
+    ]
+    with torch.no_grad():
+        model(row, prompt_length=3)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("filled", [[0], [1], [0, 1]])
+def test_rows_that_fill_a_last_batch_up(filled: list[int]) -> None:
+    """Without any label, as distributed runs have them: measured nevertheless, since all processes gather together."""
+    model = Mix().build()
+    ids = factories.tokens(2, 7)
+    labels = ids.clone()
+    labels[filled] = -100
+    values = measured(model, ids, labels)
+    assert {name for key in values for name in [key.rpartition("/")[2]]} == {"gate", "injection", "entropy", "gradient"}
+    assert all(torch.tensor(list(values.values())).isfinite())

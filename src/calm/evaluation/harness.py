@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import lm_eval
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskDict
@@ -121,6 +122,8 @@ def _check_fewshot(name: str, task: Any) -> None:
     if not wanted or not isinstance(task, ConfigurableTask):
         return
     its_own = task.fewshot_cfg.split == task.config.test_split  # the example that is asked for is left out
+    if isinstance(task.sampler, FirstNSampler) and task.fewshot_cfg.split is None:  # only if it is there
+        its_own = False
     available = len(task.sampler.fewshot_docs()) - its_own
     if wanted > available:
         raise CalmError(

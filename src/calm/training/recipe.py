@@ -74,7 +74,7 @@ class DataRecipe(_Section):
     @field_validator("train", "eval")
     @classmethod
     def _file_exists(cls, source: str | None) -> str | None:
-        if source is not None and is_file_source(source) and not Path(source).is_file():
+        if source is not None and is_file_source(source) and not Path(source).expanduser().is_file():
             raise ValueError(f"there is no such file (looked from {Path.cwd()})")
         return source
 

@@ -36,7 +36,8 @@ class ConnectionStatistics(TrainerCallback):
     positions), if it has one; `.../injection`, the norm of what it adds relative to that of the anchor's hidden state
     (means over positions); `.../entropy`, of its attention, in nats (mean over heads and the last 512 positions of the
     batch's first document: log(positions) where it looks everywhere, 0 where it looks at one); `.../gradient`, the norm
-    of its gradient after clipping. Positions behind a row's last label, which are padding, do not count.
+    of its gradient after clipping. Positions behind a row's last label do not count: padding, but for
+    the end of a chat template.
 
     Args:
         model: The composed model that is trained.
@@ -69,7 +70,8 @@ class ConnectionStatistics(TrainerCallback):
                 self._hooks.append(connection.register_forward_hook(partial(self._watch, index)))
 
     def _see_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._real = (kwargs["labels"] != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+        real = (kwargs["labels"] != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+        self._real = real | ~real.any(-1, keepdim=True)  # what fills a last batch up has no labels at all
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

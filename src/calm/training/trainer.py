@@ -276,10 +276,18 @@ def _digests_of_data(recipe: Recipe) -> dict[str, str]:
     """What tells the content of the recipe's data files from another one, by their fields; data sets have none."""
     files = {"data.train": recipe.data.train, "data.eval": recipe.data.eval}
     return {
-        field: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
+        field: _digest(Path(file).expanduser())
         for field, file in files.items()
         if file is not None and is_file_source(file)
     }
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> dict[str, str]:
