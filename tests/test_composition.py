@@ -371,7 +371,7 @@ def test_arguments_that_nothing_would_read_are_refused(kwargs: dict, tmp_path: P
     factories.base("gpt2").save_pretrained(tmp_path)
     calm.compose(factories.base("llama"), tmp_path, 2, dtype=torch.bfloat16)
     for bases in ((factories.base("llama"), tmp_path), (tmp_path, tmp_path)):
-        with pytest.raises(CheckpointError, match=r"Cannot load.*'num_head'"):
+        with pytest.raises(CalmError, match=r"^num_head=2: neither calm nor the loading"):
             calm.compose(*bases, 2, num_head=2)
 
 

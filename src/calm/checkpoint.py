@@ -179,7 +179,10 @@ def read_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> CalmConfig:
         CheckpointError: If there is none, if it is not that of a composition, or of a newer format.
     """
     name = os.fspath(path)
-    Source.parse(name)  # of a path that can only be here, it says so
+    try:
+        Source.parse(name)  # a path that can only be here has to be
+    except CheckpointError as error:
+        raise CheckpointError(f"{name!r} holds no composition: there is no such folder.") from error
     try:
         values, _ = CalmConfig.get_config_dict(name, **hub_kwargs)
     except (OSError, ValueError) as error:

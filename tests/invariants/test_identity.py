@@ -26,7 +26,7 @@ def check_is_anchor(model: calm.CalmForCausalLM, mix: Mix, rows: list[Tensor], s
     """The model's logits and loss are those of an anchor that no composition ever touched."""
     anchor = bare_anchor(mix)
     ids, mask, positions = factories.padded(rows, side)
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = ids.masked_fill(mask.cumsum(-1) <= 1, -100).masked_fill(mask == 0, -100)  # from the second token on
     calls = [
         {"attention_mask": mask},
         {"attention_mask": mask, "position_ids": positions},

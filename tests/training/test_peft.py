@@ -205,7 +205,7 @@ def test_a_merged_adapter_is_not_lost(composed: str, tmp_path: Path, caplog: pyt
     assert not torch.equal(model.eval()(IDS).logits, load(composed)(IDS).logits)
     with caplog.at_level(logging.WARNING):
         model.save_pretrained(tmp_path / "out")
-    assert "model.anchor are not those that this composition was made with" in caplog.text
+    assert "weights of the anchor are not those that this composition was made with" in caplog.text
     model.anchor.save_pretrained(tmp_path / "merged")
     with pytest.raises(calm.CheckpointError, match="weights of the anchor"):
         load(tmp_path / "out")
