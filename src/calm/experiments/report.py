@@ -327,7 +327,7 @@ def _changed(results: Results) -> list[str]:
 def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Names and values, but of what a command chooses and of figures of the data."""
     for name, value in tree.items():
-        if not above and name in ("seeds", "languages", "data_made"):
+        if f"{above}{name}" in ("seeds", "languages", "data_made", "data.allow_code_execution"):
             continue
         if isinstance(value, dict):
             yield from _settings(value, f"{above}{name}.")

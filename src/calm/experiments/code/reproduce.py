@@ -119,6 +119,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
     """As `reproduce`, with the sizes themselves."""
     seeds, allow_code_execution = asked.seeds or preset.seeds, asked.allow_code_execution
     if isinstance(preset.data, HubSettings):
+        settings: DataSettings | HubSettings = preset.data
         data, made = hub.load(preset.data, preset.split, allow_code_execution)
         problems, kept_whole, tokens = "HumanEval and MBPP", "repositories", preset.data.program_tokens
         shown, about_form = "D_C or of MBPP's own", ""
@@ -142,7 +143,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         preset=name,
         variant=asked.variant(preset.seeds, code_left_out=not allow_code_execution),
         command=asked.command("code", name),
-        settings={**dataclasses.asdict(dataclasses.replace(preset, seeds=seeds)), "data_made": made},
+        settings={**dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, data=settings)), "data_made": made},
         seeds=seeds,
         parameters=parameters_of(folder, seeds[0]),
         notes=(
