@@ -67,7 +67,7 @@ def test_arguments_that_nobody_knows(tmp_path: Path) -> None:
 def test_names_that_are_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for load in (calm.CalmForCausalLM.from_pretrained, lambda name: calm.compose(name, name, 1)):
-        with pytest.raises(CheckpointError, match=r"'\./nope': no such folder"):
+        with pytest.raises(CheckpointError, match=r"'\./nope'.* no such folder"):
             load("./nope")
         with pytest.raises(CheckpointError, match=r"'m/nope' \(a name on a hub, since there is no such folder in /"):
             load("m/nope")

@@ -183,7 +183,7 @@ def test_two_processes_make_a_missing_base_once(finished, data, settings, tmp_pa
     two = dataclasses.replace(settings, methods=("m_A", "mixed_logits"))
     told, (first, second) = by_two_processes(data, two, (0,), tmp_path / "run", tmp_path)
     assert "".join(told).count("m_A, whose weights are not here, is made again") == 1
-    assert all("seed-0/cell" in text for text in told), "one of them did nothing"
+    # on a busy machine one may be done before the other has started, which then finds everything made
     assert first == second
     for method in two.methods:
         assert first["cell"]["0"][method]["answers"] == outcomes[method]["answers"]
