@@ -192,7 +192,12 @@ def has_changed(model: nn.Module, reference: Mapping[str, Any]) -> bool:
     recorded: Mapping[str, str] = reference.get("fingerprint", {})
     if not recorded or "stored" in recorded or any(weight.is_meta for weight in weights.values()):
         return False
-    return not _is_quantized(model) and _rounded_to(weights, recorded) is None
+    if _is_quantized(model):
+        return False
+    as_it_is = precision_of(model)  # first, since it is the likeliest and each digest reads all weights
+    if _digest(weights, FINGERPRINT_DTYPES[as_it_is]) == recorded.get(as_it_is):
+        return False
+    return _rounded_to(weights, recorded) is None
 
 
 def _rounded_to(weights: Mapping[str, Tensor], recorded: Mapping[str, str]) -> str | None:

@@ -46,7 +46,7 @@ class CompositionSaving(PreTrainedModel):
 
         An adapter that trains on a base is not among them (a warning says so): PEFT saves it. Of a base whose weights
         have changed, as by an adapter that was merged into it, the new fingerprint is recorded (and warned about), so
-        that the composition loads with this base only.
+        that the composition loads with this base only; quantized and sharded bases are not looked at.
 
         Args:
             save_directory: Where to; made if missing. A failed save leaves what was there. A composition's files are

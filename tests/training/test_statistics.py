@@ -83,5 +83,5 @@ def test_rows_that_fill_a_last_batch_up(filled: list[int]) -> None:
     labels = ids.clone()
     labels[filled] = -100
     values = measured(model, ids, labels)
-    assert {name for key in values for name in [key.rpartition("/")[2]]} == {"gate", "injection", "entropy", "gradient"}
+    assert {key.rpartition("/")[2] for key in values} == {"gate", "injection", "entropy", "gradient"}
     assert all(torch.tensor(list(values.values())).isfinite())
