@@ -146,3 +146,33 @@ def test_tables_show_every_number_with_its_interval():
     assert "-7.00 [-8.00, -6.00]" in shown.getvalue()
     assert "A note." in shown.getvalue()
     assert tables.shown(cell(0.0, None)) == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "shown"),
+    [
+        (67.66, (62.14, 74.0), "67.7 [62.1, 74.0]"),
+        (9.996, (9.1, 10.5), "10.00 [9.10, 10.50]"),
+        (2357.9, (874.8, 2845.2), "2,358 [875, 2,845]"),
+        (-10192474.8, (-18812318.7, -1646254.0), "-10,192,475 [-18,812,319, -1,646,254]"),
+        (-0.0001, (-4.35, 4.35), "0.00 [-4.35, 4.35]"),
+        (3.0, (-0.001, 6.0), "3.00 [0.00, 6.00]"),
+    ],
+)
+def test_a_number_has_the_digits_that_say_something(mean, interval, shown):
+    assert tables.shown(Cell(mean=mean, interval=interval, values=[mean])) == shown
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (66.5, 68.8, "+3.5%"),
+        (66.5, 66.49, "+0.0%"),
+        (-50, -55, "-10.0%"),
+        (20, 200, "+900.0%"),
+        (66.5, 2357.9, "x 35"),
+        (0, 3, "from 0"),
+    ],
+)
+def test_a_change_is_in_percent_and_a_leap_in_times(before, after, shown):
+    assert tables.change(before, after) == shown

@@ -15,7 +15,19 @@ from calm.errors import CalmError
 from calm.experiments import charts, paper
 from calm.experiments.paper import PaperTable
 from calm.experiments.results import METHODS, Cell, Curve, Results
-from calm.experiments.tables import TRAINING, escape, head, label, markdown, measured, methods_of, pipes, shown, verdict
+from calm.experiments.tables import (
+    TRAINING,
+    change,
+    escape,
+    head,
+    label,
+    markdown,
+    measured,
+    methods_of,
+    pipes,
+    shown,
+    verdict,
+)
 
 DOMAINS = {
     "key_value_arithmetic": "Key-value arithmetic (the paper's section 4.1)",
@@ -106,13 +118,12 @@ def no_help(results: Results) -> Iterator[str]:
         row = results.rows[name]
         if "composed" in cells and "m_B" in cells:
             before, after = cells["m_B"].mean, cells["composed"].mean
-            change = 100 * (after - before) / abs(before) if before else 0.0
             paired = results.preservation_changes.get(name, {}).get("composed")
             worse = -1 if row.higher_is_better else 1
             known = paired.interval if paired else None
             # where noise is known, it decides; elsewhere one percent does
-            if min(worse * end for end in known) > 0 if known else worse * change > 1:
-                said = f"{change:+.1f}%" + (f", {shown(paired)} on the same examples" if paired else "")
+            if min(worse * end for end in known) > 0 if known else worse * (after - before) > abs(before) / 100:
+                said = change(before, after) + (f", {shown(paired)} on the same examples" if paired else "")
                 yield (
                     f"**{escape(name)}** ({where}): with its connections on, the composed model moves the anchor's "
                     f"{row.metric} from {before:.2f} to {after:.2f} ({said}); switched off, it is the anchor bit "
@@ -149,7 +160,7 @@ def _at_a_glance(found: list[Results]) -> list[str]:
                     str(len(results.seeds)),
                     *(_maybe(cells.get(method)) for method in AT_A_GLANCE),
                     f"{shown(cells[best])}, {METHODS[best]}" if best else "",
-                    f"{escape(results.rows[kept[0]].title)} {_percent(results.preservation[kept[0]], 'composed')}"
+                    f"{escape(results.rows[kept[0]].title)} {_moved(results.preservation[kept[0]], 'composed')}"
                     if kept
                     else "",
                 ]
@@ -250,12 +261,11 @@ def _preserved(found: list[Results]) -> list[str]:
 def _change(cells: Mapping[str, Cell], method: str) -> str:
     if method == "m_B" or method not in cells or "m_B" not in cells or not cells["m_B"].mean:
         return ""
-    return f" ({_percent(cells, method)})"
+    return f" ({_moved(cells, method)})"
 
 
-def _percent(cells: Mapping[str, Cell], method: str) -> str:
-    anchor = cells["m_B"].mean
-    return f"{100 * (cells[method].mean - anchor) / abs(anchor):+.1f}%"
+def _moved(cells: Mapping[str, Cell], method: str) -> str:
+    return change(cells["m_B"].mean, cells[method].mean)
 
 
 def _of_run(results: Results, again: str) -> list[str]:
@@ -341,7 +351,7 @@ def _curve(curve: Curve) -> list[list[str]]:
     for x in sorted({x for line in curve.points.values() for x, _ in line}):
         # measured, not chosen, an x can occur more than once
         cells = [[cell for at, cell in line if at == x] for line in curve.points.values()]
-        rows += [[f"{x:g}", *map(_maybe, row)] for row in itertools.zip_longest(*cells)]
+        rows += [[f"{x:.4g}", *map(_maybe, row)] for row in itertools.zip_longest(*cells)]
     return [header, *rows]
 
 

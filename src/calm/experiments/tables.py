@@ -70,12 +70,19 @@ def escape(text: str) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A number with its interval: 33.1 [31.2, 35.0]."""
-    digits = 2 if 0 < abs(cell.mean) < 10 else 1
-    if cell.interval is None:
-        return f"{cell.mean:.{digits}f}"
-    low, high = cell.interval
-    return f"{cell.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    """A number with its interval: 33.1 [31.2, 35.0]; of thousands without decimals, 2,358 [1,875, 2,845]."""
+    digits = 0 if abs(cell.mean) >= 1000 else 2 if 0 < abs(cell.mean) < 10 else 1
+    mean, *ends = (f"{round(number, digits) + 0.0:,.{digits}f}" for number in (cell.mean, *(cell.interval or ())))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
+def change(before: float, after: float) -> str:
+    """How far something moved, in percent of what it was: +1.7%; what grew more than tenfold, as that: x 35."""
+    if not before:
+        return "from 0"
+    if after > 10 * before > 0:
+        return f"x {after / before:,.0f}"
+    return f"{round(100 * (after - before) / abs(before), 1) + 0.0:+.1f}%"
 
 
 def verdict(difference: Cell, higher_is_better: bool) -> str | None:
