@@ -74,14 +74,26 @@ def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
         (Asked((3,)), True),
         (Asked(languages=("xh",)), False),
         (Asked((3,), ("xh", "om")), False),
+        (Asked((3,), search=True), False),
     ]
     variants = [asked.variant(**own, code_left_out=left_out) for asked, left_out in runs]
-    expected = ["", "seed1-0", "seed3", "seed3-4", "no-execution", "seed3-no-execution", "xh", "xh-om-seed3"]
+    expected = [
+        "",
+        "seed1-0",
+        "seed3",
+        "seed3-4",
+        "no-execution",
+        "seed3-no-execution",
+        "xh",
+        "xh-om-seed3",
+        "seed3-search",
+    ]
     assert variants == expected
     assert Asked((0, 1), ("cy",)).variant(**own) == ""  # the preset's own, asked for by name
     expected = "calm reproduce low_resource --preset gpu --language xh --language om --seed 3"
     assert Asked((3,), ("xh", "om")).command("low_resource", "gpu") == expected
     assert Asked(None, None, True).command("code", "cpu") == "calm reproduce code --preset cpu --allow-code-execution"
+    assert Asked((3,), None, search=True).command("code", "cpu") == "calm reproduce code --preset cpu --seed 3 --search"
     paths = [results(variant=variant).save(tmp_path) for variant in variants]
     assert len({path.name for path in tmp_path.glob("low_resource/*.json")}) == len(runs)
     assert paths[2].name == "2026-01-02-cpu-seed3.json" and Results.load(paths[2]).variant == "seed3"

@@ -27,7 +27,7 @@ from calm.experiments.dictionary.data import DataSettings as DictionarySettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
-from calm.experiments.methods.settings import Fit, Settings
+from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
 from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
 from calm.experiments.results import METHODS, Asked, Results
@@ -172,6 +172,24 @@ def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     assert results.settings["split"] == dictionary.SPLIT
     assert set(results.preservation) == {"English perplexity", "English last word", "Python last word"}
 
+    known = dataclasses.replace(tiny, rates={"xyz": {"composed": 2e-3}, "cym": {"composed": 3e-3}})
+    taken = dictionary.reproduce_preset("cpu", known, Asked(languages=("xyz",)), tmp_path, console)
+    assert taken.training["composed"].learning_rate == 2e-3 and taken.settings["rates"] == {"xyz": {"composed": 2e-3}}
+    note = "The search for learning rates was an earlier run's, for xyz, and the preset has what it found."
+    assert note in taken.notes and note not in results.notes
+    asked = Asked(languages=("xyz",), search=True)
+    searched = dictionary.reproduce_preset("cpu", known, asked, tmp_path, console)
+    assert searched.training["composed"].learning_rate == 1e-3 and searched.settings["rates"] == {}
+    assert searched.variant == "xyz-search" and searched.notes == results.notes
+
+
+def test_known_rates_are_those_of_every_method_that_would_search():
+    for domain in (low_resource, dictionary, code):
+        for preset in domain.PRESETS.values():
+            wanted = {*TRAINED_ON_DC, "mixed_logits"}.intersection(preset.methods.methods)
+            known = [preset.rates] if domain is code else preset.rates.values()
+            assert all(set(rates) == wanted for rates in known if rates)
+
 
 def test_the_key_value_domain_from_data_to_report(tmp_path):
     arguments = ["reproduce", "key_value_arithmetic", "--preset", "tiny"]
@@ -285,6 +303,9 @@ def test_what_there_is_not_is_named():
     for domain in ("key_value_arithmetic", "code"):
         with pytest.raises(CalmError, match=rf"languages=\('cy',\): {domain} has none; low_resource and dictionary"):
             reproduce(domain, languages=["cy"])
+    for domain, preset in (("key_value_arithmetic", "cpu"), ("code", "gpu")):
+        with pytest.raises(CalmError, match=f"the preset {preset} of {domain} has no learning rates from an earlier"):
+            reproduce(domain, preset, search=True)
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}
 
 

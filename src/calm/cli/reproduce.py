@@ -27,6 +27,9 @@ def reproduce(
     allow_code_execution: Annotated[
         bool, typer.Option(help="Run the code that models write (HumanEval), in limited processes of its own.")
     ] = False,
+    search: Annotated[
+        bool, typer.Option(help="Search for learning rates, too, that cpu has from an earlier search.")
+    ] = False,
 ) -> None:
     """Reproduce one domain of the paper: data, training, baselines, tables and plots.
 
@@ -45,4 +48,5 @@ def reproduce(
         output_dir=output_dir,
         results_dir=results_dir,
         allow_code_execution=allow_code_execution,
+        search=search,
     )

@@ -335,9 +335,9 @@ def _changed(results: Results) -> list[str]:
 
 
 def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values, but of what a command chooses and of figures of the data."""
+    """Names and values, but of what a command chooses or searches for, and of figures of the data."""
     for name, value in tree.items():
-        if f"{above}{name}" in ("seeds", "languages", "data_made", "data.allow_code_execution"):
+        if f"{above}{name}" in ("seeds", "languages", "rates", "data_made", "data.allow_code_execution"):
             continue
         if isinstance(value, dict):
             yield from _settings(value, f"{above}{name}.")

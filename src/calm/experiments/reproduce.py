@@ -19,6 +19,8 @@ from calm.experiments.tables import print_results
 
 Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 HAVE_LANGUAGES = ("low_resource", "dictionary")
+MAY_KNOW_RATES = ("low_resource", "dictionary", "code")
+"""Domains whose presets have `rates`, with what an earlier search found, if there was one."""
 
 
 class Reproduce(Protocol):
@@ -38,13 +40,14 @@ def reproduce(
     output_dir: str | Path = "runs/reproduce",
     results_dir: str | Path = "results",
     allow_code_execution: bool = False,
+    search: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
 
-    With other languages or seeds than the preset's, or without code that was to be executed, the name says so
-    (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-no-execution`), so that nothing overwrites the results of the
-    preset itself.
+    With other languages or seeds than the preset's, with a search, or without code that was to be executed, the name
+    says so (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-search`, `DATE-PRESET-no-execution`), so that nothing
+    overwrites the results of the preset itself.
 
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
     repeat as you like. Several processes that call this with the same arguments share the work.
@@ -60,14 +63,16 @@ def reproduce(
         output_dir: for data, models and what they wrote.
         results_dir: for the results.
         allow_code_execution: run the code that models write (HumanEval of `code`), in limited processes of its own.
+        search: for learning rates that the preset has from an earlier search; the others are searched for anyway.
         console: is told what happens.
 
     Returns:
         The results' JSON file.
 
     Raises:
-        CalmError: no such domain or preset; languages of a domain that has none; data or models that cannot be had;
-            folders that cannot be written to; a file among the results that holds none.
+        CalmError: no such domain or preset; languages of a domain that has none; a search where the preset has no rates
+            from an earlier one; data or models that cannot be had; folders that cannot be written to; a file among the
+            results that holds none.
     """
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
@@ -76,10 +81,16 @@ def reproduce(
         raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
     if languages and domain not in HAVE_LANGUAGES:
         raise CalmError(f"languages={tuple(languages)}: {domain} has none; {' and '.join(HAVE_LANGUAGES)} have.")
+    if search and not (domain in MAY_KNOW_RATES and module.PRESETS[preset].rates):
+        raise CalmError(
+            f"search=True: the preset {preset} of {domain} has no learning rates from an earlier search and searches "
+            "anyway; leave it out."
+        )
     asked = Asked(
         seeds=tuple(dict.fromkeys(seeds)) if seeds else None,
         languages=tuple(dict.fromkeys(languages)) if languages else None,
         allow_code_execution=allow_code_execution,
+        search=search,
     )
     console = console or Console(highlight=False)
     folder = Path(output_dir, f"{domain}-{preset}")

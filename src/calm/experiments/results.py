@@ -198,20 +198,23 @@ class Asked:
     """What was asked for instead of what a preset has.
 
     Attributes:
-        seeds: None for the preset's. The first one chooses learning rates.
+        seeds: None for the preset's. Where learning rates are searched for, it is with the first one.
         languages: rows of a domain that has a row for each language, None for the preset's.
         allow_code_execution: have rows that run what models write.
+        search: for learning rates, too, that an earlier search has found.
     """
 
     seeds: tuple[int, ...] | None = None
     languages: tuple[str, ...] | None = None
     allow_code_execution: bool = False
+    search: bool = False
 
     def command(self, domain: str, preset: str) -> str:
         """The command line that makes such results again."""
         words = ["calm reproduce", domain, "--preset", preset]
         words += [f"--language {language}" for language in self.languages or ()]
         words += [f"--seed {seed}" for seed in self.seeds or ()]
+        words += ["--search"] if self.search else []
         return " ".join([*words, *(["--allow-code-execution"] if self.allow_code_execution else [])])
 
     def variant(self, seeds: Sequence[int], languages: Sequence[str] = (), code_left_out: bool = False) -> str:
@@ -223,12 +226,12 @@ class Asked:
             code_left_out: rows were left out because they execute code.
 
         Returns:
-            Such as "om", "seed3", "xh-om-seed3-4", "no-execution", "seed3-no-execution", or "".
+            Such as "om", "seed3", "xh-om-seed3-4", "search", "no-execution", "seed3-no-execution", or "".
         """
         found = list(self.languages or ()) if self.languages != tuple(languages) else []
         if self.seeds and self.seeds != tuple(seeds):
             found.append("seed" + "-".join(map(str, self.seeds)))
-        return "-".join([*found, *(["no-execution"] if code_left_out else [])])
+        return "-".join([*found, *(["search"] if self.search else []), *(["no-execution"] if code_left_out else [])])
 
 
 _DATA_AND_METRICS = ("peft", "sacrebleu", "rapidfuzz", "lemminflect", "polib")

@@ -24,13 +24,14 @@ from calm.errors import CalmError, DivergedError
 from calm.experiments.methods import bases, training
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.metrics import Bleu, Chrf
-from calm.experiments.methods.run import _best, _beyond, parameters_of, run, seconds_of
+from calm.experiments.methods.mixing import WEIGHTS
+from calm.experiments.methods.run import _best, _beyond, _Run, parameters_of, run, seconds_of
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.results import METHODS
 
 
 def run_cell(data, settings, seed, folder, console, rates=None):
-    return run({"cell": data}, settings, (seed,), folder, console, rates)["cell"][seed]
+    return run({"cell": data}, settings, (seed,), folder, console, {"cell": rates} if rates else None)["cell"][seed]
 
 
 def test_methods_are_trained_as_long_as_one_another_but_for_the_upper_reference_and_answer_all(
@@ -187,6 +188,25 @@ def test_two_processes_make_a_missing_base_once(finished, data, settings, tmp_pa
     assert first == second
     for method in two.methods:
         assert first["cell"]["0"][method]["answers"] == outcomes[method]["answers"]
+
+
+def test_a_data_set_whose_rates_are_known_is_not_searched_and_another_one_is(data, settings, tmp_path):
+    mixed = dataclasses.replace(settings, methods=("mixed_logits",))
+    cells, known = {"one": data, "other": data}, {"one": {"mixed_logits": 0.35}}
+    outcomes = run(cells, mixed, (0, 1), tmp_path, Console(file=io.StringIO()), known)
+    trained = {name: [outcomes[name][seed]["mixed_logits"]["training"] for seed in (0, 1)] for name in cells}
+    assert [one["learning_rate"] for one in trained["one"]] == [0.35, 0.35]
+    assert [len(one["searched"]) for one in (*trained["one"], *trained["other"])] == [0, 0, len(WEIGHTS), 0]
+
+
+def test_lora_needs_no_m_a_where_m_a_is_trained_here(data, settings, tmp_path):
+    """Of m_A it takes the number of a composition's parameters, which the vanilla one has as well."""
+    alone = dataclasses.replace(settings, methods=("lora",))
+    jobs = {job.path: job for job in _Run(data, alone, 0, tmp_path, Console(), None, None, "cell").jobs()}
+    needs = {
+        path.relative_to(tmp_path / "seed-0").as_posix() for path in jobs[tmp_path / "seed-0/cell/lora.json"].needs
+    }
+    assert needs == {"vanilla/base.json", "cell/rehearsal.json"}
 
 
 def test_data_sets_that_share_a_vanilla_m_a_have_the_same_general_texts(data, settings, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run, seconds_of
-from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
+from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings, about_rates
 from calm.experiments.results import Asked, Results, made_here
 
 
@@ -22,16 +23,19 @@ class Preset:
     """One size of the experiment.
 
     Attributes:
-        seeds: of the models and the order of examples. Learning rates are searched with the first one.
+        seeds: of the models and the order of examples.
         split: seed of the split, which is the same for all seeds, so that they answer the same questions.
         data: how installed functions are chosen and split, or which data sets of a hub to take.
         methods: models and lengths of training.
+        rates: the learning rate (for `mixed_logits` the weight) of each method that an earlier search found; empty for
+            a search with the first seed.
     """
 
     seeds: tuple[int, ...]
     split: int
     data: DataSettings | HubSettings
     methods: Settings
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 _WITH_EXAMPLES = {"m_B": "alone", "mixed_logits": "in the mixture", "pipeline": "in the pipeline"}
@@ -60,6 +64,7 @@ PRESETS = {
             # An hour has no room for the others.
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "mixed_logits"),
         ),
+        rates={"composed": 3e-4, "vanilla_m_A": 1e-3, "lora": 3e-3, "mixed_logits": 0.1},
     ),
     "gpu": Preset(
         seeds=(0, 1, 2),
@@ -108,7 +113,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
     Args:
         preset: one of `PRESETS`.
-        asked: seeds instead of the preset's, and whether to have the row `humaneval`, which runs what models write.
+        asked: seeds instead of the preset's, whether to have the row `humaneval`, which runs what models write, and
+            whether to search where an earlier search has found.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """
@@ -132,7 +138,8 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             " It asks in a form that D_C has and m_B's prompt shows no example of, a description and then the code: "
             "what a method gains there over m_B is partly that form, which LoRA and the vanilla m_A learn, too."
         )
-    outcomes = run({"": data}, preset.methods, seeds, folder, console)[""]
+    known = {} if asked.search else preset.rates
+    outcomes = run({"": data}, preset.methods, seeds, folder, console, {"": known} if known else None)[""]
     about_problems = (
         f"An answer to {problems} ends after {tokens} tokens, which some need more than.{about_form}"
         if allow_code_execution
@@ -143,7 +150,10 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         preset=name,
         variant=asked.variant(preset.seeds, code_left_out=not allow_code_execution),
         command=asked.command("code", name),
-        settings={**dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, data=settings)), "data_made": made},
+        settings={
+            **dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, data=settings, rates=known)),
+            "data_made": made,
+        },
         seeds=seeds,
         parameters=parameters_of(folder, seeds[0]),
         notes=(
@@ -151,6 +161,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
             *preset.methods.notes(),
+            *([about_rates([""])] if known else []),
             f"m_B answers with three examples before the question, of {shown}, HumanEval excepted, "
             f"{' and '.join(where for method, where in _WITH_EXAMPLES.items() if method in preset.methods.methods)}; "
             "every other method without.",

@@ -41,6 +41,11 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             # An hour has no room for the others.
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "mixed_logits", "pipeline"),
         ),
+        rates={
+            "xh": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
+            "om": dict(composed=3e-4, vanilla_m_A=3e-4, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
+            "fr": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.7),
+        },
     ),
     "gpu": Preset(
         # About 30,000, 12,000 and 6,000 messages; of the fourth, with 56,000, the anchor knows something.
@@ -100,7 +105,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
     Args:
         preset: one of `PRESETS`.
-        asked: languages and seeds instead of the preset's; no code is executed in this domain.
+        asked: languages and seeds instead of the preset's, and whether to search where an earlier search has found; no
+            code is executed in this domain.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from calm.experiments.methods import table
 from calm.experiments.methods.examples import Data
 from calm.experiments.methods.run import parameters_of, run, seconds_of
-from calm.experiments.methods.settings import Settings
+from calm.experiments.methods.settings import Settings, about_rates
 from calm.experiments.results import Asked, Results, made_here
 
 DataSettings = TypeVar("DataSettings")
@@ -23,11 +23,13 @@ class Preset(Generic[DataSettings]):
     """One size of an experiment that has a row for each language.
 
     Attributes:
-        languages: rows of the table. Learning rates are searched with the first seed of each.
+        languages: rows of the table.
         seeds: of the models and the order of examples.
         split: seed of the split, which is the same for all seeds, so that they answer the same questions.
         data: how each language's data is split, or which data sets of a hub to take.
         methods: models and lengths of training.
+        rates: by language, the learning rate (for `mixed_logits` the weight) of each method that an earlier search
+            found; a language without searches with its first seed.
     """
 
     languages: tuple[str, ...]
@@ -35,6 +37,7 @@ class Preset(Generic[DataSettings]):
     split: int
     data: DataSettings
     methods: Settings
+    rates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def results_of(
@@ -53,7 +56,7 @@ def results_of(
         domain: its name.
         name: of the preset.
         preset: its sizes.
-        asked: languages and seeds instead of the preset's.
+        asked: languages and seeds instead of the preset's; whether to search where an earlier search has found.
         prepare: a language's data, and the same in figures. It is asked for every language before any model is trained.
         notes: what a reader has to know of the domain.
         folder: where models and outcomes are kept.
@@ -62,9 +65,10 @@ def results_of(
     seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
     prepared = {language: prepare(language) for language in languages}
     data = {language: examples for language, (examples, _) in prepared.items()}
-    outcomes = run(data, preset.methods, seeds, folder, console)
+    known = {} if asked.search else {name: preset.rates[name] for name in languages if name in preset.rates}
+    outcomes = run(data, preset.methods, seeds, folder, console, known)
     fields = {language: table.fields(data[language], outcomes[language]) for language in languages}
-    settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages))
+    settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages, rates=known))
     return Results(
         domain=domain,
         preset=name,
@@ -73,7 +77,7 @@ def results_of(
         settings={**settings, "data_made": {language: made for language, (_, made) in prepared.items()}},
         seeds=seeds,
         parameters=parameters_of(folder, seeds[0], languages[0]),
-        notes=(*notes, *preset.methods.notes()),
+        notes=(*notes, *preset.methods.notes(), *([about_rates(known)] if known else [])),
         seconds=seconds_of(folder, seeds, languages),
         **table.together(fields),
         **made_here(),

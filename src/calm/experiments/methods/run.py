@@ -49,7 +49,7 @@ def run(
     seeds: Sequence[int],
     folder: Path,
     console: Console,
-    rates: Mapping[str, float] | None = None,
+    rates: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, dict[int, dict[str, Outcome]]]:
     """Train and evaluate the methods, each once, with every data set and every seed.
 
@@ -63,8 +63,8 @@ def run(
         folder: where models and outcomes are kept: in its `seed-SEED`, but for what `m_B` answers by itself, which is
             the same for every seed and lies in `ANY_SEED`.
         console: is told what was done.
-        rates: learning rate (for `mixed_logits` the weight) by method; if not given, they are searched for with the
-            first seed of each data set. A method that diverges at the one that it has searches for its own.
+        rates: by data set, the learning rate (for `mixed_logits` the weight) by method; a data set without searches
+            for them with its first seed. A method that diverges at the one that it has searches for its own.
 
     Raises:
         CalmError: data sets with other `general` texts; a method diverged at every learning rate.
@@ -79,10 +79,10 @@ def run(
         )
     runs: dict[tuple[str, int], _Run] = {}
     for name, examples in data.items():
-        first = None
+        known, first = (rates or {}).get(name), None
         for seed in seeds:
-            runs[name, seed] = _Run(examples, settings, seed, folder, console, rates, first, name)
-            if rates is None and first is None:
+            runs[name, seed] = _Run(examples, settings, seed, folder, console, known, first, name)
+            if known is None and first is None:
                 first = runs[name, seed]
     do_all([job for one in runs.values() for job in one.jobs()], console)
     return {
@@ -149,16 +149,18 @@ class _Run:
         if isinstance(settings.specialist, Fit):
             self.specialist_as = [*self.vanilla_as, settings.specialist, fingerprint(data.specialist)]
         is_trained = isinstance(settings.specialist, Fit)
+        self.of_its_shape = self.vanilla if is_trained else self.specialist  # as m_A, and there as early as can be
         self.bases = fingerprint(self.specialist_as if is_trained else [self.vanilla_as, self.specialist_as])
 
     def jobs(self) -> list[Job]:
         """All that there is to do, in the order in which to do it; each method's leaves it in `outcomes`."""
         vanilla, specialist, random = (_made(base) for base in (self.vanilla, self.specialist, self.random))
+        of_its_shape = _made(self.of_its_shape)
         rehearsal = self.folder / "rehearsal.json"
         composed = dict.fromkeys(COMPOSED, specialist) | {"vanilla_m_A": vanilla, "random_m_A": random}
         needs = {method: (base, rehearsal) for method, base in composed.items()} | {
             "m_A": (specialist,),
-            "lora": (specialist, rehearsal),
+            "lora": (of_its_shape, rehearsal),
             "full_on_DC": (rehearsal,),
             "full_on_all": (rehearsal,),
             "mixed_logits": (specialist,),
@@ -391,7 +393,7 @@ class _Run:
             ).trainable_parameters
         model = bases.load(self.anchor)
         if method == "lora":
-            augmenting = self._base(self.specialist)
+            augmenting = self._base(self.of_its_shape)
             composition = planning.plan(self.anchor, str(augmenting), settings.connections, sequence_length=2)
             model = training.with_lora(model, composition.connections.parameters, self.seed)
         elif method == "full_on_all":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,3 +153,10 @@ class Settings:
             f"m_B fine-tuned on all of m_A's data takes {self.steps_on_all:,} steps of {self.rows} examples, every "
             f"other method {self.steps:,}; {of_own}."
         )
+
+
+def about_rates(known: Iterable[str]) -> str:
+    """A note for results: for which data sets rates were not searched for (one without a name is the only one)."""
+    names = ", ".join(filter(None, known))
+    where = f", for {names}," if names else ""
+    return f"The search for learning rates was an earlier run's{where} and the preset has what it found."
