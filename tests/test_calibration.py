@@ -119,6 +119,8 @@ def test_a_file_keeps_it_whole(measured: Calibration, tmp_path: Path) -> None:
         (lambda values: values.update(device="tpu"), "device = 'tpu'.*'cpu' or 'cuda'"),
         (lambda values: values.update(dtype="int8"), "dtype = 'int8'"),
         (lambda values: values.pop("operations"), "operations: Field required"),
+        (lambda values: values["operations"].pop("other float32"), "operations lack 'other float32'"),
+        (lambda values: values["operations"].clear(), "operations lack 'product float32' and 'other float32'"),
         (lambda values: values.update(speed=1), "speed = 1: Extra"),
         (lambda values: values.update(between=[1.0, None]), "between.1: Input should be a valid number"),
     ],

@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -70,6 +70,14 @@ class Calibration(BaseModel):
     date: str
     operations: dict[str, Cost]
     between: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _knows_any_operation(self) -> Calibration:
+        """What was not measured by itself costs what the rest of its kind does, which has to be there."""
+        missing = [key for kind in ("product", "other") if (key := f"{kind} {self.dtype}") not in self.operations]
+        if missing:
+            raise ValueError(f"operations lack {' and '.join(map(repr, missing))}")
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON.

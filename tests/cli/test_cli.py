@@ -342,6 +342,41 @@ def test_inspect_shows_the_training(recipe: Path):
     run("train", recipe)
     out = yaml.safe_load(recipe.read_text())["training"]["output_dir"]
     assert json.loads(run("inspect", out, "--json").stdout)["training"]["steps"] == 4
+    Path(out, "training_log.json").write_text("[]")
+    assert "training_log.json is no log of a training, or a damaged one" in run("inspect", out, code=1).stderr
+
+
+def test_a_path_is_printed_as_it_is_written(recipe: Path, tmp_path: Path, tiny_bases: dict[str, str]):
+    """Square brackets are markup to rich, and those of what it takes for a closing tag an error."""
+    out = tmp_path / "runs[bold]" / "x[" / "a]"
+    arguments = ("compose", tiny_bases["anchor"], tiny_bases["augmenting"], "--out", out, "--connections", "1")
+    assert f"saved to {out}" in run(*arguments).stdout
+    moved = shutil.copytree(tiny_bases["anchor"], tmp_path / "[dim]anchor")
+    run("compose", moved, tiny_bases["augmenting"], "--out", tmp_path / "other", "--connections", "1")
+    assert str(moved) in "".join(run("inspect", tmp_path / "other").stdout.split())  # however it is wrapped
+    fields = yaml.safe_load(recipe.read_text())
+    fields["training"]["output_dir"] = str(tmp_path / "[/trained]")
+    recipe.write_text(yaml.safe_dump(fields))
+    assert f"calm chat {tmp_path / '[/trained]'}" in run("train", recipe).stdout
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "m", "prompt"),
+        ("chat", "m"),
+        ("rehearse", "m", "--number", "1"),
+        ("compose", "a", "b", "--out", "c"),
+        ("evaluate", "m", "--tasks", "t"),
+        ("reproduce", "code"),
+        ("demo",),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_seed_that_is_none_is_refused_before_any_work(arguments: tuple[str, ...], seed: int):
+    shown = run(*arguments, "--seed", seed, code=2).output
+    assert "'--seed': Input should be" in shown and ("4294967295" if seed > 0 else "equal to 0") in shown
 
 
 def test_inspect_with_prompts_writes_pages_and_pictures(composed: Path, tmp_path: Path):

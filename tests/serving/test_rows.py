@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from calm.serving.responses import ChatAnswer, TextAnswer
 from calm.serving.rows import AnswerText, Piece, Token
 
 TOKENIZER = byte_tokenizer(merges=[("a", "b"), ("ab", "c")])
 PROMPT = TOKENIZER("héllo €")["input_ids"]
+BYTE_LEVEL = bytes_to_unicode()
 
 
 def fallback_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,6 +57,18 @@ def decoded(tokens: list[int]) -> str:
 def test_pieces_join_to_the_decoded_answer_whatever_the_bytes(tokens: list[int]):
     pieces, _ = answer(tokens)
     assert "".join(pieces) == decoded(tokens)
+
+
+@given(st.lists(st.integers(0, 255), max_size=6), st.lists(st.sampled_from("ab€"), max_size=6))
+def test_nothing_of_the_prompt_is_in_the_answer(end: list[int], letters: list[str]):
+    """However it ends: with what was no character, or with half of one, before the special tokens of a chat."""
+    own = TOKENIZER("prompt caf\ufffd", add_special_tokens=False)["input_ids"]
+    raw = [TOKENIZER.convert_tokens_to_ids(BYTE_LEVEL[byte]) for byte in end]
+    tokens = TOKENIZER("".join(letters), add_special_tokens=False)["input_ids"]
+    for special in ([], [TOKENIZER.eos_token_id], TOKENIZER("", add_special_tokens=True)["input_ids"]):
+        pieces, stopped = answer(tokens, ("prompt", "caf"), own + raw + special)
+        assert not stopped
+        assert "".join(pieces).lstrip("\ufffd") == "".join(letters)
 
 
 def test_characters_come_whole():
@@ -122,8 +136,8 @@ def test_log_probabilities_say_where_each_token_is_in_the_text(stop: tuple[str, 
     """With its space, whose first one this tokenizer drops; the bytes of one character are at the same place."""
     tokenizer = fallback_tokenizer()
     tokens = [258, 257, *"€".encode(), 258, 257]
-    answer, text = TextAnswer("m", tokenizer, 1, 1, True), "b a€b a"
-    chat = ChatAnswer("m", tokenizer, 1, 1, True)
+    answer, text = TextAnswer("m", tokenizer, 1, 1, True, False), "b a€b a"
+    chat = ChatAnswer("m", tokenizer, 1, 1, True, False)
     offsets = []
     for piece in pieces_of(tokenizer, tokens, stop):
         answer.add(0, piece)
@@ -134,4 +148,16 @@ def test_log_probabilities_say_where_each_token_is_in_the_text(stop: tuple[str, 
     assert logprobs["tokens"] == ["b", " a", "\ufffd", "\ufffd", "\ufffd", "b", " a"]
     assert [logprobs["tokens"][at] for at in (0, 1, 5, 6)] == [text[:1], text[1:3], text[4:5], text[5:7]]
     assert set(logprobs["top_logprobs"][1]) == {" a", "<unk>"}
-    assert [entry["token"] for entry in chat.whole()["choices"][0]["logprobs"]["content"]] == logprobs["tokens"]
+    content = chat.whole()["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == logprobs["tokens"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == text
+
+
+@given(st.text(max_size=8))
+def test_the_bytes_of_tokens_join_to_the_text_where_tokens_are_parts_of_characters(text: str):
+    tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    chat = ChatAnswer("m", TOKENIZER, 1, 1, True, False)
+    for token in tokens:
+        chat.add(0, Piece("", Token(token, -0.5, ())))
+    content = chat.whole()["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode(errors="surrogatepass") == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from servers import NAME, Served, held, serving, until
 from transformers import PreTrainedTokenizerBase
 
 import calm
+from calm.serving import app
 from calm.serving.app import build
 from calm.serving.limits import Limits
 
@@ -182,6 +184,22 @@ def test_a_stream_of_completions_too(client: OpenAI):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+@pytest.mark.parametrize(("path", "body"), [("completions", {"prompt": "x"}), ("chat/completions", {"messages": CHAT})])
+@pytest.mark.parametrize("counted", [False, True])
+def test_every_chunk_of_a_stream_that_counts_has_the_field(
+    served: Served, path: str, body: dict[str, Any], counted: bool
+):
+    """As OpenAI says: null in all but the last one."""
+    asked = GREEDY | body | {"max_tokens": 3, "stream": True, "stream_options": {"include_usage": counted}}
+    lines = httpx2.post(f"{served.url}/v1/{path}", json=asked).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    if not counted:
+        assert not any("usage" in chunk for chunk in chunks)
+        return
+    *others, last = [chunk["usage"] for chunk in chunks]
+    assert set(others) == {None} and last["completion_tokens"] == 3
+
+
 def test_what_arrives_together_runs_together_and_answers_as_alone(composed: Path):
     """Twelve clients at a time, all different, half of them streaming; the same twelve one by one."""
     asked = [
@@ -246,6 +264,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "chat/completions": [
         *({"logit_bias": value} for value in (None, {})),
         *({"response_format": value} for value in (None, {"type": "text"})),
+        *({"modalities": value} for value in (None, ["text"])),
         *({"tools": value} for value in (None, [])),
         *({"tool_choice": value} for value in (None, "none")),
         *({"parallel_tool_calls": value} for value in (None, True, False)),
@@ -366,6 +385,22 @@ def test_what_is_not_supported_is_refused_by_name(served: Served, path: str, bod
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
     assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("message", [{"content": "\ud83d"}, {"content": "x", "name": "\ud83d"}])
+def test_half_a_character_is_refused(served: Served, message: dict[str, str]):
+    """What programs send that cut texts within an emoji; no tokenizer takes it."""
+    body = json.dumps({"model": NAME, "messages": [{"role": "user"} | message]})
+    headers = {"content-type": "application/json"}
+    response = httpx2.post(f"{served.url}/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    assert "unable to parse raw data as a unicode string" in response.json()["error"]["message"]
+
+
+def test_a_prompt_that_ends_in_no_character_is_not_repeated(client: OpenAI):
+    messages = [{"role": "user", "content": "pasted caf\ufffd"}]
+    answer = client.chat.completions.create(messages=messages, max_tokens=4, stop=["pasted"], **GREEDY)
+    assert "pasted" not in answer.choices[0].message.content and answer.usage.completion_tokens == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b'{"model": "\xed\xa0\x80"}', b"[" * 100_000])
@@ -509,6 +544,29 @@ def test_a_client_that_goes_stops_its_generation(served: Served, stream: bool):
     assert metric(served, "calm_generated_tokens_total") - before <= 4
 
 
+def test_a_client_that_takes_nothing_is_cut_off_when_its_time_is_over(served: Served):
+    """What is sent to it waits for it, where nobody looks at the time."""
+    asked = json.dumps(GREEDY | {"prompt": "x", "max_tokens": 5, "stream": True}).encode()
+    arriving = [{"type": "http.request", "body": asked}]
+    sent = []
+
+    async def receive() -> dict[str, Any]:
+        return arriving.pop() if arriving else await asyncio.get_running_loop().create_future()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.get_running_loop().create_future()
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http", "state": {}}
+    short = replace(served.engine.limits, seconds=0.5)
+    with patched(served.engine, limits=short), patched(app, SECONDS_TO_READ=0.1):
+        asyncio.run(asyncio.wait_for(served.server.config.app(scope, receive, send), 60))
+    assert sent == ["http.response.start", "http.response.body"]
+
+
 def test_without_a_chat_template_chat_says_what_to_do(composed: Path, client: OpenAI):
     with serving(composed) as other:
         other.engine.tokenizer.chat_template = None
@@ -517,6 +575,10 @@ def test_without_a_chat_template_chat_says_what_to_do(composed: Path, client: Op
         other.engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(openai.BadRequestError, match="chat template refuses: roles must alternate"):
             other.client().chat.completions.create(messages=CHAT, **GREEDY)
+        for broken in ("{{ messages[0]['content'] + 1 }}", "{{ 1 / 0 }}"):
+            other.engine.tokenizer.chat_template = broken
+            with pytest.raises(openai.BadRequestError, match="chat template cannot take these messages"):
+                other.client().chat.completions.create(messages=CHAT, **GREEDY)
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(composed: Path):

@@ -67,6 +67,7 @@ def fields(**changes: Any) -> dict[str, Any]:
         ({"training__warmup": 1.5}, "training.warmup = 1.5: neither a share of the run nor a whole number of steps"),
         ({"training__per_device_batch_size": 0}, "training.per_device_batch_size = 0: expected a whole number above 0"),
         ({"training__seed": -1}, "training.seed = -1: expected a whole number from 0"),
+        ({"training__seed": 2**32}, "training.seed = 4294967296: expected a whole number from 0 to 4,294,967,295"),
         ({"training__bf16": "maybe"}, "training.bf16 = 'maybe': expected true or false"),
         ({"training__output_dir": f"{__file__}/out"}, "test_recipe.py is a file, not a directory; expected"),
         ({"training__output_dir": None}, "training.output_dir = None: expected a directory"),

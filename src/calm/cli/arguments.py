@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+MOST_SEED = 2**32 - 1
+"""What `transformers.set_seed` takes: NumPy's limit."""
+
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the bases' weights.")]
 
 

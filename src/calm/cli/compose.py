@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from calm.cli.arguments import Dtype, parse_augmenting, parse_connections, stdout_for
+from calm.cli.arguments import MOST_SEED, Dtype, parse_augmenting, parse_connections, stdout_for
 from calm.errors import CalmError
 
 
@@ -22,7 +22,7 @@ def compose(
     attention: Annotated[str, typer.Option(help="gated, normalized or paper.")] = "gated",
     attend: Annotated[str, typer.Option(help="causal or prompt.")] = "causal",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the new weights.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compose an anchor with one or several augmenting models and save the untrained composition."""
@@ -55,7 +55,7 @@ def compose(
             )
         )
         return
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     for name, augmenting_layer, anchor_layer in layers:
         console.print(f"{name} layer {augmenting_layer} -> anchor layer {anchor_layer}")
     console.print(f"{trainable:,} composition parameters of {total:,} in all, saved to {out}")

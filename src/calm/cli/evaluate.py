@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calm.cli import loading
-from calm.cli.arguments import Dtype, check_writable, stdout_for
+from calm.cli.arguments import MOST_SEED, Dtype, check_writable, stdout_for
 
 if TYPE_CHECKING:
     from calm.evaluation import Evaluation
@@ -34,7 +34,7 @@ def evaluate(
         bool, typer.Option("--allow-code-execution", help="Let tasks run the code that the model writes.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the results to this file, as JSON.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of few-shot examples and of sampling.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of few-shot examples and of sampling.")] = 1234,
     anchor: loading.Anchor = None,
     augmenting: loading.Augmenting = None,
     dtype: Dtype = "auto",
@@ -64,7 +64,7 @@ def evaluate(
             settings={"model": model, "part": part},
         )
     # printed first: should the disk be full by now, the numbers are there
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
     else:

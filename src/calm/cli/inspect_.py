@@ -51,15 +51,15 @@ def inspect(
     if as_json:
         print(json.dumps(reports))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for one in reports:
         table = Table("connection", "adds", "entropy", "moves when off", "KL", box=None, padding=(0, 2, 0, 0))
         for row in one["connections"]:
             reach = ("", "") if row["injection"] is None else (f"{row['injection']:.2f}", f"{row['entropy']:.2f} nats")
             table.add_row(row["name"], *reach, f"{100 * row['moved']:.0f}%", f"{row['kl']:.2f} nats")
-        console.print(f"{one['prompt']}{one['completion']}", markup=False, style="bold")
+        console.print(f"{one['prompt']}{one['completion']}", style="bold")
         console.print(table)
-        console.print(f"{one['page']} shows the rest.\n", markup=False, soft_wrap=True)
+        console.print(f"{one['page']} shows the rest.\n", soft_wrap=True)
 
 
 def _show_files(model: str, as_json: bool) -> None:
@@ -78,12 +78,13 @@ def _show_files(model: str, as_json: bool) -> None:
         "attention": config.attention,
         "attend": config.attend,
         "composition_parameters": _count_parameters(model),
-        "training": json.loads(log.read_text())["result"] if log.exists() else None,
+        "training": _read_result(log) if log.exists() else None,
     }
     if as_json:
         print(json.dumps(summary))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.columns[1].overflow = "fold"  # a path that is cut off is none
     table.add_row("anchor", summary["anchor"].replace("`", ""))
     for name, reference in summary["augmenting"].items():
         table.add_row(name, reference.replace("`", ""))
@@ -93,7 +94,14 @@ def _show_files(model: str, as_json: bool) -> None:
     table.add_row("composition parameters", f"{summary['composition_parameters']:,}")
     for field, value in (summary["training"] or {}).items():
         table.add_row(f"training: {field.replace('_', ' ')}", str(value))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _read_result(log: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(log.read_text())["result"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalmError(f"{log} is no log of a training, or a damaged one: {error!r}") from error
 
 
 def _count_parameters(model: str) -> int:

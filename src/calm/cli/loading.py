@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from calm.cli.arguments import parse_augmenting
+from calm.cli.arguments import MOST_SEED, parse_augmenting
 from calm.errors import CalmError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MaxNewTokens = Annotated[
 Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time; above: sample.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample from this many likeliest tokens; 0: from all.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Seed of sampling.")]
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from calm.cli import loading
-from calm.cli.arguments import Dtype, stdout_for
+from calm.cli.arguments import MOST_SEED, Dtype, stdout_for
 from calm.errors import CalmError
 
 
@@ -19,7 +19,7 @@ def rehearse(
         int, typer.Option(min=2, help="Most tokens of a text; take about the length of an example.")
     ] = 40,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the draws, together with the batch size.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the draws, with the batch size.")] = 0,
     dtype: Dtype = "auto",
     device: loading.Device = None,
 ) -> None:

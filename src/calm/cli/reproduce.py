@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from calm.cli.arguments import MOST_SEED
+
 Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 
 
@@ -14,7 +16,7 @@ def reproduce(
     domain: Annotated[Domain, typer.Argument(help="The paper's section 4.1, 4.2 or 4.3, or dictionary.")],
     preset: Annotated[str, typer.Option(help="cpu (for two cores), gpu, or paper; demo.")] = "cpu",
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="Instead of the preset's seeds; repeat for several.")
+        list[int] | None, typer.Option(min=0, max=MOST_SEED, help="Instead of the preset's seeds; repeat for several.")
     ] = None,
     language: Annotated[
         list[str] | None,

@@ -100,6 +100,7 @@ class Generating:
             sum(map(len, prompts)),
             len(self._rows),
             asked.alternatives is not None,
+            asked.stream_options is not None and bool(asked.stream_options.include_usage),
         )
         if not self._engine.alive:
             raise APIError(503, "the server is stopping: ask again later", retry_after=RETRY_AFTER)
@@ -122,6 +123,11 @@ class Generating:
         finally:
             watching.cancel()
             self.end()
+
+    @property
+    def seconds_left(self) -> float:
+        """Of the request's time; below zero when it is over."""
+        return self._arrived + self._engine.limits.seconds - time.monotonic()
 
     def end(self) -> None:
         """Cancel what still runs, since nobody takes it, and log."""
@@ -146,14 +152,12 @@ class Generating:
 
     async def _arriving(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces until every row has ended."""
-        limits = self._engine.limits
         first = True
         while not self.answer.complete:
-            left = self._arrived + limits.seconds - time.monotonic()
             try:
-                index, piece = await asyncio.wait_for(self._pieces.get(), left)
+                index, piece = await asyncio.wait_for(self._pieces.get(), self.seconds_left)
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                raise limits.out_of_time() from None
+                raise self._engine.limits.out_of_time() from None
             if isinstance(piece, _ClientGone):
                 raise APIError(499, "the client has gone")
             if isinstance(piece, Exception):
@@ -185,6 +189,9 @@ class Generating:
                 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
             except TemplateError as error:
                 raise APIError(400, f"the model's chat template refuses: {error}", param="messages") from error
+            except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # whatever its expressions raise
+                said = f"the model's chat template cannot take these messages ({type(error).__name__}: {error})"
+                raise APIError(400, said, param="messages") from error
             prompts = [inputs["input_ids"]]
         else:
             param = "prompt"

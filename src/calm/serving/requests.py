@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -39,10 +40,13 @@ def _only(expected: str) -> WrapValidator:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
+# a bare str may hold half a character, which no tokenizer takes
+AnyText = Annotated[str, StringConstraints(min_length=0)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[Int, Field(ge=0)]
-Texts = Annotated[list[Text], Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+# the first bad element ends the check: a list of hundreds of thousands would have as many complaints
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, _only("0")]
 No = Annotated[Literal[False] | None, _only("false")]
 EmptyList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, _only("[]")]
@@ -56,6 +60,15 @@ MAX_CHOICES = 16
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Of unknown parameters the first, which is enough to refuse the request."""
+        if not isinstance(data, dict):
+            return data
+        unknown = next((name for name in data if name not in cls.model_fields), None)
+        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
+
 
 class StreamOptions(_Strict):
     """What a stream tells besides its text."""
@@ -68,7 +81,7 @@ class _Request(_Strict):
     """What both kinds of requests have in common."""
 
     model: str = Field(description="A name that /v1/models lists.")
-    augmenting: Literal["all", "none"] | list[str] | None = Field(
+    augmenting: Literal["all", "none"] | Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None,
         description=(
             'Which augmenting models are on: "all", "none" (the bare anchor answers) or a list of their names. '
@@ -81,7 +94,7 @@ class _Request(_Strict):
     seed: Int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="Of sampling; the same whatever runs beside it."
     )
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = Field(
+    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="Strings that end the answer and are not part of it."
     )
     stream: bool | None = Field(False, description="Send the answer as it comes, as server-sent events.")
@@ -100,7 +113,7 @@ class _Request(_Strict):
 class CompletionRequest(_Request):
     """A request for text that continues prompts."""
 
-    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1)] = Field(
+    prompt: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)] = Field(
         description="A text or its tokens, or a list of either."
     )
     max_tokens: Int | None = Field(None, ge=1, description="Tokens to generate at most; by default 16, as OpenAI's.")
@@ -128,15 +141,15 @@ class TextPart(_Strict):
     """A part of a message; there are none but text."""
 
     type: Literal["text"]
-    text: str
+    text: AnyText
 
 
 class Message(_Strict):
     """A message of the conversation, as the chat template takes it."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer: the same as system.")
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-    name: str | None = Field(None, description="Whose message it is, for chat templates that say so.")
+    content: AnyText | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    name: AnyText | None = Field(None, description="Whose message it is, for chat templates that say so.")
     # what OpenAI's client writes, all null, of an answer that is sent back with all the fields that it knows
     annotations: None = None
     audio: None = None
@@ -165,7 +178,7 @@ class TextFormat(_Strict):
 class ChatRequest(_Request):
     """A request for the next message of a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: Int | None = Field(
         None, ge=1, description="Tokens to generate at most; by default what the server allows and the context holds."
     )
@@ -173,6 +186,9 @@ class ChatRequest(_Request):
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
     top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
     response_format: Annotated[TextFormat | None, _only('{"type": "text"}')] = Field(None, description=NothingOnly)
+    modalities: Annotated[Annotated[list[Literal["text"]], Field(max_length=1)] | None, _only('["text"]')] = Field(
+        None, description=NothingOnly
+    )
     tools: EmptyList = Field(None, description=NothingOnly)
     tool_choice: Annotated[Literal["none"] | None, _only('"none"')] = Field(None, description=NothingOnly)
     parallel_tool_calls: bool | None = Field(None, description="Of no effect: there are no tools.")

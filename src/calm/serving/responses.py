@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from calm.serving.rows import FinishReason, Piece, Token
 
 LEAST = -9999.0  # JSON has no minus infinity; OpenAI's own least log-probability
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""How byte-level vocabularies (GPT-2's and its heirs') write each byte."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How vocabularies with a fallback to bytes (SentencePiece's) write one."""
 
 
 class Answer(ABC):
@@ -23,6 +29,7 @@ class Answer(ABC):
         prompt_tokens: Tokens of all prompts, each counted once.
         choices: Number of rows.
         logprobs: Whether log-probabilities are wanted.
+        usage_in_stream: Whether a stream's last chunk counts the tokens; the others then have the field, too, empty.
     """
 
     prefix: str
@@ -30,7 +37,13 @@ class Answer(ABC):
     chunk_object: str
 
     def __init__(
-        self, model: str, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, choices: int, logprobs: bool
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_tokens: int,
+        choices: int,
+        logprobs: bool,
+        usage_in_stream: bool,
     ) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.texts = [""] * choices
@@ -40,7 +53,7 @@ class Answer(ABC):
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
-        self._wants_logprobs = logprobs
+        self._wants_logprobs, self._usage_in_stream = logprobs, usage_in_stream
         self._told: list[list[Piece]] = [[] for _ in range(choices)]  # with log-probabilities
 
     def add(self, index: int, piece: Piece) -> None:
@@ -67,17 +80,18 @@ class Answer(ABC):
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """The part of a streamed response for a piece that was just added."""
         logprobs = self._logprobs([piece]) if piece.token is not None else None
-        return self._head(self.chunk_object) | {
-            "choices": [self._delta(index, piece.text, logprobs, piece.finish_reason)]
-        }
+        return self._chunk([self._delta(index, piece.text, logprobs, piece.finish_reason)])
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last part of a streamed response, which counts the tokens."""
-        return self._head(self.chunk_object) | {"choices": [], "usage": self._usage()}
+        return self._chunk([]) | {"usage": self._usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """What is streamed before any token."""
         return []
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head(self.chunk_object) | {"choices": choices} | ({"usage": None} if self._usage_in_stream else {})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
@@ -92,6 +106,15 @@ class Answer(ABC):
     def _text_of(self, token: int) -> str:
         # as it is within a text: some tokenizers drop the space of the first word that they decode
         return self._tokenizer.decode([token, token])[len(self._tokenizer.decode([token])) :]
+
+    def _bytes_of(self, token: int, text: str) -> list[int] | None:
+        """The token's part of the answer, also where it is a part of a character; None if it is not known."""
+        if "\ufffd" not in text:
+            return list(text.encode())
+        raw = str(self._tokenizer.convert_ids_to_tokens(token))
+        if found := BYTE_TOKEN.fullmatch(raw):
+            return [int(found[1], 16)]
+        return [BYTES[character] for character in raw] if BYTES.keys() >= set(raw) else None
 
     @abstractmethod
     def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]: ...
@@ -111,10 +134,8 @@ class ChatAnswer(Answer):
     def first_chunks(self) -> list[dict[str, Any]]:
         """Who speaks."""
         delta = {"role": "assistant", "content": ""}
-        return [
-            self._head(self.chunk_object) | {"choices": [{"index": index, "delta": delta, "finish_reason": None}]}
-            for index in range(len(self.texts))
-        ]
+        choices = ({"index": index, "delta": delta, "finish_reason": None} for index in range(len(self.texts)))
+        return [self._chunk([choice]) for choice in choices]
 
     def _choice(self, index: int, text: str, logprobs: Any, reason: FinishReason | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
@@ -126,7 +147,8 @@ class ChatAnswer(Answer):
 
     def _logprobs(self, pieces: list[Piece]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            return {"token": self._text_of(token), "logprob": max(logprob, LEAST), "bytes": None}
+            text = self._text_of(token)
+            return {"token": text, "logprob": max(logprob, LEAST), "bytes": self._bytes_of(token, text)}
 
         return {
             "content": [

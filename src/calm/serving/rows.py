@@ -73,7 +73,8 @@ class AnswerText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stop: tuple[str, ...]):
         self._tokenizer = tokenizer
-        whole = not tokenizer.decode(prompt).endswith("\ufffd")  # tokens given as such may end within a character
+        # tokens given as such may end within a character; without special tokens, as the stream reads them
+        whole = not tokenizer.decode(prompt, skip_special_tokens=True).endswith("\ufffd")
         self._stream = DecodeStream(prompt if whole else [], skip_special_tokens=True)
         self._pending: list[int] = []  # tokens of a character that is not complete
         self._held = ""  # text that may be the beginning of a stop string

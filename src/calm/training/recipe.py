@@ -108,7 +108,7 @@ class TrainingRecipe(_Section):
     early_stopping_patience: PositiveInt | None = Field(
         None, description="a whole number of evaluations without improvement, above 0; needs data.eval"
     )
-    seed: NonNegativeInt = Field(0, description="a whole number from 0")
+    seed: NonNegativeInt = Field(0, le=2**32 - 1, description="a whole number from 0 to 4,294,967,295")
     bf16: bool = Field(False, description="true or false: compute in bfloat16 (autocast)")
     fp16: bool = Field(False, description="true or false: compute in float16 (autocast, scaled gradients)")
     activation_checkpointing: bool = Field(

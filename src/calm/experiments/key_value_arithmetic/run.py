@@ -104,10 +104,10 @@ def main(preset: str = "demo", seed: int = 0, output_dir: str | os.PathLike[str]
 
 def _show(console: Console, content: dict[str, Any], results: dict[str, StageResult], out: Path) -> None:
     report.print_table(console, content["table"])
-    console.print(f"{content['seconds']:.0f} s. {out / 'results.json'} holds the table.")
+    console.print(f"{content['seconds']:.0f} s. {out / 'results.json'} holds the table.", markup=False)
     try:
         report.save_plot(out / "table.png", content["table"])
-        console.print(f"{out / 'table.png'} shows it.")
+        console.print(f"{out / 'table.png'} shows it.", markup=False)
     except ImportError:
         console.print("No plot was drawn: matplotlib is not installed (pip install 'calm-lm[train]')", markup=False)
     shown = report.example(results)
