@@ -62,6 +62,20 @@ def test_rows(mix: Mix, name: str, static: bool) -> None:
     assert_same(found, from_scratch(model, ids, 4))
 
 
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_rows_prompt_goes_with_it(name: str) -> None:
+    change, rows = CHANGES[name]
+    model, lengths = Mix(attend="prompt").shared(), torch.tensor([3, 5, 7])
+    with torch.no_grad():
+        cache = model(IDS[:, :PROMPT], prompt_length=lengths).past_key_values
+        change(cache)
+        ids = IDS[rows].clone()
+        ids[:, PROMPT:] = factories.tokens(len(rows), 4, seed=9)
+        found = model(ids[:, PROMPT:], past_key_values=cache).logits
+        expected = model(ids, use_cache=False, prompt_length=lengths[rows]).logits[:, PROMPT:]
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("removed", [1, 3, 6])
 @pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix.anchor)
 def test_crop(mix: Mix, removed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ from typing import Any
 
 import factories
 import pytest
+import torch
 import yaml
 from bases import byte_tokenizer
 from factories import Mix
-from huggingface_hub import CommitOperationAdd, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 from safetensors.torch import load
+from transformers import GenerationConfig
 
 import calm
 from calm import checkpoint, sources
@@ -105,6 +108,10 @@ def test_arguments_that_saving_does_not_know_are_refused(tmp_path: Path) -> None
             model.save_pretrained(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out", safe_serialization=True)
+    # Accelerate's recipe, and the order of transformers' arguments
+    model.save_pretrained(tmp_path / "mine", True, None, save_function=torch.save, token=None, variant=None)
+    model.save_pretrained(tmp_path / "other", False)
+    assert (tmp_path / "mine/model.safetensors").exists() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("holds", ["a base", "a broken configuration", "weights alone"])
@@ -127,6 +134,33 @@ def test_a_composition_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_files_that_are_not_a_compositions_stay(tmp_path: Path) -> None:
+    composition().save_pretrained(tmp_path)
+    others = {"model_backup.safetensors", "model-step100.safetensors", "model.safetensors.bak", "notes.txt"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    composition().save_pretrained(tmp_path, max_shard_size="10KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir() if path.read_bytes() == b"mine"} == others
+
+
+def test_settings_that_transformers_does_not_save_lose_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It loads them, from many a hub repository."""
+    mix, own = Mix(), GenerationConfig(max_new_tokens=3)
+    bases: dict[str, Any] = {"anchor": mix.anchor_model(), "augmenting": mix.augmenting_models()}
+    model = mix.build()
+    model.generation_config.temperature = 0.7  # without sampling
+    with pytest.raises(ValueError, match="temperature"):
+        model.generation_config.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert "The generation settings are saved as they are" in caplog.text
+    loaded = calm.CalmForCausalLM.from_pretrained(tmp_path, **bases)
+    assert loaded.generation_config.temperature == 0.7
+    assert calm.CalmForCausalLM.from_pretrained(tmp_path, generation_config=own, **bases).generation_config is own
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a hub is sent that does no more than write it down, and the files that it `holds`."""
@@ -143,6 +177,9 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
             return filename in sent["holds"] and revision in sent["revisions"]
 
+        def list_repo_files(self, repo_id: str, *, revision: str | None = None) -> list[str]:
+            return list(sent["holds"]) if revision in sent["revisions"] else []
+
         def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
             (tmp_path_factory.getbasetemp() / filename).write_bytes(sent["holds"][filename])
             return str(tmp_path_factory.getbasetemp() / filename)
@@ -152,8 +189,11 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
             sent["branches"].append((repo_id, branch))
 
         def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **kwargs: Any) -> str:
-            sent["files"] = {}
+            sent["files"], sent["deleted"] = {}, []
             for operation in operations:
+                if isinstance(operation, CommitOperationDelete):
+                    sent["deleted"].append(operation.path_in_repo)
+                    continue
                 with operation.as_file() as file:
                     sent["files"][operation.path_in_repo] = file.read()
             sent["uploaded"] = (repo_id, kwargs)
@@ -203,6 +243,20 @@ def test_another_model_on_the_hub_is_not_written_over(sent: dict[str, Any]) -> N
     sent["holds"]["config.json"] = b'{"model_type": "calm"}'
     composition().push_to_hub("mine")
     assert "uploaded" in sent
+
+
+def test_weights_of_an_earlier_upload_do_not_stay(tmp_path: Path, sent: dict[str, Any]) -> None:
+    """One file beside newer shards would be what is loaded."""
+    model = composition()
+    model.save_pretrained(tmp_path / "first")
+    sent["holds"] = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    sent["holds"] |= {"model_backup.safetensors": b"", "tokenizer.json": b""}
+    model.save_pretrained(tmp_path / "mine", max_shard_size="10KB", push_to_hub=True)
+    assert sent["deleted"] == ["model.safetensors"] and "model.safetensors.index.json" in sent["files"]
+    sent["holds"] = sent["files"]
+    model.push_to_hub("mine")
+    assert set(sent["deleted"]) == {name for name in sent["holds"] if re.match(r"model[-.].*safetensors", name)}
+    assert "model.safetensors" in sent["files"]
 
 
 def test_a_branch_is_made_if_missing(sent: dict[str, Any]) -> None:

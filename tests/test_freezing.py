@@ -111,7 +111,8 @@ def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixt
     model.eval().train()
     model.eval().train()  # once
     model.train()  # as trainers do in every step
-    assert [record.getMessage()[:27] for record in caplog.records] == ["The connections are frozen,"]
+    told = [message for record in caplog.records if "connections are" in (message := record.getMessage())]
+    assert [message[:27] for message in told] == ["The connections are frozen,"]
     named, apart = Mix().build(), Mix().build()
     connections = [f"connections.{index}" for index in range(len(named.connections))]
     caplog.clear()
@@ -122,6 +123,18 @@ def test_frozen_connections_are_told(through: str, caplog: pytest.LogCaptureFixt
     ):
         trained.eval().train()
     assert not caplog.records
+
+
+def test_what_trains_nothing_in_an_augmenting_model_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"connections.{i}" for i in range(2)]
+    lora = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=names)  # of the gpt2, the augmenting model
+    adapted = peft.get_peft_model(Mix().fresh(), lora)
+    for mode in (True, False, True):
+        adapted.train(mode)
+    (record,) = [r for r in caplog.records if "weights of the augmenting models require gradients" in r.getMessage()]
+    assert "lora_A" in record.getMessage()
+    Mix().build().train()
+    assert len([r for r in caplog.records if "augmenting models require" in r.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("attention", ["gated", "normalized"])

@@ -29,8 +29,17 @@ def test_wrong_input_is_refused(call: str) -> None:
         run(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(CalmError, match=r"needs input_ids.*inputs_embeds"):
         run(inputs_embeds=torch.zeros(1, 3, 32))
-    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions: expected 2|must be 2D"):
+    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions: expected a tensor of 2|must be 2D"):
         run(IDS, attention_mask=torch.ones(2, 1, 10, 10))
+    if call == "forward":
+        with pytest.raises(CalmError, match="attention_mask is a dict: expected a tensor"):
+            run(IDS, attention_mask={"full_attention": torch.ones(2, 10)})
+        with pytest.raises(CalmError, match="attention_mask has 9 columns: expected 10, 0 of the tokens in the cache"):
+            run(IDS, attention_mask=torch.ones(2, 9))
+        with pytest.raises(CalmError, match="attention_mask has 3 columns: expected 10, 7 of the tokens in the cache"):
+            run(IDS[:, 7:], attention_mask=torch.ones(2, 3), past_key_values=run(IDS[:, :7]).past_key_values)
+        with pytest.raises(CalmError, match="attention_mask has 9 columns"):
+            model.augmenting_outputs(IDS, torch.ones(2, 9))
     with pytest.raises(CalmError, match=r"65 tokens do not fit.*64 tokens"):
         run(factories.tokens(1, 65 if call == "forward" else 64))  # the last new token is not read
     for wrong in (-1, factories.VOCAB):
@@ -62,6 +71,10 @@ def test_tokens_that_one_model_has_not(kwargs: dict[str, Any]) -> None:
     with model.composition_disabled():
         assert model.generate(ids, **arguments).max() >= 60, "the case that is tested"
     assert model.generate(ids, **arguments).max() < 60
+    seen = torch.stack(
+        model.generate(ids, suppress_tokens=[5], output_scores=True, return_dict_in_generate=True, **arguments).scores
+    )
+    assert seen[..., [5, 60, 61, 62, 63]].isneginf().all() and not seen[..., 6:60].isneginf().any(), "both count"
     with torch.no_grad():
         factories.assert_identical(model(ids).logits, anchor(ids).logits)  # those of padding included
     ids[1, 2] = 61
@@ -128,6 +141,70 @@ def test_what_a_prompt_is_stays_so_in_a_cache() -> None:
         mask = torch.ones_like(IDS)
         rest = model(IDS[:, 7:], attention_mask=mask, past_key_values=first.past_key_values, labels=labels[:, 7:])
         assert_same(torch.cat([first.logits, rest.logits], 1), expected.logits)
+
+
+@pytest.mark.parametrize("attend", ["causal", "prompt"])
+def test_in_generation_a_prompt_length_is_each_rows_own(attend: str) -> None:
+    """However often a row is answered; one number is that of all rows, also as a tensor; none is the bare anchor's."""
+    model = Mix(attend=attend).shared()
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    several = options | {"num_beams": 3, "num_return_sequences": 3}
+    for one in (4, torch.tensor(4), torch.tensor([4]), torch.tensor([4, 4])):
+        assert_identical(
+            model.generate(IDS, prompt_length=one, **options), model.generate(IDS, prompt_length=4, **options)
+        )
+        assert model.generate(IDS, prompt_length=one, **several).shape == (6, 14)
+    with model.composition_disabled():
+        assert_identical(model.generate(IDS, prompt_length=4, **options), model.generate(IDS, **options))
+
+
+def test_one_row_of_positions_stands_for_all() -> None:
+    """As for the bare anchor, which transformers' own code hands such positions to."""
+    model, positions = Mix(anchor="gpt2").shared(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    assert_identical(model(IDS, position_ids=positions).logits, model(IDS, position_ids=positions.expand(2, -1)).logits)
+    found, expected = (model.augmenting_outputs(IDS, position_ids=p) for p in (positions, positions.expand(2, -1)))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_training_on_prompts_needs_to_know_them() -> None:
+    """With attend="prompt": without labels the whole row would be the prompt, and of packed rows the first one's."""
+    model, positions = Mix(attend="prompt").build(), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    labels = IDS.clone()
+    labels[:, :4] = -100
+    expected = model(IDS, labels=labels).logits
+    model.train()
+    with pytest.raises(CalmError, match=r"in training .* where the prompt ends.*label_smoothing_factor"):
+        model(IDS)
+    assert_identical(model(IDS, prompt_length=4).logits, expected)
+    with pytest.raises(CalmError, match=r"packed rows .*one document a row"):
+        model(IDS, position_ids=positions, labels=labels)
+    model.eval()
+    with pytest.raises(CalmError, match="packed rows"):
+        model(IDS, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("part", ["anchor", "augmenting"])
+def test_a_cache_that_an_error_left_uneven_is_refused(part: str) -> None:
+    model = Mix().build()
+    cache = model(IDS[:, :5]).past_key_values
+    broken = model.anchor if part == "anchor" else model.augmenting["m0"]
+    handle = broken.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(IDS[:, 5:6], past_key_values=cache)
+    handle.remove()
+    with pytest.raises(CalmError, match="left by a pass that ended in the middle"):
+        model(IDS[:, 5:6], past_key_values=cache)
+    cache.reset()
+    assert_same(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+
+
+def test_a_cache_with_activation_checkpointing_is_refused() -> None:
+    model = Mix().build()
+    cache = model(IDS[:, :5]).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(CalmError, match=r"activation checkpointing: .* fill the cache a second time"):
+        model(IDS[:, 5:], past_key_values=cache)
+    assert model(IDS, use_cache=True).past_key_values is None
 
 
 def test_labels_without_a_prompt_are_refused() -> None:

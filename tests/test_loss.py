@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import peft
 import pytest
 import torch
@@ -213,6 +216,84 @@ def test_a_trained_head_has_its_gradients() -> None:
     assert output.logits is not None
     output.loss.backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("through", ["a keyword", "the configuration"])
+def test_a_router_keeps_its_loss(through: str) -> None:
+    model = Mix(anchor="mixtral").build().train()
+    plain = model(IDS, labels=LABELS, skip_logits=True).loss
+    asked = {"output_router_logits": True} if through == "a keyword" else {}
+    with patched(model.anchor.config, output_router_logits=through == "the configuration"):
+        whole = model(IDS, labels=LABELS, **asked)
+        skipped = model(IDS, labels=LABELS, skip_logits=True, **asked)
+    assert_same(skipped.loss, whole.loss)
+    assert abs(float(whole.loss - plain)) > 1e-4, "the case that is tested"
+
+
+def test_labels_that_are_shifted_already_count() -> None:
+    model = Mix().build().train()
+    shifted = torch.nn.functional.pad(LABELS, (0, 1), value=-100)[:, 1:].roll(1, 0)
+    expected = model(IDS, labels=LABELS, shift_labels=shifted).loss
+    assert_same(model(IDS, labels=LABELS, shift_labels=shifted, skip_logits=True).loss, expected)
+    assert abs(float(expected - model(IDS, labels=LABELS).loss)) > 1e-4, "the case that is tested"
+
+
+def test_what_is_changed_for_a_loss_is_changed_for_one_thread() -> None:
+    """One trains, others ask: on one model, at the same time; and two train."""
+    model, wrong, stop = Mix().build(), [], threading.Event()
+    expected = model(IDS).logits.detach()
+    value = model(IDS, labels=LABELS).loss.detach()
+
+    def ask() -> None:
+        while not stop.is_set():
+            with torch.no_grad():
+                found = model(IDS).logits
+            if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-4):
+                wrong.append(found.shape)
+
+    def learn() -> None:
+        while not stop.is_set():
+            found = model(IDS, labels=LABELS, skip_logits=True).loss
+            if abs(float(found.detach() - value)) > 1e-4:
+                wrong.append(found)
+
+    with patched(loss, CHUNK=SMALL):
+        threads = [threading.Thread(target=run) for run in (ask, ask, learn, learn)]
+        for thread in threads:
+            thread.start()
+        time.sleep(3)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert "forward" not in vars(model.anchor.model) and not model.anchor.model._forward_hooks
+
+
+def test_stand_ins_of_two_threads_take_turns() -> None:
+    """Else the first would put back what it found under the second."""
+    decoder, found, inside, leave = torch.nn.Identity(), [], threading.Event(), threading.Event()
+
+    def first() -> None:
+        with loss._standing_in(decoder, "first"):
+            inside.set()
+            leave.wait(60)
+            found.append(decoder("own"))
+
+    def second() -> None:
+        with loss._standing_in(decoder, "second"):
+            found.append(decoder("own"))
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    threads[0].start()
+    inside.wait(60)
+    threads[1].start()
+    assert decoder("own") == "own", "this thread's is as it was"
+    threads[1].join(0.2)
+    assert not found
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert found == ["first", "second"] and "forward" not in vars(decoder)
 
 
 def test_an_error_in_the_head_leaves_the_anchor_as_it_was() -> None:

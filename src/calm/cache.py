@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class CalmCache(Cache):
         self.augmenting = dict(augmenting)
         self.cross = cross
         self.prompt_length: int | Tensor | None = None  # of attend mode "prompt", remembered between calls
+        self.is_torn = False  # while a pass writes to it, and after one that ended in the middle
         super().__init__(layers=[])
 
     @classmethod
@@ -79,6 +80,26 @@ class CalmCache(Cache):
         """Empty all parts; the next prompt has a length of its own."""
         super().reset()
         self.prompt_length = None
+        self.is_torn = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows of all parts, for beam search."""
+        super().reorder_cache(beam_idx)
+        self._change_rows(lambda lengths: lengths.index_select(0, beam_idx.to(lengths.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of all parts."""
+        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda lengths: lengths.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of all parts."""
+        super().batch_select_indices(indices)
+        self._change_rows(lambda lengths: lengths[indices])
+
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if isinstance(self.prompt_length, Tensor) and self.prompt_length.numel() > 1:  # one a row
+            self.prompt_length = change(self.prompt_length)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens from all parts, as transformers' caches do; without any left the prompt is gone."""

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from calm.config import CalmConfig
 from calm.errors import CheckpointError
@@ -89,7 +89,7 @@ def write(
         save_torch_state_dict(weights, staging, max_shard_size=max_shard_size)
         config.save_pretrained(staging)
         if generation_config is not None:
-            generation_config.save_pretrained(staging)
+            _save_generation_config(generation_config, staging)
         card = target / "README.md"
         if not card.exists() or wrote_card(card):
             model_card(config, sum(w.numel() for w in weights.values())).save(staging / "README.md")
@@ -161,15 +161,33 @@ def weights_bytes(state_dict: Mapping[str, Tensor], max_shard_size: int | str = 
     return total
 
 
+def _save_generation_config(generation_config: GenerationConfig, staging: Path) -> None:
+    try:
+        generation_config.save_pretrained(staging)
+    except ValueError as error:  # transformers loads such settings, and a training is not to be lost for them
+        logger.warning("The generation settings are saved as they are, although transformers finds: %s", error)
+        generation_config.to_json_file(staging / GENERATION_CONFIG_NAME)
+
+
 def _move_over(staging: Path, target: Path) -> None:
     written = {path.name for path in staging.iterdir()}
     for name in written:  # safetensors lets nobody else read what it writes
         shutil.copymode(staging / "config.json", staging / name)
     for name in sorted(written):
         os.replace(staging / name, target / name)
-    for stale in target.glob("model*.safetensors*"):  # shards of an earlier save with another shard size
-        if stale.name not in written:
-            stale.unlink()
+    for name in stale_weights((path.name for path in target.iterdir()), written):
+        (target / name).unlink()
+
+
+def stale_weights(there: Iterable[str], written: Container[str]) -> list[str]:
+    """Files of an earlier save with another shard size, which would be loaded with, or instead of, what was written.
+
+    Args:
+        there: Names of the files of a folder or repository.
+        written: Names of those that were saved there now.
+    """
+    own = re.compile(rf"model-\d{{5}}-of-\d{{5}}\.safetensors|{re.escape(WEIGHTS_NAME)}|{re.escape(INDEX_NAME)}")
+    return sorted(name for name in there if own.fullmatch(name) and name not in written)
 
 
 def read_config(path: str | os.PathLike[str], **hub_kwargs: Any) -> CalmConfig:

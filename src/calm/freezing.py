@@ -27,11 +27,13 @@ class CompositionFreezing(PreTrainedModel):
     augmenting: nn.ModuleDict
     connections: nn.ModuleList
     _warned = False  # of frozen connections, once
+    _warned_of_augmenting = False  # of what trains there, once
 
     def train(self, mode: bool = True) -> Self:
         """Switch the anchor and the connections; augmenting models stay in evaluation mode.
 
-        A warning says so if the connections are frozen: PEFT freezes whatever its configuration does not name.
+        A warning says so if the connections are frozen (PEFT freezes whatever its configuration does not name), or if
+        weights of an augmenting model, such as an adapter's, are not: these never get a gradient.
 
         Raises:
             CalmError: For training, if a part of the anchor is offloaded: its weights are not there in backward passes.
@@ -52,6 +54,16 @@ class CompositionFreezing(PreTrainedModel):
                 "adapter on model.anchor alone.",
                 len(self.connections),
             )
+        if mode and not self.training and not self._warned_of_augmenting:
+            thawed = [name for name, weight in self.augmenting.named_parameters() if weight.requires_grad]
+            if thawed:
+                self._warned_of_augmenting = True
+                logger.warning(
+                    "%d weights of the augmenting models require gradients (%s, ...) and will not get any: augmenting "
+                    "models run without. Train an adapter on such a model alone, before it is composed.",
+                    len(thawed),
+                    thawed[0],
+                )
         super().train(mode)
         self.augmenting.eval()
         return self

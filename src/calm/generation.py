@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -18,6 +19,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.utils.generic import is_flash_attention_requested
 
 from calm import backbones
 from calm.cache import CalmCache
@@ -45,6 +47,10 @@ def without_defaults(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
+class _KnownTokensOnly(SuppressTokensLogitsProcessor):
+    """Of a type of its own: transformers lets a processor that is given replace its own one of the same type."""
+
+
 class CompositionGeneration(GenerationMixin):
     """What `CalmForCausalLM` changes of transformers' generation: its cache, and what cannot work says so."""
 
@@ -54,6 +60,7 @@ class CompositionGeneration(GenerationMixin):
         The settings are those of this model's `generation_config`, either way.
         """
         if self._disabled:
+            kwargs.pop("prompt_length", None)  # of the connections, like forward's
             anchor = self.anchor
             if anchor.generation_config != self.generation_config:  # set here, as composed models have them saved
                 anchor = copy.copy(anchor)  # the same modules
@@ -64,6 +71,8 @@ class CompositionGeneration(GenerationMixin):
             self._check_inputs(input_ids, None, kwargs.get("past_key_values"), kwargs)
             self._check_tokens(input_ids)
             self._check_prompt_length(kwargs.get("prompt_length"), len(input_ids))
+        if isinstance(prompt_length := kwargs.get("prompt_length"), Tensor) and prompt_length.numel() == 1:
+            kwargs["prompt_length"] = int(prompt_length)  # of all rows, which transformers would take for one row's
         return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +137,14 @@ class CompositionGeneration(GenerationMixin):
             cache = model_kwargs["past_key_values"] = self._new_cache(static_length, "offloaded" in (kind or ""))
         elif kind is not None:
             raise CalmError(f"Pass either past_key_values or cache_implementation={kind!r}, not both.")
+        else:
+            cache._is_user_defined = True  # as transformers marks it, which then leaves no token too many in it
+        bases = (text_config(base.config) for base in (self.anchor, *self.augmenting.values()))
+        if mask is None and cache.get_max_length() > 0 and any(map(is_flash_attention_requested, bases)):
+            # transformers drops a mask of ones, and keeps it for flash attention on a static cache, whose empty slots
+            # would count; but it asks this model's configuration, and not the bases'
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=self.device)
         if self.config.attend == "prompt":  # the cache says it from here on: an assistant model would not know the word
             given = model_kwargs.pop("prompt_length", cache.prompt_length)  # a continued cache keeps its own
             cache.prompt_length = length if given is None else given
@@ -137,7 +154,7 @@ class CompositionGeneration(GenerationMixin):
     def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
         if self.known_tokens is not None:  # before those that are given, which may choose a token themselves
             unknown = range(self.known_tokens, text_config(self.anchor.config).vocab_size)
-            logits_processor = LogitsProcessorList([SuppressTokensLogitsProcessor(unknown), *(logits_processor or ())])
+            logits_processor = LogitsProcessorList([_KnownTokensOnly(unknown), *(logits_processor or ())])
         processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)
         if self.config.attend == "prompt":  # guidance asks the model itself, and without a cache for all tokens anew
             negative = kwargs.get("negative_prompt_ids")

@@ -32,6 +32,8 @@ class CompositionInputs:
     augmenting: nn.ModuleDict
     context_length: int | None
     known_tokens: int | None
+    training: bool
+    is_gradient_checkpointing: bool
     _context_of: str  # whose context_length is
     _vocabulary: int | None
 
@@ -57,10 +59,12 @@ class CompositionInputs:
             )
         if self.known_tokens is not None or input_ids.device.type == "cpu":  # else no need to wait for the device
             self._check_tokens(input_ids)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+            is_tensor = isinstance(attention_mask, Tensor)
+            found = f"has {attention_mask.dim()} dimensions" if is_tensor else f"is a {type(attention_mask).__name__}"
             raise CalmError(
-                f"attention_mask has {attention_mask.dim()} dimensions: expected 2, [batch, past + length] with 1 for "
-                "a token and 0 for padding; the models' own masks are made from it."
+                f"attention_mask {found}: expected a tensor of 2, [batch, past + length] with 1 for a token and 0 for "
+                "padding; the models' own masks are made from it."
             )
         if cache is not None and not isinstance(cache, CalmCache):
             raise CalmError(
@@ -68,6 +72,18 @@ class CompositionInputs:
                 "(it holds the augmenting models' and the connections' keys and values too)."
             )
         return input_ids
+
+    def _check_cache(self, cache: CalmCache) -> None:
+        if cache.is_torn:
+            raise CalmError(
+                "past_key_values were left by a pass that ended in the middle (an error, Ctrl-C): some models have "
+                "seen tokens there that others have not. Start without it, or reset() it."
+            )
+        if self.training and self.is_gradient_checkpointing:
+            raise CalmError(
+                "past_key_values and activation checkpointing: the backward pass would fill the cache a second time. "
+                "Leave it out."
+            )
 
     def _check_tokens(self, input_ids: Tensor) -> None:
         if self._vocabulary is None or is_tracing(input_ids):
@@ -118,6 +134,14 @@ class CompositionInputs:
             raise CalmError(
                 f"augmenting_outputs have the shapes {found}: expected {expected}, which is what augmenting_outputs() "
                 f"returns for input_ids of the shape {tuple(input_ids.shape)}."
+            )
+
+    @staticmethod
+    def _check_mask_length(mask: Tensor | None, past: int, length: int) -> None:
+        if mask is not None and mask.shape[1] < past + length:
+            raise CalmError(
+                f"attention_mask has {mask.shape[1]} columns: expected {past + length}, {past} of the tokens in the "
+                f"cache and {length} of the new ones."
             )
 
     def _check_length(self, length: int, position_ids: Tensor | None = None) -> None:

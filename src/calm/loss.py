@@ -6,7 +6,8 @@ weight of the head is trained, so the gradient with respect to the hidden states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from calm.backbones import decoder_of
+from calm.config import text_config
 from calm.errors import CalmError
 
 IGNORED = -100
@@ -24,8 +26,20 @@ CHUNK = 256
 """Labelled positions of one chunk: enough to keep the head's product busy; 50 MB of logits over 50,000 tokens."""
 
 
-def can_skip_logits(anchor: PreTrainedModel) -> bool:
-    """Whether a loss can be had without logits: it is the usual one, and the head gets no gradients of its own."""
+def can_skip_logits(anchor: PreTrainedModel, asked: Mapping[str, Any] | None = None) -> bool:
+    """Whether a loss can be had without logits: it is the usual one, and the head gets no gradients of its own.
+
+    Args:
+        anchor: The anchor.
+        asked: What its forward is given by name: labels that are shifted already, and a loss of its router, as its
+            configuration may ask for one, too, are things that only its own code computes.
+    """
+    asked = asked or {}
+    of_router = asked.get("output_router_logits")
+    if of_router is None:
+        of_router = getattr(text_config(anchor.config), "output_router_logits", False)
+    if of_router or asked.get("shift_labels") is not None:
+        return False
     decoder = {id(weight) for weight in decoder_of(anchor).parameters()}
     head = anchor.get_output_embeddings()
     outside = [weight for weight in anchor.parameters() if id(weight) not in decoder]
@@ -46,9 +60,22 @@ class Decoded:
         return cast(Tensor, self.output[0])
 
 
+class _ThisThread(threading.local):
+    """What of a decoder is changed for this thread: others may run the same model meanwhile."""
+
+    decoded: Decoded | None = None
+    stands_in: Any = None
+
+
+_this_thread = _ThisThread()
+_one_stand_in = threading.RLock()
+
+
 @contextmanager
 def without_head(anchor: PreTrainedModel) -> Iterator[Decoded]:
     """Within this context the anchor's head sees the last position only; what it would see is in `Decoded`.
+
+    For this thread; in others the model runs whole.
 
     Args:
         anchor: The anchor.
@@ -56,15 +83,19 @@ def without_head(anchor: PreTrainedModel) -> Iterator[Decoded]:
     decoded = Decoded()
 
     def cut(decoder: nn.Module, args: Any, output: Any) -> Any:
+        if _this_thread.decoded is not decoded:
+            return None
         decoded.output = output
         # of a view, torch on a CPU multiplies each row by a copy of its own of a frozen head's weights
         return _replaced(output, output[0][:, -1:].contiguous())
 
+    outer, _this_thread.decoded = _this_thread.decoded, decoded
     handle = decoder_of(anchor).register_forward_hook(cut)
     try:
         yield decoded
     finally:
         handle.remove()
+        _this_thread.decoded = outer
 
 
 def loss_without_logits(
@@ -143,15 +174,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def _standing_in(decoder: nn.Module, output: Any) -> Iterator[None]:
-    """Within this context a decoder computes nothing and returns `output`."""
-    own = decoder.__dict__.get("forward")  # accelerate puts one there
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del decoder.forward
-        if own is not None:
-            decoder.forward = own
+    """Within this context a decoder computes nothing for this thread, and returns `output`."""
+    with _one_stand_in:  # another thread's would be put back in the wrong order
+        own, real = decoder.__dict__.get("forward"), decoder.forward  # accelerate puts one there
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return output if _this_thread.stands_in is forward else real(*args, **kwargs)
+
+        decoder.forward, _this_thread.stands_in = forward, forward
+        try:
+            yield
+        finally:
+            _this_thread.stands_in = None
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
 
 
 def _replaced(output: Any, hidden: Tensor) -> Any:

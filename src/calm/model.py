@@ -197,7 +197,7 @@ class CalmForCausalLM(
             input_ids: Int64 `[batch, length]`, the new tokens; all models read them.
             attention_mask: `[batch, past + length]`, 1 for a token and 0 for padding (longer, up to the cache's length,
                 with a static cache).
-            position_ids: Int64 `[batch, length]`. Without it the anchor counts as it does on its own; models with
+            position_ids: Int64 `[batch or 1, length]`. Without it the anchor counts as it does on its own; models with
                 absolute positions want it for left-padded rows (`generate` passes it). Without a mask and a
                 cache, positions that restart mark packed documents, which do not see one another.
             past_key_values: The cache of earlier tokens.
@@ -220,11 +220,12 @@ class CalmForCausalLM(
 
         Raises:
             CalmError: On empty input, embeddings instead of tokens, tokens or a mask that are not two-dimensional, a
-                cache that is not a `CalmCache`, tokens that one of the models does not have (on a GPU looked for only
-                where vocabularies differ, since to look is to wait for it; `generate` looks in any case), more tokens
-                than the smaller of the models' contexts, a `prompt_length` or kept outputs that do not fit the input,
-                labels from the first token on with `attend="prompt"`, or augmenting models that are needed and were not
-                loaded.
+                mask that is too short, a cache that is not a `CalmCache`, that an earlier pass left half written or
+                that comes with activation checkpointing, tokens that one of the models does not have (on a GPU looked
+                for only where vocabularies differ, since to look is to wait for it; `generate` looks in any case), more
+                tokens than the smaller of the models' contexts, a `prompt_length` or kept outputs that do not fit the
+                input, or augmenting models that are needed and were not loaded; with `attend="prompt"`, on labels from
+                the first token on, packed rows, and training without labels or a `prompt_length`.
         """
         if self._disabled:
             return self._forward_anchor_alone(
@@ -239,6 +240,9 @@ class CalmForCausalLM(
             )
         input_ids = self._check_inputs(input_ids, attention_mask, past_key_values, kwargs)
         self._check_prompt_length(prompt_length, len(input_ids))
+        position_ids = _for_all_rows(position_ids, len(input_ids))
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         if augmenting_outputs is not None:
             self._check_augmenting_outputs(augmenting_outputs, input_ids, use_cache, past_key_values)
         if use_cache is None:
@@ -251,6 +255,7 @@ class CalmForCausalLM(
         if isinstance(past_length, int):
             packed = cache is None and attention_mask is None  # its documents' positions count, not the row's length
             self._check_length(past_length + length, position_ids if packed else None)
+            self._check_mask_length(attention_mask, past_length, length)
         if self._is_stateful and length > 1 and past_length > 0:
             raise CalmError(
                 f"{length} new tokens after {int(past_length)} in the cache: a recurrent base can take one at a time "
@@ -267,6 +272,8 @@ class CalmForCausalLM(
             labels,
             input_ids.device,
         )
+        if cache is not None:
+            cache.is_torn = True  # the augmenting models' part would be ahead of the others after an error
         if augmenting_outputs is None:
             augmenting_outputs = self._run_augmenting(input_ids, attention_mask, position_ids, cache)
         cross = cache.cross if cache is not None else None
@@ -280,7 +287,7 @@ class CalmForCausalLM(
                 position_ids,
                 cache.anchor if cache is not None else None,
             )
-            if skip_logits and labels is not None and loss.can_skip_logits(self.anchor):
+            if skip_logits and labels is not None and loss.can_skip_logits(self.anchor, kwargs):
                 items = kwargs.pop("num_items_in_batch", None)
                 with loss.without_head(self.anchor) as decoded:
                     outputs = self.anchor(**arguments, **self._anchor_kwargs(**kwargs))
@@ -292,6 +299,8 @@ class CalmForCausalLM(
                 )
         finally:
             _thread.running = None
+        if cache is not None:
+            cache.is_torn = False
         return CausalLMOutputWithPast(
             loss=outputs.get("loss"),
             logits=outputs.get("logits"),
@@ -318,6 +327,7 @@ class CalmForCausalLM(
         """
         input_ids = self._check_inputs(input_ids, attention_mask, None, {})
         self._check_length(input_ids.shape[1], position_ids if attention_mask is None else None)
+        self._check_mask_length(attention_mask, 0, input_ids.shape[1])
         return self._run_augmenting(input_ids, attention_mask, position_ids, None)
 
     def _run_augmenting(
@@ -429,6 +439,12 @@ class CalmForCausalLM(
                 prompt_length = cache.prompt_length
             if prompt_length is None and labels is not None:
                 prompt_length = prompt_before(labels, padding_mask)
+            if prompt_length is None and self.training and cache is None:
+                raise CalmError(
+                    'attend="prompt": in training the composition has to know where the prompt ends. Pass labels with '
+                    "-100 for it (a Trainer with label_smoothing_factor or a loss of its own takes them away), or "
+                    "prompt_length=."
+                )
             if prompt_length is None:
                 prompt_length = length
             if cache is not None and cache.prompt_length is None:  # what comes later belongs to the same prompt
@@ -438,6 +454,11 @@ class CalmForCausalLM(
         documents = None
         if cache is None and padding_mask is None and position_ids is not None:
             documents = find_packed_sequence_indices(position_ids)
+            if documents is not None and prompt_length is not None and not is_tracing(documents):
+                raise CalmError(
+                    'attend="prompt" and packed rows (positions that start again): each document would have a prompt '
+                    "of its own. Pass one document a row."
+                )
         key_length = length if cache is None else cache.get_mask_sizes(length, 0)[0]
         slopes = alibi_slopes(cast(int, self.config.num_heads), device) if self.config.attention != "paper" else None
         starts_here = isinstance(past_length, int) and past_length == 0 and key_length == length
@@ -482,6 +503,13 @@ class CalmForCausalLM(
         """This thread's pass, if it is this composition's (others may have hooks on the same anchor)."""
         state: _Pass | None = getattr(_thread, "running", None)
         return state if state is not None and state.model is self else None
+
+
+def _for_all_rows(position_ids: Tensor | None, rows: int) -> Tensor | None:
+    """Positions, of which one row stands for all."""
+    if position_ids is not None and position_ids.dim() == 2 and len(position_ids) == 1:
+        return position_ids.expand(rows, -1)
+    return position_ids
 
 
 def _is_right_padded(mask: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -36,10 +36,10 @@ class CompositionSaving(PreTrainedModel):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        state_dict: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
         **kwargs: Any,
     ) -> None:
         """Save the composition parameters (safetensors), the configuration and a model card; never a base's weights.
@@ -51,13 +51,14 @@ class CompositionSaving(PreTrainedModel):
         Args:
             save_directory: Where to; made if missing. A failed save leaves what was there. A composition's files are
                 replaced, another model's never.
-            state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
-            max_shard_size: Largest weights file, in bytes or as "5GB".
             is_main_process: False on the other processes of a distributed run, which then write nothing. Where FSDP
                 shards the connections every process has to call this, since each has a part of them.
+            state_dict: Weights gathered elsewhere (a sharded run), instead of the model's own.
             push_to_hub: Upload what was saved, with a tokenizer that lies beside it, see `push_to_hub` (`repo_id` and
                 its other arguments in `kwargs`).
-            kwargs: For `push_to_hub`; without it none but `safe_serialization=True`.
+            max_shard_size: Largest weights file, in bytes or as "5GB".
+            kwargs: For `push_to_hub`; without it none but what changes nothing, `safe_serialization=True` and the
+                `save_function` of Accelerate's recipe.
 
         Raises:
             CalmError: If an argument is unknown.
@@ -65,6 +66,8 @@ class CompositionSaving(PreTrainedModel):
         """
         if not kwargs.pop("safe_serialization", True):
             raise CalmError("safe_serialization=False: a composition is saved as safetensors only. Leave it out.")
+        kwargs.pop("save_function", None)  # transformers has no use for it either
+        kwargs = {key: value for key, value in kwargs.items() if value is not None or key not in ("token", "variant")}
         if kwargs and not push_to_hub:
             raise CalmError(
                 f"save_pretrained() got {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}, which it "
@@ -182,9 +185,9 @@ class CompositionSaving(PreTrainedModel):
             augmenting: The augmenting model(s) likewise: one, or `{name: model or name}`. With `{}` none is loaded, and
                 `forward` has to be given `augmenting_outputs`.
             verify_bases: Refuse bases whose weights or configurations are not those trained against.
-            kwargs: `revision` and `subfolder` for the composition; those that concern finding files (`token`,
-                `cache_dir`, `force_download`, `local_files_only`) for it and the bases; everything else (`dtype`,
-                `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
+            kwargs: `revision` and `subfolder` for the composition, `generation_config` instead of its own; those that
+                concern finding files (`token`, `cache_dir`, `force_download`, `local_files_only`) for it and the bases;
+                everything else (`dtype`, `device_map`, `quantization_config`, `trust_remote_code`, ...) for the bases.
 
         Returns:
             The composed model in evaluation mode, connections in the anchor's dtype: to train half-precision ones
@@ -208,6 +211,7 @@ class CompositionSaving(PreTrainedModel):
         kwargs.pop("adapter_kwargs", None)
         hub_kwargs: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         hub_kwargs |= {key: kwargs[key] for key in sources.HUB_KWARGS if key in kwargs}
+        generation_config = kwargs.pop("generation_config", None)
         name = os.fspath(pretrained_model_name_or_path)
         if config is None:
             config = checkpoint.read_config(name, **hub_kwargs)
@@ -222,8 +226,11 @@ class CompositionSaving(PreTrainedModel):
             {key.removeprefix(checkpoint.CONNECTIONS_PREFIX): value for key, value in weights.items()}
         )
         model.name_or_path = config.name_or_path = name
-        with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
+        if generation_config is not None:
+            model.generation_config = generation_config
+        else:
+            with suppress(OSError):  # a checkpoint without generation_config.json keeps the anchor's
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
         return model.eval()
 
 
@@ -246,13 +253,17 @@ def _upload(
         checkpoint.refuse_other_model(os.path.dirname(config), name=repo_id)
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if api.file_exists(repo_id, "README.md", revision=revision):
+    there = api.list_repo_files(repo_id, revision=revision)
+    if "README.md" in there:
         card = api.hf_hub_download(repo_id, "README.md", revision=revision)
         if not checkpoint.wrote_card(card):
             del files["README.md"]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(name, file) for name, file in files.items()]
+    operations += [CommitOperationDelete(name) for name in checkpoint.stale_weights(there, files)]
     return api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, file) for name, file in files.items()],
+        operations,
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,

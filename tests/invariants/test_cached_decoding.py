@@ -241,6 +241,31 @@ def test_any_split_into_calls(anchor: str, data: st.DataObject) -> None:
     assert_same(torch.cat(found, 1), expected)
 
 
+def test_flash_attention_is_told_which_slots_of_a_static_cache_are_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the mask, which transformers leaves out where nothing is padded, unless the model asks for flash attention."""
+    model, ids = factories.Mix().shared(), factories.tokens(2, 5)
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "num_return_sequences": 2}
+    expected, masks = model.generate(ids, num_beams=2, **options), []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    monkeypatch.setattr(calm.generation, "is_flash_attention_requested", lambda config: config.model_type == "llama")
+    handle = model.anchor.register_forward_pre_hook(record, with_kwargs=True)
+    found = model.generate(ids, num_beams=2, **options)
+    handle.remove()
+    assert masks and all(mask is not None and mask[:, :5].all() for mask in masks)
+    factories.assert_identical(found, expected)
+
+
+def test_a_cache_that_is_given_is_marked_as_the_users() -> None:
+    """As transformers does, which then leaves no token in it that was drawn too late (on `mps`)."""
+    model, ids = factories.Mix().shared(), factories.tokens(1, 5)
+    cache = model(ids[:, :3]).past_key_values
+    model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    assert cache._is_user_defined
+
+
 def test_static_cache_is_refused_where_it_is_wrong() -> None:
     """gpt_neo takes the cache's length for the sequence's: wrong on its own too, so it is not a matter of composing."""
     for mix in (Mix(anchor="gpt_neo"), Mix(augmenting=("gpt_neo",))):
