@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import factories
+import httpx2
 import pytest
 import torch
 import yaml
 from bases import byte_tokenizer
 from factories import Mix
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
+from huggingface_hub.errors import RevisionNotFoundError
 from safetensors.torch import load
 from transformers import GenerationConfig
 
@@ -174,11 +176,12 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
             sent["created"] = (repo_id, kwargs)
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def file_exists(self, repo_id: str, filename: str, *, revision: str | None = None) -> bool:
-            return filename in sent["holds"] and revision in sent["revisions"]
-
         def list_repo_files(self, repo_id: str, *, revision: str | None = None) -> list[str]:
-            return list(sent["holds"]) if revision in sent["revisions"] else []
+            if revision in sent["revisions"] or (revision or "").startswith("refs/pr"):
+                return list(sent["holds"])
+            raise RevisionNotFoundError(
+                "no such branch", response=httpx2.Response(404, request=httpx2.Request("GET", "https://hub"))
+            )
 
         def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None = None) -> str:
             (tmp_path_factory.getbasetemp() / filename).write_bytes(sent["holds"][filename])
@@ -187,6 +190,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
             assert exist_ok
             sent["branches"].append((repo_id, branch))
+            sent["revisions"].append(branch)  # with the files of main
 
         def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **kwargs: Any) -> str:
             sent["files"], sent["deleted"] = {}, []
@@ -237,12 +241,21 @@ def test_another_model_on_the_hub_is_not_written_over(sent: dict[str, Any]) -> N
     with pytest.raises(calm.errors.CheckpointError, match="holds a model of type 'llama'"):
         composition().push_to_hub("mine", revision="dev")
     assert "uploaded" not in sent and not sent["branches"]
+    sent["holds"] |= {"model-00001-of-00002.safetensors": b"", "model-00002-of-00002.safetensors": b""}
     for elsewhere in ({"revision": "new"}, {"create_pr": True}):  # the model stays what it is
         composition().push_to_hub("mine", **elsewhere)
         assert sent.pop("uploaded")
+        assert not sent["deleted"], "of its files none goes"
     sent["holds"]["config.json"] = b'{"model_type": "calm"}'
     composition().push_to_hub("mine")
     assert "uploaded" in sent
+
+
+def test_weights_alone_on_the_hub_are_another_models(sent: dict[str, Any]) -> None:
+    sent["holds"] = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}
+    with pytest.raises(calm.errors.CheckpointError, match=r"'me/mine' holds weights \(model-00001-of-00002"):
+        composition().push_to_hub("mine")
+    assert "uploaded" not in sent
 
 
 def test_weights_of_an_earlier_upload_do_not_stay(tmp_path: Path, sent: dict[str, Any]) -> None:
@@ -254,7 +267,7 @@ def test_weights_of_an_earlier_upload_do_not_stay(tmp_path: Path, sent: dict[str
     model.save_pretrained(tmp_path / "mine", max_shard_size="10KB", push_to_hub=True)
     assert sent["deleted"] == ["model.safetensors"] and "model.safetensors.index.json" in sent["files"]
     sent["holds"] = sent["files"]
-    model.push_to_hub("mine")
+    model.push_to_hub("mine", revision="a-new-branch")
     assert set(sent["deleted"]) == {name for name in sent["holds"] if re.match(r"model[-.].*safetensors", name)}
     assert "model.safetensors" in sent["files"]
 

@@ -38,6 +38,10 @@ def test_wrong_input_is_refused(call: str) -> None:
             run(IDS, attention_mask=torch.ones(2, 9))
         with pytest.raises(CalmError, match="attention_mask has 3 columns: expected 10, 7 of the tokens in the cache"):
             run(IDS[:, 7:], attention_mask=torch.ones(2, 3), past_key_values=run(IDS[:, :7]).past_key_values)
+        static = model._new_cache(20)
+        run(IDS[:, :7], past_key_values=static)
+        with pytest.raises(CalmError, match="attention_mask has 3 columns: expected 10, 7 of the tokens in the cache"):
+            run(IDS[:, 7:], attention_mask=torch.ones(2, 3), past_key_values=static)
         with pytest.raises(CalmError, match="attention_mask has 9 columns"):
             model.augmenting_outputs(IDS, torch.ones(2, 9))
     with pytest.raises(CalmError, match=r"65 tokens do not fit.*64 tokens"):
@@ -185,9 +189,9 @@ def test_training_on_prompts_needs_to_know_them() -> None:
 
 @pytest.mark.parametrize("part", ["anchor", "augmenting"])
 def test_a_cache_that_an_error_left_uneven_is_refused(part: str) -> None:
-    model = Mix().build()
+    model = Mix(connections=(((0, 0), (3, 3)),)).build()
     cache = model(IDS[:, :5]).past_key_values
-    broken = model.anchor if part == "anchor" else model.augmenting["m0"]
+    broken = model.anchor.model.layers[1] if part == "anchor" else model.augmenting["m0"].h[1]
     handle = broken.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(IDS[:, 5:6], past_key_values=cache)
@@ -196,6 +200,17 @@ def test_a_cache_that_an_error_left_uneven_is_refused(part: str) -> None:
         model(IDS[:, 5:6], past_key_values=cache)
     cache.reset()
     assert_same(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+
+
+def test_a_cache_that_an_error_left_even_goes_on() -> None:
+    """Before anything was written, or when everything was."""
+    model = Mix().build()
+    cache, expected = model(IDS[:, :5]).past_key_values, model(IDS).logits[:, 5:]
+    with pytest.raises(RuntimeError):
+        model(IDS[:1, 5:], past_key_values=cache, position_ids=torch.zeros(3, 5, dtype=torch.long))
+    with pytest.raises(CalmError, match="no loss to take"):
+        model(IDS[:, 5:6], past_key_values=cache, labels=torch.full((2, 1), -100), skip_logits=True)
+    assert_same(model(IDS[:, 6:], past_key_values=cache).logits, expected[:, 1:])
 
 
 def test_a_cache_with_activation_checkpointing_is_refused() -> None:

@@ -30,7 +30,7 @@ class CalmCache(Cache):
         self.augmenting = dict(augmenting)
         self.cross = cross
         self.prompt_length: int | Tensor | None = None  # of attend mode "prompt", remembered between calls
-        self.is_torn = False  # while a pass writes to it, and after one that ended in the middle
+        self.is_being_written = False  # during a pass, and after one that ended in the middle
         super().__init__(layers=[])
 
     @classmethod
@@ -80,7 +80,20 @@ class CalmCache(Cache):
         """Empty all parts; the next prompt has a length of its own."""
         super().reset()
         self.prompt_length = None
-        self.is_torn = False
+        self.is_being_written = False
+
+    def is_torn(self) -> bool:
+        """Whether a pass that ended in the middle (an error, Ctrl-C) has left tokens in some parts and not in others.
+
+        Of a recurrent layer, which knows no length, that cannot be told: then it counts as one that has.
+        """
+        if not self.is_being_written:
+            return False
+        layers = self.layers
+        if not all(isinstance(layer, CacheLayerMixin) for layer in layers):
+            return True
+        self.is_being_written = len({int(layer.get_seq_length()) for layer in layers}) > 1
+        return self.is_being_written
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows of all parts, for beam search."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import logging
@@ -102,33 +103,62 @@ def write(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def refuse_other_model(directory: str | os.PathLike[str], name: str | None = None) -> None:
-    """Refuse a place where saving a composition would write over another model, such as one of its own bases.
+def refuse_other_model(directory: str | os.PathLike[str]) -> None:
+    """Refuse a folder where saving a composition would write over another model, such as one of its own bases.
 
     Args:
         directory: The folder; it need not exist.
-        name: What to call it in the error, if not by its path.
 
     Raises:
         CheckpointError: If its `config.json` is not a composition's, or if it has weights without one.
     """
     folder = Path(directory)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = (folder / "config.json").read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        weights = sorted(path.name for path in folder.glob("model*.safetensors*"))
+        config = None
+    except OSError:
+        config = b""
+    refuse_other_files(os.fspath(directory), config, (path.name for path in folder.glob("*")))
+
+
+def refuse_other_files(name: str, config: bytes | None, files: Iterable[str]) -> None:
+    """Refuse a folder or repository for what it holds, as `refuse_other_model` does.
+
+    Args:
+        name: What to call it.
+        config: Its `config.json`, if it has one.
+        files: The names of its files.
+
+    Raises:
+        CheckpointError: Likewise.
+    """
+    if config is None:
+        weights = sorted(fnmatch.filter(files, "model*.safetensors*"))
         holds = f"weights ({weights[0]}) without a config.json" if weights else ""
-    except (OSError, ValueError):
+    elif (values := _values(config)) is None:
         holds = "a config.json that cannot be read"
     else:
-        model_type = values.get("model_type") if isinstance(values, dict) else None
+        model_type = values.get("model_type")
         other = f"a model of type {model_type!r}" if model_type else "a config.json that is no composition's"
         holds = "" if model_type == CalmConfig.model_type else other
     if holds:
         raise CheckpointError(
-            f"{name or os.fspath(directory)!r} holds {holds}, whose files a composition would be written over. Give "
-            "another place to save to."
+            f"{name!r} holds {holds}, whose files a composition would be written over. Give another place to save to."
         )
+
+
+def is_composition(config: bytes | None) -> bool:
+    """Whether a `config.json` is a composition's."""
+    return config is not None and (_values(config) or {}).get("model_type") == CalmConfig.model_type
+
+
+def _values(config: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(config)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) else {}
 
 
 def weights_bytes(state_dict: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> int:

@@ -74,7 +74,7 @@ class CompositionInputs:
         return input_ids
 
     def _check_cache(self, cache: CalmCache) -> None:
-        if cache.is_torn:
+        if cache.is_torn():
             raise CalmError(
                 "past_key_values were left by a pass that ended in the middle (an error, Ctrl-C): some models have "
                 "seen tokens there that others have not. Start without it, or reset() it."
@@ -82,7 +82,7 @@ class CompositionInputs:
         if self.training and self.is_gradient_checkpointing:
             raise CalmError(
                 "past_key_values and activation checkpointing: the backward pass would fill the cache a second time. "
-                "Leave it out."
+                "Leave it out; to generate, call model.eval() first, or generate(use_cache=False)."
             )
 
     def _check_tokens(self, input_ids: Tensor) -> None:
@@ -137,7 +137,9 @@ class CompositionInputs:
             )
 
     @staticmethod
-    def _check_mask_length(mask: Tensor | None, past: int, length: int) -> None:
+    def _check_mask_length(mask: Tensor | None, past: int | Tensor, length: int) -> None:
+        if isinstance(past, Tensor):  # of a static cache; on a GPU to look is to wait
+            past = 0 if is_tracing(past) or past.device.type != "cpu" else int(past)
         if mask is not None and mask.shape[1] < past + length:
             raise CalmError(
                 f"attention_mask has {mask.shape[1]} columns: expected {past + length}, {past} of the tokens in the "

@@ -174,18 +174,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def _standing_in(decoder: nn.Module, output: Any) -> Iterator[None]:
-    """Within this context a decoder computes nothing for this thread, and returns `output`."""
+    """Within this context a decoder computes nothing for this thread, and returns `output`; threads take turns."""
     with _one_stand_in:  # another thread's would be put back in the wrong order
         own, real = decoder.__dict__.get("forward"), decoder.forward  # accelerate puts one there
+        outer = _this_thread.stands_in
+        token = object()  # a function that refers to itself would keep the output until garbage is collected
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return output if _this_thread.stands_in is forward else real(*args, **kwargs)
+            return output if _this_thread.stands_in is token else real(*args, **kwargs)
 
-        decoder.forward, _this_thread.stands_in = forward, forward
+        decoder.forward, _this_thread.stands_in = forward, token
         try:
             yield
         finally:
-            _this_thread.stands_in = None
+            _this_thread.stands_in = outer
             del decoder.forward
             if own is not None:
                 decoder.forward = own

@@ -255,7 +255,7 @@ class CalmForCausalLM(
         if isinstance(past_length, int):
             packed = cache is None and attention_mask is None  # its documents' positions count, not the row's length
             self._check_length(past_length + length, position_ids if packed else None)
-            self._check_mask_length(attention_mask, past_length, length)
+        self._check_mask_length(attention_mask, past_length, length)
         if self._is_stateful and length > 1 and past_length > 0:
             raise CalmError(
                 f"{length} new tokens after {int(past_length)} in the cache: a recurrent base can take one at a time "
@@ -273,7 +273,7 @@ class CalmForCausalLM(
             input_ids.device,
         )
         if cache is not None:
-            cache.is_torn = True  # the augmenting models' part would be ahead of the others after an error
+            cache.is_being_written = True  # an error would leave the augmenting models' part ahead of the others
         if augmenting_outputs is None:
             augmenting_outputs = self._run_augmenting(input_ids, attention_mask, position_ids, cache)
         cross = cache.cross if cache is not None else None
@@ -300,7 +300,7 @@ class CalmForCausalLM(
         finally:
             _thread.running = None
         if cache is not None:
-            cache.is_torn = False
+            cache.is_being_written = False
         return CausalLMOutputWithPast(
             loss=outputs.get("loss"),
             logits=outputs.get("logits"),

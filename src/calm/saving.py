@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -248,19 +249,20 @@ def _upload(
     files = checkpoint.uploads(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if not create_pr and api.file_exists(repo_id, "config.json", revision=revision):
-        config = api.hf_hub_download(repo_id, "config.json", revision=revision)
-        checkpoint.refuse_other_model(os.path.dirname(config), name=repo_id)
-    if revision is not None and not revision.startswith("refs/pr") and not create_pr:  # a commit makes no branch
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    there = api.list_repo_files(repo_id, revision=revision)
+    there, config = _on_the_hub(api, repo_id, revision)
+    if not create_pr:
+        checkpoint.refuse_other_files(repo_id, config, there)
+        if revision is not None and not revision.startswith("refs/pr"):  # a commit makes no branch
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            there, config = _on_the_hub(api, repo_id, revision)  # a new one begins with the files of main
     if "README.md" in there:
         card = api.hf_hub_download(repo_id, "README.md", revision=revision)
         if not checkpoint.wrote_card(card):
             del files["README.md"]
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     operations += [CommitOperationAdd(name, file) for name, file in files.items()]
-    operations += [CommitOperationDelete(name) for name in checkpoint.stale_weights(there, files)]
+    if checkpoint.is_composition(config):  # never another model's, in a new branch or a pull request
+        operations += [CommitOperationDelete(name) for name in checkpoint.stale_weights(there, files)]
     return api.create_commit(
         repo_id,
         operations,
@@ -268,3 +270,15 @@ def _upload(
         create_pr=create_pr,
         commit_message=commit_message,
     )
+
+
+def _on_the_hub(api: HfApi, repo_id: str, revision: str | None) -> tuple[list[str], bytes | None]:
+    """The names of a repository's files, and its `config.json`; none where the branch is not there yet."""
+    try:
+        there = api.list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return [], None
+    if "config.json" not in there:
+        return there, None
+    with open(api.hf_hub_download(repo_id, "config.json", revision=revision), "rb") as file:
+        return there, file.read()

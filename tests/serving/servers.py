@@ -41,7 +41,7 @@ def serving(composed: Path, **options: Any) -> Iterator[Served]:
     tokenizer = load_tokenizer(composed)
     tokenizer.padding_side = "left"
     app = build(own, tokenizer, NAME, **options)
-    bound = bind(options.get("host", "127.0.0.1"), 0)
+    bound = bind(options.get("host", "127.0.0.1"), 0, 600)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     url = url_of(bound)

@@ -103,7 +103,7 @@ def behind(monkeypatch: pytest.MonkeyPatch, limits: Limits | None, together: int
     app.state.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=together))
     app.add_middleware(limiting.Limiting)
     app.add_api_route("/v1/completions", application.answer, methods=["POST"])
-    bound = bind("127.0.0.1", 0)
+    bound = bind("127.0.0.1", 0, 600)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

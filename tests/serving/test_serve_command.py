@@ -98,7 +98,7 @@ def test_a_key_that_no_header_can_hold_is_refused(key: str):
 
 
 def test_version_6_of_the_internet_too():
-    with suppress(CalmError), bind("::1", 0) as bound:  # nothing to see where there is none
+    with suppress(CalmError), bind("::1", 0, 600) as bound:  # nothing to see where there is none
         assert url_of(bound).startswith("http://[::1]:")
 
 
@@ -110,7 +110,7 @@ def test_a_connection_accepted_at_the_end_does_not_hold_it_up(kind: type[uvicorn
         raise AssertionError("no request was sent")
 
     async def still_connected(turns: int) -> int:
-        bound = bind("127.0.0.1", 0)
+        bound = bind("127.0.0.1", 0, 600)
         server = kind(uvicorn.Config(application, lifespan="off", log_config=None, timeout_graceful_shutdown=2))
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)

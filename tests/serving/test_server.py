@@ -7,6 +7,8 @@ import json
 import logging
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +21,14 @@ import httpx2
 import openai
 import pytest
 import torch
+import uvicorn
 from factories import assert_same, patched
 from openai import OpenAI
 from servers import NAME, Served, held, serving, until
 from transformers import PreTrainedTokenizerBase
 
 import calm
-from calm.serving import app
+from calm.serving import server
 from calm.serving.app import build
 from calm.serving.limits import Limits
 
@@ -544,27 +547,30 @@ def test_a_client_that_goes_stops_its_generation(served: Served, stream: bool):
     assert metric(served, "calm_generated_tokens_total") - before <= 4
 
 
-def test_a_client_that_takes_nothing_is_cut_off_when_its_time_is_over(served: Served):
-    """What is sent to it waits for it, where nobody looks at the time."""
-    asked = json.dumps(GREEDY | {"prompt": "x", "max_tokens": 5, "stream": True}).encode()
-    arriving = [{"type": "http.request", "body": asked}]
-    sent = []
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such option")
+def test_a_client_that_takes_nothing_loses_its_connection(monkeypatch: pytest.MonkeyPatch):
+    """The server cannot close it before all is sent, and would wait for that at its end, too."""
+    monkeypatch.setattr(server, "SECONDS_TO_READ", 0.5)
 
-    async def receive() -> dict[str, Any]:
-        return arriving.pop() if arriving else await asyncio.get_running_loop().create_future()
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while (await asyncio.wait({asyncio.ensure_future(receive())}, timeout=0.01)) and not gone.is_set():
+            await send({"type": "http.response.body", "body": bytes(1 << 16), "more_body": True})
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message["type"])
-        if message["type"] == "http.response.body":
-            await asyncio.get_running_loop().create_future()
-
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-    scope |= {"asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http", "state": {}}
-    short = replace(served.engine.limits, seconds=0.5)
-    with patched(served.engine, limits=short), patched(app, SECONDS_TO_READ=0.1):
-        asyncio.run(asyncio.wait_for(served.server.config.app(scope, receive, send), 60))
-    assert sent == ["http.response.start", "http.response.body"]
+    gone = threading.Event()
+    bound = server.bind("127.0.0.1", 0, 0.5)
+    running = uvicorn.Server(uvicorn.Config(endless, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    until(lambda: running.started)
+    with socket.create_connection(bound.getsockname()) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        until(lambda: running.server_state.connections)
+        until(lambda: not running.server_state.connections)  # and nothing was read
+    gone.set()
+    running.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_without_a_chat_template_chat_says_what_to_do(composed: Path, client: OpenAI):

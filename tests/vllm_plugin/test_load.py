@@ -54,7 +54,7 @@ def serving(answering: Answering) -> Iterator[str]:
     app = FastAPI()
     app.add_route("/v1/completions", answering.answer, methods=["POST"])
     app.add_route("/v1/models", lambda request: JSONResponse({}, 401))
-    bound = bind("127.0.0.1", 0)
+    bound = bind("127.0.0.1", 0, 600)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

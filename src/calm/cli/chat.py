@@ -78,7 +78,7 @@ def chat(
                         streamer=streamer,
                     )
             except CalmError as error:  # a conversation that no longer fits is not lost
-                console.print(f"{error} (/reset forgets the conversation)", style="red", markup=False)
+                console.print(f"{error} (/reset forgets the conversation)", style="red", markup=False, emoji=False)
                 messages = messages[:-1]
                 continue
             answer = tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

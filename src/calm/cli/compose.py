@@ -55,7 +55,7 @@ def compose(
             )
         )
         return
-    console = Console(soft_wrap=True, markup=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     for name, augmenting_layer, anchor_layer in layers:
         console.print(f"{name} layer {augmenting_layer} -> anchor layer {anchor_layer}")
     console.print(f"{trainable:,} composition parameters of {total:,} in all, saved to {out}")

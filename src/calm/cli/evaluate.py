@@ -64,7 +64,7 @@ def evaluate(
             settings={"model": model, "part": part},
         )
     # printed first: should the disk be full by now, the numbers are there
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
     else:

@@ -51,7 +51,7 @@ def inspect(
     if as_json:
         print(json.dumps(reports))
         return
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for one in reports:
         table = Table("connection", "adds", "entropy", "moves when off", "KL", box=None, padding=(0, 2, 0, 0))
         for row in one["connections"]:
@@ -94,7 +94,7 @@ def _show_files(model: str, as_json: bool) -> None:
     table.add_row("composition parameters", f"{summary['composition_parameters']:,}")
     for field, value in (summary["training"] or {}).items():
         table.add_row(f"training: {field.replace('_', ' ')}", str(value))
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def _read_result(log: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def playground(
     app.check_address(host, port, auth)
     page = app.Page(load_company(model, anchor, augmenting, dtype, device)).build()
     Console(highlight=False, soft_wrap=True).print(
-        f"http://{in_url(host)}:{port} shows {model}; Ctrl-C ends it", markup=False
+        f"http://{in_url(host)}:{port} shows {model}; Ctrl-C ends it", markup=False, emoji=False
     )
     app.serve(page, host, port, auth)
 

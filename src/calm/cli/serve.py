@@ -77,7 +77,7 @@ def serve(
     config = checkpoint.read_config(model)
     name = name or default_name(model)
     limits = Limits(batch_size or Limits.batch_size, queue, max_tokens, body_size, timeout)
-    bound = server.bind(host, port)
+    bound = server.bind(host, port, timeout)
     if engine == "vllm":
         port = bound.getsockname()[1]
         bound.close()
@@ -92,7 +92,9 @@ def serve(
     app = build(composed, tokenizer, name, host=host, api_key=api_key, limits=limits, log_prompts=log_prompts)
     key = "with an API key" if api_key is not None else "without an API key, for this machine only"
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"{name} on {server.url_of(bound)}/v1, {key}; Ctrl-C finishes what runs and ends", markup=False)
+    console.print(
+        f"{name} on {server.url_of(bound)}/v1, {key}; Ctrl-C finishes what runs and ends", markup=False, emoji=False
+    )
     server.run(app, bound, timeout)
 
 

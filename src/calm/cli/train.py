@@ -41,7 +41,7 @@ def train(
     if as_json:
         print(json.dumps(asdict(result)))
         return
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     ended = "stopped early" if result.stopped_early else "done"
     console.print(
         f"{ended} after {result.steps} steps, {result.seconds:.0f} s; the model of step {result.best_step} is in"

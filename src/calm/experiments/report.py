@@ -331,13 +331,15 @@ def _changed(results: Results) -> list[str]:
         return []
     now = dict(_settings(json.loads(json.dumps(dataclasses.asdict(presets[results.preset])))))
     then = dict(_settings(json.loads(json.dumps(results.settings))))
+    # of rates that a search found the preset may have others by now, or more; those that were taken from it are its own
+    now = {name: value for name, value in now.items() if not name.startswith("rates.") or name in then}
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 
 def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values, but of what a command chooses or searches for, and of figures of the data."""
+    """Names and values, but of what a command chooses and of figures of the data."""
     for name, value in tree.items():
-        if f"{above}{name}" in ("seeds", "languages", "rates", "data_made", "data.allow_code_execution"):
+        if f"{above}{name}" in ("seeds", "languages", "data_made", "data.allow_code_execution"):
             continue
         if isinstance(value, dict):
             yield from _settings(value, f"{above}{name}.")

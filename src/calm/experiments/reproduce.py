@@ -6,7 +6,7 @@ import importlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from rich.console import Console
 
@@ -81,10 +81,11 @@ def reproduce(
         raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
     if languages and domain not in HAVE_LANGUAGES:
         raise CalmError(f"languages={tuple(languages)}: {domain} has none; {' and '.join(HAVE_LANGUAGES)} have.")
-    if search and not (domain in MAY_KNOW_RATES and module.PRESETS[preset].rates):
+    if search and not _knows_rates(domain, module.PRESETS[preset], languages):
+        of_what = f" of {', '.join(languages)}" if languages else ""
         raise CalmError(
-            f"search=True: the preset {preset} of {domain} has no learning rates from an earlier search and searches "
-            "anyway; leave it out."
+            f"search=True: the preset {preset} of {domain} has no learning rates{of_what} from an earlier search and "
+            "searches anyway; leave it out."
         )
     asked = Asked(
         seeds=tuple(dict.fromkeys(seeds)) if seeds else None,
@@ -110,5 +111,13 @@ def reproduce(
         written = write_report(Path(results_dir))
     print_results(console, results)
     for file in (path, *drawn, written):
-        console.print(str(file), markup=False, soft_wrap=True)
+        console.print(str(file), markup=False, emoji=False, soft_wrap=True)
     return path
+
+
+def _knows_rates(domain: Domain, preset: Any, languages: Sequence[str] | None) -> bool:
+    if domain not in MAY_KNOW_RATES:
+        return False
+    if domain not in HAVE_LANGUAGES:
+        return bool(preset.rates)
+    return any(language in preset.rates for language in languages or preset.languages)

@@ -26,7 +26,7 @@ def print_results(console: Console, results: Results) -> None:
             shown.add_row(label(name), f"{training.trainable_parameters:,}", rate, str(training.steps), minutes)
         console.print(shown)
     for note in results.notes:
-        console.print(note, style="dim", markup=False)
+        console.print(note, style="dim", markup=False, emoji=False)
 
 
 def sections(results: Results) -> dict[str, Mapping[str, Mapping[str, Cell]]]:

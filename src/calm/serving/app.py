@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from anyio import move_on_after
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
@@ -36,8 +35,6 @@ from calm.serving.names import Names
 from calm.serving.observing import Observe
 from calm.serving.requests import ChatRequest, CompletionRequest
 
-SECONDS_TO_READ = 30.0
-"""How long a client may go on taking an answer when the request's own time is over."""
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # FastAPI's words for one
 
 
@@ -167,10 +164,7 @@ def build(
 
 
 class _Events(StreamingResponse):
-    """An answer as server-sent events; when the client goes, what it asked for is no longer generated.
-
-    A client that has not taken the answer some time after its own time is over is cut off.
-    """
+    """An answer as server-sent events; when the client goes, what it asked for is no longer generated."""
 
     def __init__(self, generating: Generating) -> None:
         self._generating = generating
@@ -178,9 +172,7 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # a client that does not read keeps what is sent waiting, where no other limit is looked at
-            with move_on_after(max(self._generating.seconds_left, 0) + SECONDS_TO_READ):
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             self._generating.end()
 

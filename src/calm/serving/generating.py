@@ -124,11 +124,6 @@ class Generating:
             watching.cancel()
             self.end()
 
-    @property
-    def seconds_left(self) -> float:
-        """Of the request's time; below zero when it is over."""
-        return self._arrived + self._engine.limits.seconds - time.monotonic()
-
     def end(self) -> None:
         """Cancel what still runs, since nobody takes it, and log."""
         for row in self._rows:
@@ -152,12 +147,14 @@ class Generating:
 
     async def _arriving(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces until every row has ended."""
+        limits = self._engine.limits
         first = True
         while not self.answer.complete:
+            left = self._arrived + limits.seconds - time.monotonic()
             try:
-                index, piece = await asyncio.wait_for(self._pieces.get(), self.seconds_left)
+                index, piece = await asyncio.wait_for(self._pieces.get(), left)
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                raise self._engine.limits.out_of_time() from None
+                raise limits.out_of_time() from None
             if isinstance(piece, _ClientGone):
                 raise APIError(499, "the client has gone")
             if isinstance(piece, Exception):

@@ -186,9 +186,9 @@ class ChatRequest(_Request):
     logprobs: bool | None = Field(False, description="Report the log-probability of each token.")
     top_logprobs: Int | None = Field(None, ge=0, le=20, description="Alternatives beside it; needs logprobs.")
     response_format: Annotated[TextFormat | None, _only('{"type": "text"}')] = Field(None, description=NothingOnly)
-    modalities: Annotated[Annotated[list[Literal["text"]], Field(max_length=1)] | None, _only('["text"]')] = Field(
-        None, description=NothingOnly
-    )
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None, _only('["text"]')
+    ] = Field(None, description=NothingOnly)
     tools: EmptyList = Field(None, description=NothingOnly)
     tool_choice: Annotated[Literal["none"] | None, _only('"none"')] = Field(None, description=NothingOnly)
     parallel_tool_calls: bool | None = Field(None, description="Of no effect: there are no tools.")

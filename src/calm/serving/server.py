@@ -33,8 +33,20 @@ def check_access(host: str, api_key: str | None) -> None:
         )
 
 
-def bind(host: str, port: int) -> socket.socket:
+SECONDS_TO_READ = 30.0
+"""How long a client may take nothing of what it is sent, when the time of a request is over."""
+
+
+def bind(host: str, port: int, seconds: float) -> socket.socket:
     """Take the port, before anything long starts; nobody can connect until the server listens.
+
+    On Linux, a client that takes nothing of what it is sent for longer than a request may last loses its connection:
+    what waits for it would wait for ever, and hold up the server's end.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on, 0 for any free one.
+        seconds: How long a request may last.
 
     Raises:
         CalmError: If it cannot be had.
@@ -45,6 +57,9 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":
+            patience = min(int(1000 * (seconds + SECONDS_TO_READ)), 2**31 - 1)  # milliseconds
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
         try:
             bound.bind(address)
         except OSError:

@@ -199,6 +199,18 @@ def test_a_data_set_whose_rates_are_known_is_not_searched_and_another_one_is(dat
     assert [len(one["searched"]) for one in (*trained["one"], *trained["other"])] == [0, 0, len(WEIGHTS), 0]
 
 
+def test_known_rates_take_what_a_search_left(finished, data, settings, tmp_path):
+    """Also where only the steps were brought from another machine, without the models."""
+    folder, outcomes, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    some = dataclasses.replace(settings, methods=("composed", "mixed_logits"))
+    rates = {method: outcomes[method]["training"]["learning_rate"] for method in some.methods}
+    shutil.rmtree(tmp_path / f"seed-0/cell/composed/{rates['composed']:g}")
+    shown = io.StringIO()
+    assert run_cell(data, some, 0, tmp_path, Console(file=shown), rates) == {m: outcomes[m] for m in some.methods}
+    assert shown.getvalue() == ""
+
+
 def test_lora_needs_no_m_a_where_m_a_is_trained_here(data, settings, tmp_path):
     """Of m_A it takes the number of a composition's parameters, which the vanilla one has as well."""
     alone = dataclasses.replace(settings, methods=("lora",))

@@ -14,7 +14,7 @@ from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
 from calm.experiments.methods.run import parameters_of, run, seconds_of
-from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings, about_rates
+from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import Asked, Results, made_here
 
 
@@ -160,8 +160,7 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
-            *preset.methods.notes(),
-            *([about_rates([""])] if known else []),
+            *preset.methods.notes(("",) if known else ()),
             f"m_B answers with three examples before the question, of {shown}, HumanEval excepted, "
             f"{' and '.join(where for method, where in _WITH_EXAMPLES.items() if method in preset.methods.methods)}; "
             "every other method without.",

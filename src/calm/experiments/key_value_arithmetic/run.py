@@ -104,24 +104,28 @@ def main(preset: str = "demo", seed: int = 0, output_dir: str | os.PathLike[str]
 
 def _show(console: Console, content: dict[str, Any], results: dict[str, StageResult], out: Path) -> None:
     report.print_table(console, content["table"])
-    console.print(f"{content['seconds']:.0f} s. {out / 'results.json'} holds the table.", markup=False)
+    console.print(f"{content['seconds']:.0f} s. {out / 'results.json'} holds the table.", markup=False, emoji=False)
     try:
         report.save_plot(out / "table.png", content["table"])
-        console.print(f"{out / 'table.png'} shows it.", markup=False)
+        console.print(f"{out / 'table.png'} shows it.", markup=False, emoji=False)
     except ImportError:
-        console.print("No plot was drawn: matplotlib is not installed (pip install 'calm-lm[train]')", markup=False)
+        console.print(
+            "No plot was drawn: matplotlib is not installed (pip install 'calm-lm[train]')", markup=False, emoji=False
+        )
     shown = report.example(results)
     if shown is None:
         return
     prompt, answers = shown
     console.print("\nWhat neither can, both can:", style="bold")
     for name, text in answers.items():
-        console.print(f"{name:>10}: {prompt} {text}", style="green" if name == "composed" else "red", markup=False)
+        console.print(
+            f"{name:>10}: {prompt} {text}", style="green" if name == "composed" else "red", markup=False, emoji=False
+        )
     try_it = (
         f"\nTry it: calm chat {out / 'composed'}\nand type, for example: {prompt}\n"
         f"On a page: calm playground {out / 'composed'} (needs pip install 'calm-lm[serve]')"
     )
-    console.print(try_it, markup=False, soft_wrap=True)
+    console.print(try_it, markup=False, emoji=False, soft_wrap=True)
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from rich.console import Console
 from calm.experiments.methods import table
 from calm.experiments.methods.examples import Data
 from calm.experiments.methods.run import parameters_of, run, seconds_of
-from calm.experiments.methods.settings import Settings, about_rates
+from calm.experiments.methods.settings import Settings
 from calm.experiments.results import Asked, Results, made_here
 
 DataSettings = TypeVar("DataSettings")
@@ -77,7 +77,7 @@ def results_of(
         settings={**settings, "data_made": {language: made for language, (_, made) in prepared.items()}},
         seeds=seeds,
         parameters=parameters_of(folder, seeds[0], languages[0]),
-        notes=(*notes, *preset.methods.notes(), *([about_rates(known)] if known else [])),
+        notes=(*notes, *preset.methods.notes(tuple(known))),
         seconds=seconds_of(folder, seeds, languages),
         **table.together(fields),
         **made_here(),

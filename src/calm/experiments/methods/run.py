@@ -276,6 +276,8 @@ class _Run:
             depends_on += [self.bases]
         if method == "mixed_logits":
             chosen = self.rates[method] if self.rates is not None else None
+            if chosen is not None and self._searched_before(method, chosen):
+                chosen = None  # as what is kept was asked for
             depends_on += [chosen, WEIGHTS, self.asked_in_search]
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
@@ -306,7 +308,7 @@ class _Run:
         if self.rates is not None:
             rate = self.rates[method]
             if math.isfinite(self._trained(method, rate, depends_on)["nll"]):
-                return rate, {}
+                return rate, self._searched_before(method, rate)
             self.console.print(f"{method} searches for a learning rate of its own with seed {self.seed}")
         kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
         candidates = self.settings.learning_rates[kind]
@@ -325,6 +327,11 @@ class _Run:
             if len(rates) == len(searched) < len(candidates) + BEYOND and (beyond := _beyond(searched)) is not None:
                 rates.append(beyond)
         return best, {f"{rate:g}": worth for rate, (worth, _) in sorted(searched.items()) if math.isfinite(worth)}
+
+    def _searched_before(self, method: str, rate: float) -> dict[str, float]:
+        """What a search in this folder found the rate with: the method's outcome is kept with it."""
+        kept = read_json(self._path(method), {}).get("result", {}).get("training", {})
+        return dict(kept.get("searched", {})) if kept.get("learning_rate") == rate else {}
 
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
         """Train with one learning rate. The model lies in the folder of that name beside what is returned."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,18 +111,31 @@ class Settings:
         """How many texts of the anchor's own come with so many examples of `D_C`, in all of their copies."""
         return round(self.copies(examples) * examples * self.rehearsal / (1 - self.rehearsal))
 
-    def notes(self) -> list[str]:
-        """Notes for results: what its methods' trainings have in common or not."""
+    def notes(self, known: Sequence[str] = ()) -> list[str]:
+        """Notes for results: what its methods' trainings have in common or not.
+
+        Args:
+            known: the data sets that were not searched for (the only one's name may be empty): an earlier run had done
+                so.
+        """
         notes = ["Minutes are those of the training whose model was taken, without the search."]
         notes += [self._about_vanilla()] if self.general and isinstance(self.specialist, Fit) else []
         notes += [self._about_rehearsal()] if self.rehearsal else []
         if "encoder_m_A" in self.methods:
             notes.append("m_A as an encoder sees one token of the plain texts whose perplexity is measured.")
+        seed = "one seed" if known else "the first seed"
         notes.append(
             "Learning rates, and the weight of m_A in a mixture, are those whose answers to the development examples "
-            "are best with the first seed, in the mean of the rows' metrics; of rates with equal answers the likelier."
+            f"are best with {seed}, in the mean of the rows' metrics; of rates with equal answers the likelier."
+            + (self._about_known(known) if known else "")
         )
         return notes + ([self._about_all()] if "full_on_all" in self.methods else [])
+
+    @staticmethod
+    def _about_known(known: Sequence[str]) -> str:
+        names = ", ".join(filter(None, known))
+        where = f", for {names}," if names else ""
+        return f" The search was an earlier run's{where} and the preset has what it found."
 
     def _about_vanilla(self) -> str:
         general, own = self.general, self.specialist
@@ -153,10 +166,3 @@ class Settings:
             f"m_B fine-tuned on all of m_A's data takes {self.steps_on_all:,} steps of {self.rows} examples, every "
             f"other method {self.steps:,}; {of_own}."
         )
-
-
-def about_rates(known: Iterable[str]) -> str:
-    """A note for results: for which data sets rates were not searched for (one without a name is the only one)."""
-    names = ", ".join(filter(None, known))
-    where = f", for {names}," if names else ""
-    return f"The search for learning rates was an earlier run's{where} and the preset has what it found."
