@@ -275,10 +275,10 @@ class _Run:
         if method in ("m_A", "mixed_logits", "pipeline"):
             depends_on += [self.bases]
         if method == "mixed_logits":
-            chosen = self.rates[method] if self.rates is not None else None
-            if chosen is not None and self._searched_before(method, chosen):
-                chosen = None  # as what is kept was asked for
-            depends_on += [chosen, WEIGHTS, self.asked_in_search]
+            asked_for, weight = [WEIGHTS, self.asked_in_search], self.rates[method] if self.rates is not None else None
+            if weight is not None and self._found_before(method, weight, [*depends_on, None, *asked_for, self.asked]):
+                weight = None  # what is kept was searched for
+            depends_on += [weight, *asked_for]
         return self._once(path, [*depends_on, self.asked], lambda: self._untrained(method))
 
     def _untrained(self, method: str) -> Outcome:
@@ -308,7 +308,9 @@ class _Run:
         if self.rates is not None:
             rate = self.rates[method]
             if math.isfinite(self._trained(method, rate, depends_on)["nll"]):
-                return rate, self._searched_before(method, rate)
+                tried = read_json(self._path(method), {}).get("result", {}).get("training", {}).get("searched", {})
+                is_kept = self._found_before(method, rate, [*depends_on, rate, tried, self.asked])
+                return rate, tried if is_kept else {}
             self.console.print(f"{method} searches for a learning rate of its own with seed {self.seed}")
         kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
         candidates = self.settings.learning_rates[kind]
@@ -328,10 +330,12 @@ class _Run:
                 rates.append(beyond)
         return best, {f"{rate:g}": worth for rate, (worth, _) in sorted(searched.items()) if math.isfinite(worth)}
 
-    def _searched_before(self, method: str, rate: float) -> dict[str, float]:
-        """What a search in this folder found the rate with: the method's outcome is kept with it."""
-        kept = read_json(self._path(method), {}).get("result", {}).get("training", {})
-        return dict(kept.get("searched", {})) if kept.get("learning_rate") == rate else {}
+    def _found_before(self, method: str, rate: float, settings: Any) -> bool:
+        """Whether the outcome that is kept has these settings, those of a search, and this rate, which it found."""
+        kept = read_json(self._path(method), {})
+        return bool(
+            kept.get("fingerprint") == fingerprint(settings) and kept["result"]["training"]["learning_rate"] == rate
+        )
 
     def _trained(self, method: str, rate: float, depends_on: Sequence[Any]) -> Outcome:
         """Train with one learning rate. The model lies in the folder of that name beside what is returned."""
