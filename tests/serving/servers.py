@@ -20,6 +20,8 @@ from calm.serving.engine import Engine
 from calm.serving.server import bind, url_of
 
 NAME = "tiny"
+CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
 
 
 @dataclass
