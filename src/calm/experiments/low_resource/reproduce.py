@@ -42,6 +42,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "random_m_A", "lora", "mixed_logits", "pipeline"),
         ),
         rates={
+            "cy": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=1e-3, mixed_logits=0.9),
             "xh": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
             "om": dict(composed=3e-4, vanilla_m_A=3e-4, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
             "fr": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.7),
