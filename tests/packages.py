@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polib
+
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnoprstuvw", k=5 + i % 4)) for i in range(900)]
 """Invented, and unlike one another."""
 
@@ -69,6 +71,35 @@ def write_dictionary(folder: Path, code: str = "xyz", lines: Sequence[str] = ())
     place.mkdir(parents=True)
     with gzip.open(place / f"freedict-{code}-eng.dict.dz", "wt", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def write_catalogue(folder: Path) -> None:
+    """LibreOffice's Xhosa messages as an unpacked package, with near-duplicates and what is left out among them."""
+    rng = random.Random(0)
+    catalogue = polib.POFile()
+    for number in range(300):
+        text = " ".join(rng.sample(WORDS, 4)).capitalize()
+        # every fifth has a twin that differs in little
+        for variant in (text, text.replace(" ", ", ")[:-1]) if number % 5 == 0 else (text,):
+            catalogue.append(polib.POEntry(msgid=variant, msgstr=variant[::-1].lower(), msgctxt="menu"))
+    for number in range(30):  # one template
+        text = f"Error {number}: the printer does not answer any more"
+        catalogue.append(polib.POEntry(msgid=text, msgstr=text[::-1]))
+    for english_text, translation in (
+        ("~Undo the ruler", "Umgca ~wokubuyisela"),
+        ("Untranslated here", ""),
+        ("LibreOffice Writer", "LibreOffice Writer"),
+        ("<b>Bold</b> words here", "<b>amagama</b> apha"),
+        ("%1 / $(ARG1)", "$(ARG1) / %1"),
+        ("word " * 20, "igama " * 20),
+        ("Sum the cells", "Iiseli"),
+        ("Sum the Cells!", "Iiseli ezi"),
+    ):
+        catalogue.append(polib.POEntry(msgid=english_text, msgstr=translation))
+    place = folder / "libreoffice-l10n-xh/usr/lib/libreoffice/program/resource/xh/LC_MESSAGES"
+    place.mkdir(parents=True)
+    catalogue.save_as_mofile(str(place / "sw.mo"))
+    (folder / "libreoffice-l10n-xh/VERSION").write_text("1:2.3")
 
 
 def write_data_set(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], config: str | None) -> None:

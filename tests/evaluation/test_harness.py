@@ -221,7 +221,7 @@ def test_unknown_tasks_name_those_near():
 def test_standard_tasks_need_the_hub_for_their_data_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     manager = TaskManager()
-    for name in ("humaneval", "mbpp", "gsm8k", "mgsm_direct", "code2text"):
+    for name in ("humaneval", "mbpp", "gsm8k", "mgsm_direct", "code2text", "flores_xho_Latn-eng_Latn_prompt_1"):
         expected = rf"data of the task '{name}' cannot be loaded: Couldn't reach '.*' on the Hub"
         with limited_code_eval(), pytest.raises(CalmError, match=expected):
             _load(manager, name)

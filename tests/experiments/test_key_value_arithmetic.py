@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import calm
 from calm.attention import Connection
 from calm.experiments.key_value_arithmetic import baselines, bases, evaluate, recipe, reproduce, run, stages, workers
-from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection
+from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection, markdown
 from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.lines import Line, encode
 from calm.experiments.key_value_arithmetic.stages import STAGES
@@ -73,6 +74,16 @@ def test_exact_match_is_of_the_full_answer(task, tokenizer, monkeypatch):
     answers = evaluate.evaluate(None, tokenizer, task, 20, 0)
     assert evaluate.percent_right(evaluate.flags_of(answers["KV-MATH"])) == 75.0
     assert evaluate.percent_right(evaluate.flags_of(answers["NUM-MATH"])) == 75.0
+
+
+def test_of_the_restated_values_only_the_first_part_of_an_answer_counts(task, tokenizer, monkeypatch):
+    """KV-MATH has the same prompt where answers restate: what solves on is no wrong KV-SUBS, other values are."""
+    right = dict(task.examples("KV-SUBS", task.held_out_keys, 4, 0))
+    written = [f"{answer} = 7" for answer in right.values()]
+    written[-1] = f"0 + {written[-1]}"
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, prompts, length: written)
+    answers = evaluate.evaluate(None, tokenizer, task, 4, 0, ("KV-SUBS",))
+    assert evaluate.flags_of(answers["KV-SUBS"]) == "1110"
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -291,23 +302,52 @@ def test_variants_decode_with_a_cache_as_without(finished, position):
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-5, rtol=1e-4)
 
 
+def test_every_point_of_a_curve_is_asked_for_the_same_keys_that_none_was_trained_on(tmp_path, monkeypatch):
+    trained_on, asked_for = set(), []
+
+    def compose(anchor, augmenting, task, *_):
+        trained_on.update(task.composition_keys)
+        return SimpleNamespace(model=SimpleNamespace(save_pretrained=lambda folder: None))
+
+    monkeypatch.setattr(stages, "compose_and_train", compose)
+    monkeypatch.setattr(stages, "end", lambda folder, identity, trained, clock, task, *_, **__: asked_for.append(task))
+    for stage in stages.CURVES:
+        if stage.varied and stage.varied[0] != "augmenting_steps":  # these train an m_A first
+            stages.run_stage(stage, recipe.PRESETS["tiny"], 0, tmp_path, lambda *_: None)
+    keys = {task.held_out_keys for task in asked_for}
+    assert len(asked_for) > 4 and len(keys) == 1
+    assert not trained_on & set(*keys) and len(*keys) == 16
+
+
+def test_the_table_of_variants_has_the_seeds_that_were_asked_for():
+    rows = [
+        {"variant": name, "seed": seed, "accuracy": {"KV-MATH": percent}}
+        for name, seed, percent in (("open", 0, 10.0), ("open", 3, 90.0), ("closed", 0, 30.0))
+    ]
+    assert markdown(rows, [3]).splitlines()[2:] == ["| open | 90.0 | 90.0 |"]
+    assert markdown(rows, [0, 3]).splitlines()[2:] == ["| open | 50.0 | 10.0 | 90.0 |", "| closed | 30.0 | 30.0 |  |"]
+
+
 # -- the presets that need a GPU ---------------------------------------------------------------------------------------
 
 
-def test_the_gpu_preset_at_toy_size(tmp_path, monkeypatch):
-    """Everything of it but its size and its device."""
-    whole, tiny = recipe.PRESETS["gpu"], recipe.PRESETS["tiny"]
+@pytest.mark.parametrize(
+    ("name", "values"), [("gpu", (1, 999)), pytest.param("paper", (1, 80), marks=pytest.mark.slow)]
+)
+def test_the_presets_of_a_gpu_at_toy_size(name, values, tmp_path, monkeypatch):
+    """Everything of them but their size, their device, most baselines and the curves, which `tiny` has."""
+    whole, tiny = recipe.PRESETS[name], recipe.PRESETS["tiny"]
     toy = dataclasses.replace(
         tiny,
-        data=dataclasses.replace(whole.data, keys=80, values=(1, 999), syllables=20),
+        data=dataclasses.replace(whole.data, keys=80, values=values, syllables=20),
         with_unknowns=whole.with_unknowns,
         hardware=dataclasses.replace(whole.hardware, device="cpu", loaders=1),
     )
-    monkeypatch.setitem(recipe.PRESETS, "gpu", toy)
+    monkeypatch.setitem(recipe.PRESETS, name, toy)
     monkeypatch.setattr(reproduce, "BASELINES", reproduce.BASELINES[-1:])
     monkeypatch.setattr(reproduce, "CURVES", ())
     monkeypatch.setattr(reproduce, "_curves", lambda finished, recipe: {})
-    results = reproduce.reproduce("gpu", Asked((0,)), tmp_path, Console(quiet=True))
+    results = reproduce.reproduce(name, Asked((0,)), tmp_path, Console(quiet=True))
     assert set(results.table) == set(TASKS) and {"composed", "mixed_logits"} <= set(results.table["KV-MATH"])
     asked = results.examples["KV-MATH"][0]
     assert asked["reference"].lstrip("-").isdigit()

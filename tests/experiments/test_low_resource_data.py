@@ -7,7 +7,7 @@ import shutil
 
 import polib
 import pytest
-from packages import WORDS, write_books
+from packages import write_books, write_catalogue
 
 from calm.data import load_tokenizer
 from calm.errors import CalmError
@@ -24,31 +24,7 @@ SETTINGS = DataSettings(composition_share=0.1, development=10, test=40)
 def folder(tmp_path_factory):
     """Unpacked packages, as a user would put them there by hand: Xhosa messages and the three books."""
     folder = tmp_path_factory.mktemp("packages")
-    rng = random.Random(0)
-    catalogue = polib.POFile()
-    for number in range(300):
-        text = " ".join(rng.sample(WORDS, 4)).capitalize()
-        # every fifth has a twin that differs in little
-        for variant in (text, text.replace(" ", ", ")[:-1]) if number % 5 == 0 else (text,):
-            catalogue.append(polib.POEntry(msgid=variant, msgstr=variant[::-1].lower(), msgctxt="menu"))
-    for number in range(30):  # one template
-        text = f"Error {number}: the printer does not answer any more"
-        catalogue.append(polib.POEntry(msgid=text, msgstr=text[::-1]))
-    for english_text, translation in (
-        ("~Undo the ruler", "Umgca ~wokubuyisela"),
-        ("Untranslated here", ""),
-        ("LibreOffice Writer", "LibreOffice Writer"),
-        ("<b>Bold</b> words here", "<b>amagama</b> apha"),
-        ("%1 / $(ARG1)", "$(ARG1) / %1"),
-        ("word " * 20, "igama " * 20),
-        ("Sum the cells", "Iiseli"),
-        ("Sum the Cells!", "Iiseli ezi"),
-    ):
-        catalogue.append(polib.POEntry(msgid=english_text, msgstr=translation))
-    place = folder / "libreoffice-l10n-xh/usr/lib/libreoffice/program/resource/xh/LC_MESSAGES"
-    place.mkdir(parents=True)
-    catalogue.save_as_mofile(str(place / "sw.mo"))
-    (folder / "libreoffice-l10n-xh/VERSION").write_text("1:2.3")
+    write_catalogue(folder)
     return write_books(folder)
 
 

@@ -207,7 +207,7 @@ def test_a_run_names_its_command_machine_cost_and_plots(tmp_path):
     run = section(text_of(tmp_path, results()), report.DOMAINS["low_resource"])
     for said in (
         "- command: `calm reproduce low_resource --preset cpu`, 1 minutes",
-        "- hardware: a machine",
+        "- put together on: a machine",
         "- versions: torch 1",
         "- seeds: 0, 1",
         f"| {METHODS['lora']} cy | 5,310,720 | 0.001 | 200 | 1.5 |",
@@ -226,6 +226,8 @@ def test_a_run_of_other_settings_than_the_presets_is_called_outdated(tmp_path):
     preset = low_resource.PRESETS["cpu"]
     asked = dataclasses.asdict(dataclasses.replace(preset, seeds=(7,), languages=("br",))) | {"data_made": {}}
     assert "outdated" not in text_of(tmp_path, results(settings=asked))
+    run = section(text_of(tmp_path, results(settings=asked)), report.DOMAINS["low_resource"])
+    assert f"; split: {preset.split}\n" in run
     weaker = dataclasses.replace(
         preset.methods, steps=1, specialist=dataclasses.replace(preset.methods.specialist, rows=4)
     )
@@ -238,6 +240,15 @@ def test_a_run_of_other_settings_than_the_presets_is_called_outdated(tmp_path):
     )
     assert "ours, low_resource cpu (outdated): cy" in tables and "Ours, low_resource cpu (outdated):" in tables
     assert "- low_resource, preset cpu (outdated): nowhere" in verdicts
+
+
+def test_a_run_whose_m_a_has_seen_dc_is_not_outdated_for_that_alone(tmp_path):
+    preset = low_resource.PRESETS["cpu"]
+    seen = dataclasses.replace(preset, data=dataclasses.replace(preset.data, composition_held_out=False))
+    then = dataclasses.asdict(seen)
+    assert "outdated" not in text_of(tmp_path, results(settings=then, variant="seen"))
+    said = "- **outdated**: 1 settings of the preset were others then (data.composition_held_out)"
+    assert said in text_of(tmp_path, results(settings=then))
 
 
 def test_an_x_that_was_measured_twice_has_two_rows(tmp_path):

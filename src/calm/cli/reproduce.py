@@ -32,6 +32,9 @@ def reproduce(
     search: Annotated[
         bool, typer.Option(help="Search for learning rates, too, that cpu has from an earlier search.")
     ] = False,
+    composition_seen: Annotated[
+        bool, typer.Option(help="Train m_A on D_C, too, which cpu and gpu of low_resource and code hold out.")
+    ] = False,
 ) -> None:
     """Reproduce one domain of the paper: data, training, baselines, tables and plots.
 
@@ -51,4 +54,5 @@ def reproduce(
         results_dir=results_dir,
         allow_code_execution=allow_code_execution,
         search=search,
+        composition_seen=composition_seen,
     )

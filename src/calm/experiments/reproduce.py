@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from rich.console import Console
 from calm.errors import CalmError
 from calm.experiments.charts import save_charts
 from calm.experiments.report import newest, write_report
-from calm.experiments.results import Asked, Results
+from calm.experiments.results import Asked, Results, made_here
 from calm.experiments.sharing import locked
 from calm.experiments.tables import print_results
 
@@ -21,6 +22,8 @@ Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 HAVE_LANGUAGES = ("low_resource", "dictionary")
 MAY_KNOW_RATES = ("low_resource", "dictionary", "code")
 """Domains whose presets have `rates`, with what an earlier search found, if there was one."""
+MAY_HOLD_OUT = ("low_resource", "code")
+"""Domains whose presets may hold D_C out of m_A's data."""
 
 
 class Reproduce(Protocol):
@@ -41,13 +44,14 @@ def reproduce(
     results_dir: str | Path = "results",
     allow_code_execution: bool = False,
     search: bool = False,
+    composition_seen: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
 
-    With other languages or seeds than the preset's, with a search, or without code that was to be executed, the name
-    says so (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-search`, `DATE-PRESET-no-execution`), so that nothing
-    overwrites the results of the preset itself.
+    With other languages or seeds than the preset's, with a search, with an `m_A` that has seen `D_C`, or without code
+    that was to be executed, the name says so (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-search`,
+    `DATE-PRESET-seen`, `DATE-PRESET-no-execution`), so that nothing overwrites the results of the preset itself.
 
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
     repeat as you like. Several processes that call this with the same arguments share the work.
@@ -64,6 +68,8 @@ def reproduce(
         results_dir: for the results.
         allow_code_execution: run the code that models write (HumanEval of `code`), in limited processes of its own.
         search: for learning rates that the preset has from an earlier search; the others are searched for anyway.
+        composition_seen: train `m_A` on `D_C`, too, as the paper does, where the preset holds it out (`cpu` and `gpu`
+            of `low_resource` and `code`). Such a run has a folder of its own, with data of its own.
         console: is told what happens.
 
     Returns:
@@ -71,8 +77,8 @@ def reproduce(
 
     Raises:
         CalmError: no such domain or preset; languages of a domain that has none; a search where the preset has no rates
-            from an earlier one; data or models that cannot be had; folders that cannot be written to; a file among the
-            results that holds none.
+            from an earlier one; a `D_C` to be seen that is not held out; data or models that cannot be had; folders
+            that cannot be written to; a file among the results that holds none; a package that is not installed.
     """
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
@@ -87,14 +93,20 @@ def reproduce(
             f"search=True: the preset {preset} of {domain} has no learning rates{of_what} from an earlier search and "
             "searches anyway; leave it out."
         )
+    if composition_seen and not _holds_out(domain, module.PRESETS[preset]):
+        raise CalmError(
+            f"composition_seen=True: the preset {preset} of {domain} does not hold D_C out of m_A's data; "
+            f"cpu and gpu of {' and '.join(MAY_HOLD_OUT)} do. Leave it out."
+        )
     asked = Asked(
         seeds=tuple(dict.fromkeys(seeds)) if seeds else None,
         languages=tuple(dict.fromkeys(languages)) if languages else None,
         allow_code_execution=allow_code_execution,
         search=search,
+        composition_seen=composition_seen,
     )
     console = console or Console(highlight=False)
-    folder = Path(output_dir, f"{domain}-{preset}")
+    folder = Path(output_dir, f"{domain}-{preset}{'-seen' if composition_seen else ''}")
     for place in (folder, Path(results_dir)):
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -102,7 +114,9 @@ def reproduce(
                 pass
         except OSError as error:
             raise CalmError(f"{str(place)!r} cannot be written to ({error}); choose another folder.") from error
-    newest(Path(results_dir))  # what the report could not read is found before the work, not after
+    # what the report could not read, and what is not installed, is found before the work, not after
+    newest(Path(results_dir))
+    made_here()
     run: Reproduce = module.reproduce
     results = run(preset, asked, folder, console)
     with locked(Path(results_dir, "REPORT.md")):  # processes that shared the run end at about the same time
@@ -113,6 +127,10 @@ def reproduce(
     for file in (path, *drawn, written):
         console.print(str(file), markup=False, emoji=False, soft_wrap=True)
     return path
+
+
+def _holds_out(domain: str, preset: Any) -> bool:
+    return domain in MAY_HOLD_OUT and dataclasses.asdict(preset.data).get("composition_held_out", False)
 
 
 def _knows_rates(domain: Domain, preset: Any, languages: Sequence[str] | None) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Results(_Strict):
         variant: What tells it from a run of the preset with its own languages and seeds, as `Asked.variant` names it;
             else empty.
         command: What makes it again.
-        date: When it ended, YYYY-MM-DD.
+        date: When it was put together, YYYY-MM-DD.
         settings: The preset, with the languages and seeds that were run.
         seeds: Of data, weights and training.
         rows: How to read the rows of `table`, `other` and `preservation`.
@@ -126,8 +126,8 @@ class Results(_Strict):
         parameters: Of "anchor", "augmenting" and "composition".
         examples: Answers to look at, by row: the prompt, the reference and what each method wrote.
         notes: What a reader has to know.
-        hardware: What it ran on.
-        versions: Of Python and the packages that matter.
+        hardware: Of the machine that put it together; steps may have been brought from another.
+        versions: Of Python and the packages that matter, on that machine.
         seconds: Wall clock of all steps, those kept from earlier calls included.
     """
 
@@ -202,12 +202,14 @@ class Asked:
         languages: rows of a domain that has a row for each language, None for the preset's.
         allow_code_execution: have rows that run what models write.
         search: for learning rates, too, that an earlier search has found.
+        composition_seen: m_A is trained on D_C, too, which the preset holds out of its data.
     """
 
     seeds: tuple[int, ...] | None = None
     languages: tuple[str, ...] | None = None
     allow_code_execution: bool = False
     search: bool = False
+    composition_seen: bool = False
 
     def command(self, domain: str, preset: str) -> str:
         """The command line that makes such results again."""
@@ -215,6 +217,7 @@ class Asked:
         words += [f"--language {language}" for language in self.languages or ()]
         words += [f"--seed {seed}" for seed in self.seeds or ()]
         words += ["--search"] if self.search else []
+        words += ["--composition-seen"] if self.composition_seen else []
         return " ".join([*words, *(["--allow-code-execution"] if self.allow_code_execution else [])])
 
     def variant(self, seeds: Sequence[int], languages: Sequence[str] = (), code_left_out: bool = False) -> str:
@@ -226,12 +229,13 @@ class Asked:
             code_left_out: rows were left out because they execute code.
 
         Returns:
-            Such as "om", "seed3", "xh-om-seed3-4", "search", "no-execution", "seed3-no-execution", or "".
+            Such as "om", "seed3", "xh-om-seed3-4", "search", "seen", "no-execution", "seed3-no-execution", or "".
         """
         found = list(self.languages or ()) if self.languages != tuple(languages) else []
         if self.seeds and self.seeds != tuple(seeds):
             found.append("seed" + "-".join(map(str, self.seeds)))
-        return "-".join([*found, *(["search"] if self.search else []), *(["no-execution"] if code_left_out else [])])
+        said = {"search": self.search, "seen": self.composition_seen, "no-execution": code_left_out}
+        return "-".join([*found, *(word for word, is_so in said.items() if is_so)])
 
 
 _DATA_AND_METRICS = ("peft", "sacrebleu", "rapidfuzz", "lemminflect", "polib")
@@ -239,14 +243,22 @@ _DATA_AND_METRICS = ("peft", "sacrebleu", "rapidfuzz", "lemminflect", "polib")
 
 
 def made_here() -> dict[str, Any]:
-    """The fields of `Results` that say when and where it ran: `date`, `hardware`, `versions`."""
+    """The fields of `Results` that say when and where it was put together: `date`, `hardware`, `versions`.
+
+    Raises:
+        CalmError: If a package of the extra `reproduce` is missing.
+    """
+    try:
+        versions = {name: version(name) for name in ("calm-lm", "torch", "transformers", *_DATA_AND_METRICS)}
+    except PackageNotFoundError as error:
+        raise CalmError(f"calm reproduce needs {error.name}: pip install 'calm-lm[reproduce]'.") from error
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": f"{device}, {os.cpu_count()} CPU cores",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("calm-lm", "torch", "transformers", *_DATA_AND_METRICS)},
+            **versions,
         },
     }
 

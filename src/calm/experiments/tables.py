@@ -71,9 +71,15 @@ def escape(text: str) -> str:
 
 def shown(cell: Cell) -> str:
     """A number with its interval: 33.1 [31.2, 35.0]; of thousands without decimals, 2,358 [1,875, 2,845]."""
-    digits = 0 if abs(cell.mean) >= 1000 else 2 if 0 < abs(cell.mean) < 10 else 1
-    mean, *ends = (f"{round(number, digits) + 0.0:,.{digits}f}" for number in (cell.mean, *(cell.interval or ())))
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
+    ends = [number(end, like=cell.mean) for end in cell.interval or ()]
+    return f"{number(cell.mean)} [{', '.join(ends)}]" if ends else number(cell.mean)
+
+
+def number(value: float, like: float | None = None) -> str:
+    """Three digits or so: 33.1, 4.06, 2,358; with as many decimals as `like`, where that is given, would have."""
+    size = abs(value if like is None else like)
+    digits = 0 if size >= 1000 else 2 if 0 < size < 10 else 1
+    return f"{round(value, digits) + 0.0:,.{digits}f}"
 
 
 def change(before: float, after: float) -> str:

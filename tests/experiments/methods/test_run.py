@@ -23,9 +23,10 @@ import calm
 from calm.errors import CalmError, DivergedError
 from calm.experiments.methods import bases, training
 from calm.experiments.methods.examples import Example
+from calm.experiments.methods.finished import notes_of, parameters_of, seconds_of
 from calm.experiments.methods.metrics import Bleu, Chrf
 from calm.experiments.methods.mixing import WEIGHTS
-from calm.experiments.methods.run import _best, _beyond, _Run, parameters_of, run, seconds_of
+from calm.experiments.methods.run import WEIGHTS_OF, _best, _beyond, _Run, run
 from calm.experiments.methods.settings import Fit, Settings
 from calm.experiments.results import METHODS
 
@@ -178,7 +179,7 @@ def test_two_processes_make_a_missing_base_once(finished, data, settings, tmp_pa
     """Both want m_A's weights at the same time, within methods of their own."""
     folder, outcomes, _ = finished
     shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run/seed-0/cell/m_A/tokenizer_config.json").unlink()
+    (tmp_path / "run/seed-0/cell/m_A" / WEIGHTS_OF).unlink()
     for method in ("m_A", "mixed_logits"):
         (tmp_path / f"run/seed-0/cell/{method}.json").unlink()
     two = dataclasses.replace(settings, methods=("m_A", "mixed_logits"))
@@ -188,6 +189,44 @@ def test_two_processes_make_a_missing_base_once(finished, data, settings, tmp_pa
     assert first == second
     for method in two.methods:
         assert first["cell"]["0"][method]["answers"] == outcomes[method]["answers"]
+
+
+def test_weights_of_an_earlier_run_are_not_taken_for_those_that_a_brought_step_tells_of(
+    finished, data, settings, tmp_path
+):
+    """As when the steps of another machine are unpacked over a folder in which something else was run."""
+    m_a = dataclasses.replace(settings, methods=("m_A",))
+    other = dataclasses.replace(m_a, specialist=dataclasses.replace(settings.specialist, steps=1))
+    run_cell(data, other, 0, tmp_path, Console(file=io.StringIO()))
+    stale = load_file(tmp_path / "seed-0/cell/m_A/model.safetensors")
+    shutil.copy(finished[0] / "seed-0/cell/m_A/base.json", tmp_path / "seed-0/cell/m_A/base.json")
+    told = io.StringIO()
+    found = run_cell(data, m_a, 0, tmp_path, Console(file=told, width=200))["m_A"]
+    assert "m_A, whose weights are not here, is made again" in told.getvalue()
+    assert found["answers"] == finished[1]["m_A"]["answers"]
+    made = load_file(tmp_path / "seed-0/cell/m_A/model.safetensors")
+    assert any(not torch.equal(made[name], stale[name]) for name in made)
+
+
+def test_of_mixtures_that_answer_as_well_the_likelier_is_taken(data, settings, monkeypatch, tmp_path):
+    mixed = dataclasses.replace(settings, methods=("mixed_logits",))
+    unlikely = dict(zip(WEIGHTS, (5.0, 3.0, 1.0, 2.0, 4.0), strict=True))
+    worth = dict.fromkeys(WEIGHTS, 7.0) | {WEIGHTS[2]: 6.0}  # the likeliest of all answers worse
+    monkeypatch.setattr(_Run, "_worth", lambda self, *_, mix, **__: worth[mix[1]])
+    monkeypatch.setattr(_Run, "_mixture_nll", lambda self, anchor, augmenting, weight: unlikely[weight])
+    found = run_cell(data, mixed, 0, tmp_path, Console(file=io.StringIO()))["mixed_logits"]["training"]
+    assert found["learning_rate"] == WEIGHTS[3] and found["searched"] == {str(w): worth[w] for w in WEIGHTS}
+
+
+def test_notes_say_what_m_a_took_and_which_seed_has_a_rate_of_its_own(finished, settings):
+    folder, outcomes, _ = finished
+    own = {**outcomes, "lora": {**outcomes["lora"], "training": {**outcomes["lora"]["training"], "learning_rate": 0.5}}}
+    took, diverged = notes_of(folder, settings, {"cell": {0: outcomes, 3: own}})
+    assert re.fullmatch(r"With seed 0 the training of m_A of cell took \d+ minutes\.", took)
+    assert diverged == "LoRA on m_B, D_C of cell diverged with seed 3 at that rate and has 0.5."
+    assert notes_of(folder, settings, {"cell": {0: outcomes, 3: outcomes}}) == [took]
+    public = dataclasses.replace(settings, specialist="a/model")
+    assert notes_of(folder, public, {"cell": {0: outcomes}}) == []
 
 
 def test_a_data_set_whose_rates_are_known_is_not_searched_and_another_one_is(data, settings, tmp_path):

@@ -13,8 +13,9 @@ from calm.experiments.code import hub
 from calm.experiments.code.data import DataSettings, describe, load
 from calm.experiments.code.hub import HubSettings
 from calm.experiments.methods import table
-from calm.experiments.methods.run import parameters_of, run, seconds_of
-from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
+from calm.experiments.methods.finished import notes_of, parameters_of, seconds_of
+from calm.experiments.methods.run import run
+from calm.experiments.methods.settings import HELD_OUT, SEEN, SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import Asked, Results, made_here
 
 
@@ -113,8 +114,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
     Args:
         preset: one of `PRESETS`.
-        asked: seeds instead of the preset's, whether to have the row `humaneval`, which runs what models write, and
-            whether to search where an earlier search has found.
+        asked: seeds instead of the preset's, whether to have the row `humaneval`, which runs what models write,
+            whether to search where an earlier search has found, and whether m_A has seen D_C.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """
@@ -129,8 +130,12 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         data, made = hub.load(preset.data, preset.split, allow_code_execution)
         problems, kept_whole, tokens = "HumanEval and MBPP", "repositories", preset.data.program_tokens
         shown, about_form = "D_C or of MBPP's own", ""
+        about_seen: tuple[str, ...] = ()  # a public m_A's makers do not say
     else:
         settings = dataclasses.replace(preset.data, allow_code_execution=allow_code_execution)
+        if asked.composition_seen:
+            settings = dataclasses.replace(settings, composition_held_out=False)
+        about_seen = (HELD_OUT if settings.composition_held_out else SEEN,)
         data, made = load(settings, preset.split, folder / "data"), describe(settings, preset.split, folder / "data")
         problems, kept_whole, tokens = "HumanEval", "files", preset.data.human_eval_tokens
         shown = "D_C"
@@ -138,7 +143,8 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             " It asks in a form that D_C has and m_B's prompt shows no example of, a description and then the code: "
             "what a method gains there over m_B is partly that form, which LoRA and the vanilla m_A learn, too."
         )
-    known = {} if asked.search else preset.rates
+    # what an earlier search found, it found with an m_A that had not seen D_C
+    known = {} if asked.search or asked.composition_seen else preset.rates
     outcomes = run({"": data}, preset.methods, seeds, folder, console, {"": known} if known else None)[""]
     about_problems = (
         f"An answer to {problems} ends after {tokens} tokens, which some need more than.{about_form}"
@@ -160,7 +166,9 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             f"One split for all seeds, by {kept_whole}; a seed draws weights and the order of examples, and with them "
             "an m_A that is trained here.",
             f"Nothing that is trained on here resembles a held-out function or a solution of {problems}.",
+            *about_seen,
             *preset.methods.notes(("",) if known else ()),
+            *notes_of(folder, preset.methods, {"": outcomes}),
             f"m_B answers with three examples before the question, of {shown}, HumanEval excepted, "
             f"{' and '.join(where for method, where in _WITH_EXAMPLES.items() if method in preset.methods.methods)}; "
             "every other method without.",

@@ -30,7 +30,7 @@ from calm.experiments.key_value_arithmetic.composition import train_composition
 from calm.experiments.key_value_arithmetic.data import TASKS, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.evaluate import evaluate, flags_of, percent_right
 from calm.experiments.key_value_arithmetic.recipe import Recipe, preset
-from calm.experiments.key_value_arithmetic.stages import STAGES
+from calm.experiments.key_value_arithmetic.stages import STAGES, kept
 from calm.experiments.steps import fingerprint, read_json, write_json
 
 
@@ -170,8 +170,10 @@ def markdown(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
     ]
     for name in dict.fromkeys(row["variant"] for row in rows):
         by_seed = {row["seed"]: row["accuracy"]["KV-MATH"] for row in rows if row["variant"] == name}
-        cells = [f"{by_seed[seed]:.1f}" if seed in by_seed else "" for seed in seeds]
-        lines.append(f"| {name} | {statistics.mean(by_seed.values()):.1f} | {' | '.join(cells)} |")
+        found = [by_seed[seed] for seed in seeds if seed in by_seed]
+        if found:
+            cells = [f"{by_seed[seed]:.1f}" if seed in by_seed else "" for seed in seeds]
+            lines.append(f"| {name} | {statistics.mean(found):.1f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -194,11 +196,11 @@ def main() -> None:
     for seed in chosen.seeds:
         run_dir = Path(chosen.runs.format(seed=seed))
         for stage in STAGES[:2]:
-            if not (run_dir / stage.folder / "config.json").exists():
-                parser.error(f"{run_dir / stage.folder} holds no model; train seed {seed} with run.main first")
+            if not kept(stage, recipe, seed, run_dir):
+                parser.error(f"{run_dir} has no {stage.name} of seed {seed}; train it with run.main first")
 
-    identity = fingerprint(recipe)
-    rows: list[dict[str, Any]] = read_json(chosen.out, {}).get(identity, [])
+    identity, stored = fingerprint(recipe, chosen.runs), read_json(chosen.out, {})
+    rows: list[dict[str, Any]] = stored.setdefault(identity, [])
     jobs = [(name, seed) for name in chosen.variants for seed in chosen.seeds]
     jobs = [job for job in jobs if job not in {(row["variant"], row["seed"]) for row in rows}]
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ def main() -> None:
         futures = [pool.submit(measure, name, recipe, seed, Path(chosen.runs.format(seed=seed))) for name, seed in jobs]
         for future in futures:
             rows.append(future.result())
-            write_json(chosen.out, {identity: rows})
+            write_json(chosen.out, stored)  # other recipes' results among it
             console.print(rows[-1])
     text = markdown(rows, chosen.seeds)
     chosen.out.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -44,7 +44,8 @@ def run_stages(
         finished: is called with each result.
 
     Raises:
-        StageFailed: a stage ended with an error; the others are stopped.
+        StageFailed: a stage ended with an error, in a process of its own; none is begun any more, and Python waits
+            for those that run when it exits. With `recipe.workers` 1 the error itself is raised.
     """
     bars = {stage.name: progress.add_task(stage.name, total=None, start=False, note="waiting") for stage in stages}
     if recipe.workers == 1:

@@ -114,8 +114,8 @@ def folded(text: str) -> str:
 def _messages(catalogues: list[Path]) -> Iterator[tuple[str, str]]:
     for path in catalogues:
         for entry in polib.mofile(str(path)):  # it splits the context off
-            # Which plural form English's singular corresponds to differs by language; the last is every language's
-            # form for many, which the English plural is.
+            # Which plural form English's singular corresponds to differs by language; the last is a form for many, as
+            # the English plural is (of Welsh's four, for some numbers only: it may differ in a mutation).
             plural = entry.msgid_plural
             yield (plural, entry.msgstr_plural[max(entry.msgstr_plural)]) if plural else (entry.msgid, entry.msgstr)
 

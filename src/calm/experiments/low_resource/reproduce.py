@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from calm.experiments.low_resource.data import DataSettings, describe, load
 from calm.experiments.low_resource.hub import HubSettings
 from calm.experiments.methods.examples import Data
 from calm.experiments.methods.languages import Preset, results_of
-from calm.experiments.methods.settings import SMOLLM2_CUT, Fit, Settings
+from calm.experiments.methods.settings import HELD_OUT, SEEN, SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import METHODS, Asked, Results
 
 SPLIT = 2
@@ -106,8 +107,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
     Args:
         preset: one of `PRESETS`.
-        asked: languages and seeds instead of the preset's, and whether to search where an earlier search has found; no
-            code is executed in this domain.
+        asked: languages and seeds instead of the preset's, whether to search where an earlier search has found, and
+            whether m_A has seen D_C; no code is executed in this domain.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """
@@ -118,6 +119,8 @@ def reproduce_preset(
     name: str, preset: Preset[DataSettings | HubSettings], asked: Asked, folder: Path, console: Console
 ) -> Results:
     """As `reproduce`, with the sizes themselves."""
+    if asked.composition_seen and isinstance(preset.data, DataSettings):
+        preset = dataclasses.replace(preset, data=dataclasses.replace(preset.data, composition_held_out=False))
 
     def prepare(language: str) -> tuple[Data, dict[str, Any]]:
         if isinstance(preset.data, HubSettings):
@@ -125,4 +128,6 @@ def reproduce_preset(
         settings = language, preset.data, preset.split, folder / "data"
         return load(*settings), describe(*settings)
 
-    return results_of("low_resource", name, preset, asked, prepare, NOTES, folder, console)
+    held_out = isinstance(preset.data, DataSettings) and preset.data.composition_held_out
+    notes = (*NOTES, HELD_OUT if held_out else SEEN)
+    return results_of("low_resource", name, preset, asked, prepare, notes, folder, console)

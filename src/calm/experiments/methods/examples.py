@@ -68,7 +68,9 @@ class TaskSet:
 
 @dataclass(frozen=True)
 class Data:
-    """All data of one pair of models. No test example, nor anything like it, is in any of the other sets.
+    """All data of one pair of models.
+
+    Nothing like a test example is in what is trained on, except where a domain means to ask for what `m_A` has learned.
 
     Attributes:
         general: Plain text in what the anchor knows well (English prose), which the vanilla m_A is trained on.

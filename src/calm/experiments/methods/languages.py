@@ -11,7 +11,8 @@ from rich.console import Console
 
 from calm.experiments.methods import table
 from calm.experiments.methods.examples import Data
-from calm.experiments.methods.run import parameters_of, run, seconds_of
+from calm.experiments.methods.finished import notes_of, parameters_of, seconds_of
+from calm.experiments.methods.run import run
 from calm.experiments.methods.settings import Settings
 from calm.experiments.results import Asked, Results, made_here
 
@@ -65,7 +66,12 @@ def results_of(
     seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
     prepared = {language: prepare(language) for language in languages}
     data = {language: examples for language, (examples, _) in prepared.items()}
-    known = {} if asked.search else {name: preset.rates[name] for name in languages if name in preset.rates}
+    # what an earlier search found, it found with an m_A that had not seen D_C
+    known = (
+        {}
+        if asked.search or asked.composition_seen
+        else {name: preset.rates[name] for name in languages if name in preset.rates}
+    )
     outcomes = run(data, preset.methods, seeds, folder, console, known)
     fields = {language: table.fields(data[language], outcomes[language]) for language in languages}
     settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages, rates=known))
@@ -77,7 +83,7 @@ def results_of(
         settings={**settings, "data_made": {language: made for language, (_, made) in prepared.items()}},
         seeds=seeds,
         parameters=parameters_of(folder, seeds[0], languages[0]),
-        notes=(*notes, *preset.methods.notes(tuple(known))),
+        notes=(*notes, *preset.methods.notes(tuple(known)), *notes_of(folder, preset.methods, outcomes)),
         seconds=seconds_of(folder, seeds, languages),
         **table.together(fields),
         **made_here(),

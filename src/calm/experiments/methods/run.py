@@ -34,6 +34,9 @@ ANCHOR_ALONE = ("m_B", "m_B_zero_shot")
 """Methods whose outcome depends on no seed."""
 ANY_SEED = "any-seed"
 """The folder, beside those of the seeds, with the outcomes of these."""
+WEIGHTS_OF = "weights-of"
+"""The file in a base's folder with the fingerprint of what its weights were made with; `base.json`, which says what is
+known of them, may come from another machine without any."""
 
 Found = tuple[float, float]
 """What a search goes by: the worth of a model's answers to the development set, and minus the nats of right ones."""
@@ -94,21 +97,6 @@ def run(
     }
 
 
-def parameters_of(folder: Path, seed: int, name: str = "") -> dict[str, int]:
-    """Sizes of the models of a finished run: "anchor", "augmenting", and "composition" (its trained parameters)."""
-    of_seed = folder / f"seed-{seed}" / name
-
-    def of(path: Path) -> dict[str, Any]:
-        return dict(read_json(path, {}).get("result", {}))
-
-    found = {
-        "anchor": of(folder / ANY_SEED / name / "m_B.json").get("parameters"),
-        "augmenting": of(of_seed / "m_A" / "base.json").get("parameters"),
-        "composition": of(of_seed / "composed.json").get("training", {}).get("trainable_parameters"),
-    }
-    return {name: number for name, number in found.items() if number is not None}
-
-
 class _Run:
     def __init__(
         self,
@@ -154,8 +142,8 @@ class _Run:
 
     def jobs(self) -> list[Job]:
         """All that there is to do, in the order in which to do it; each method's leaves it in `outcomes`."""
-        vanilla, specialist, random = (_made(base) for base in (self.vanilla, self.specialist, self.random))
-        of_its_shape = _made(self.of_its_shape)
+        vanilla, specialist, random = (made(base) for base in (self.vanilla, self.specialist, self.random))
+        of_its_shape = made(self.of_its_shape)
         rehearsal = self.folder / "rehearsal.json"
         composed = dict.fromkeys(COMPOSED, specialist) | {"vanilla_m_A": vanilla, "random_m_A": random}
         needs = {method: (base, rehearsal) for method, base in composed.items()} | {
@@ -191,15 +179,21 @@ class _Run:
     # --- bases ------------------------------------------------------------------------------------------------------
 
     def _make(self, base: Path) -> None:
-        made_as = self.specialist_as if base == self.specialist else self.vanilla_as
-        self._once(_made(base), made_as, self._making(base))
+        self._once(made(base), self._made_as(base), lambda: self._save_base(base))
 
-    def _making(self, base: Path) -> Callable[[], Outcome]:
-        return {
+    def _made_as(self, base: Path) -> list[Any]:
+        return self.specialist_as if base == self.specialist else self.vanilla_as
+
+    def _save_base(self, base: Path) -> Outcome:
+        make = {
             self.vanilla: self._make_vanilla,
             self.specialist: self._make_specialist,
             self.random: self._make_random,
         }[base]
+        (base / WEIGHTS_OF).unlink(missing_ok=True)  # what it stands for is about to be overwritten
+        outcome = make()
+        write_json(base / WEIGHTS_OF, fingerprint(self._made_as(base)))
+        return outcome
 
     def _make_vanilla(self) -> Outcome:
         settings = self.settings
@@ -231,11 +225,14 @@ class _Run:
         return {}
 
     def _base(self, folder: Path) -> Path:
-        """The folder of a base, which is made again if only what is known of it was brought from another machine."""
-        with locked(_made(folder)):  # another process may be making it
-            if not (folder / "tokenizer_config.json").exists():  # what is saved last
+        """The folder of a base, which is made again if only what is known of it was brought from another machine.
+
+        Weights that lie there may be those of an earlier run with other settings.
+        """
+        with locked(made(folder)):  # another process may be making it
+            if read_json(folder / WEIGHTS_OF, None) != fingerprint(self._made_as(folder)):
                 self.console.print(f"[dim]{folder.name}, whose weights are not here, is made again ...[/dim]")
-                self._making(folder)()
+                self._save_base(folder)
         return folder
 
     def _rehearse(self) -> None:
@@ -295,7 +292,10 @@ class _Run:
             weight, searched = self.rates[method], {}
         else:
             searched = {tried: self._worth(anchor, few_shot=True, mix=(augmenting, tried)) for tried in WEIGHTS}
-            weight = max(searched, key=lambda tried: searched[tried])
+            equal = [tried for tried in WEIGHTS if searched[tried] == max(searched.values())]
+            weight = (
+                min(equal, key=lambda tried: self._mixture_nll(anchor, augmenting, tried)) if equal[1:] else equal[0]
+            )
         outcome = self._measure(anchor, few_shot=True, mix=(augmenting, weight))
         outcome["training"] |= {"learning_rate": weight, "searched": searched}
         return outcome
@@ -480,6 +480,13 @@ class _Run:
         developed = list(self.data.development.values())
         return scoring.worth(model, self.tokenizer, developed, self.settings.batch, few_shot=few_shot, mix=mix)
 
+    def _mixture_nll(self, anchor: PreTrainedModel, augmenting: PreTrainedModel, weight: float) -> float:
+        found: list[tuple[float, int]] = []
+        for task in self.data.development.values():
+            fewer, mix = max(1, self.settings.batch // 4), (augmenting, weight)
+            found += scoring.reference_likelihoods(anchor, self.tokenizer, task, fewer, few_shot=True, mix=mix)
+        return scoring.mean_nll(found)
+
     def _development_nll(self, logits: scoring.Logits) -> float:
         found = scoring.negative_log_likelihoods(logits, self.development, self.tokenizer, self.settings.batch)
         return scoring.mean_nll(found)
@@ -503,27 +510,12 @@ class _Run:
         return once(path, settings, timed)
 
 
-def seconds_of(folder: Path, seeds: Sequence[int], names: Sequence[str] = ()) -> float:
-    """Seconds of all finished steps.
-
-    Args:
-        folder: holds the seeds as `seed-0`, `seed-1`, ...
-        seeds: whose steps count.
-        names: of the data sets whose steps count, where several share a vanilla `m_A`, whose steps count, too.
-    """
-    within = [*names, "vanilla"] if names else [""]
-    parts = [ANY_SEED, *(f"seed-{seed}" for seed in seeds)]
-    paths = [path for part in parts for name in within for path in (folder / part / name).rglob("*.json")]
-    kept = [read_json(path, {}) for path in paths]
-    return sum(step["result"].get("step_seconds", 0.0) for step in kept if isinstance(step, dict) and "result" in step)
-
-
 def _asked(task: TaskSet) -> list[Any]:
     """What answers depend on."""
     return [task.examples, task.few_shot, task.max_new_tokens, task.stop]
 
 
-def _made(base: Path) -> Path:
+def made(base: Path) -> Path:
     """What is known of a base, in its folder."""
     return base / "base.json"
 

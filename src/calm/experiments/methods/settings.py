@@ -28,6 +28,10 @@ SMOLLM2_CUT = (0, 1, 2, 3, 28, 29)
 """Layers of SmolLM2-135M that a vanilla `m_A` is made of: 49.6M parameters with its embeddings. A plain cut of the
 first layers starts far from any language."""
 
+HELD_OUT = "D_C is no part of what m_A was trained on."
+SEEN = "D_C is a part of what m_A was trained on, as in the paper."
+"""Notes for results."""
+
 
 @dataclass(frozen=True)
 class Fit:
