@@ -308,7 +308,6 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
             learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
             batch=32,
             dtype="float32",
-            methods=("m_A", "m_B", "composed", "full_on_all", "mixed_logits"),
         ),
     )
     console = Console(file=io.StringIO(), width=200)
@@ -316,7 +315,7 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
     assert set(results.table) == {"humaneval", "mbpp", "python_to_text", "go_to_text"}
     asked = {row: results.rows[row].examples for row in results.table}
     assert asked == {"humaneval": 8, "mbpp": 3, "python_to_text": 5, "go_to_text": 5}
-    assert all(set(cells) == set(tiny.methods.methods) for cells in results.table.values())
+    assert all(set(cells) == set(METHODS) for cells in results.table.values())
     assert set(results.preservation) == {"English perplexity", "English last word"}
     assert results.settings["data_made"]["python"]["similar"] > 0  # a solution of MBPP among them
     assert results.training["full_on_all"].steps == 2
