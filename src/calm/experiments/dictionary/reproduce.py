@@ -38,6 +38,7 @@ PRESETS: dict[str, Preset[DataSettings]] = {
             # An hour has no room for the others.
             methods=("m_A", "m_B", "composed", "vanilla_m_A", "lora", "full_on_DC", "mixed_logits", "pipeline"),
         ),
+        rates={"cym": dict(composed=3e-4, vanilla_m_A=1e-3, lora=1e-3, full_on_DC=1e-4, mixed_logits=0.3)},
     ),
     "gpu": Preset(
         languages=("cym", "isl"),
