@@ -344,6 +344,8 @@ def test_what_there_is_not_is_named():
     for domain, preset in (("low_resource", "paper"), ("code", "paper"), ("dictionary", "cpu")):
         with pytest.raises(CalmError, match=f"the preset {preset} of {domain} does not hold D_C out of m_A's data"):
             reproduce(domain, preset, composition_seen=True)
+    with pytest.raises(CalmError, match="of code has no learning rates with an m_A that has seen D_C from an earlier"):
+        reproduce("code", search=True, composition_seen=True)
     refused = CliRunner().invoke(app, ["reproduce", "low_resource", "--preset", "gpu", "--search"])
     assert refused.exit_code == 1 and "has no learning rates from an earlier search" in refused.stderr
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}

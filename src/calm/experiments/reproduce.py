@@ -87,8 +87,9 @@ def reproduce(
         raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
     if languages and domain not in HAVE_LANGUAGES:
         raise CalmError(f"languages={tuple(languages)}: {domain} has none; {' and '.join(HAVE_LANGUAGES)} have.")
-    if search and not _knows_rates(domain, module.PRESETS[preset], languages):
+    if search and (composition_seen or not _knows_rates(domain, module.PRESETS[preset], languages)):
         of_what = f" of {', '.join(languages)}" if languages else ""
+        of_what += " with an m_A that has seen D_C" if composition_seen else ""
         raise CalmError(
             f"search=True: the preset {preset} of {domain} has no learning rates{of_what} from an earlier search and "
             "searches anyway; leave it out."
