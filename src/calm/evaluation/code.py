@@ -156,7 +156,7 @@ def limited_code_eval() -> Iterator[None]:
         evaluate.load = load
 
 
-# -- the functions of task_files/humaneval_offline.yaml ----------------------------------------------------------------
+# -- the functions of task_files/humaneval_offline.yaml, which the one for models that chat includes -------------------
 
 
 def human_eval_problems(**_: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from calm.errors import CalmError
 from calm.evaluation.code import check_limits, limited_code_eval
 
 SHIPPED = Path(__file__).parent / "task_files"
-"""Tasks that come with calm: `humaneval_offline`."""
+"""Tasks that come with calm: `humaneval_offline` and `humaneval_instruct_offline`."""
 
 
 def load_tasks(
@@ -25,8 +25,8 @@ def load_tasks(
     """Load tasks with their data.
 
     Args:
-        names: Tasks, groups or tags of lm-eval, `humaneval_offline`, or tasks of `include_path`; with * and ? for
-            several.
+        names: Tasks, groups or tags of lm-eval, `humaneval_offline` and `humaneval_instruct_offline`, or tasks of
+            `include_path`; with * and ? for several.
         include_path: A folder of lm-eval task files (`*.yaml`). Relative `data_files` in them are looked for from the
             file's own folder.
         allow_code_execution: Load tasks that run what a model generates. The usual ones (HumanEval, MBPP) run it in
