@@ -18,7 +18,7 @@ from calm.experiments.methods.languages import Preset, results_of
 from calm.experiments.methods.settings import HELD_OUT, SEEN, SMOLLM2_CUT, Fit, Settings
 from calm.experiments.results import METHODS, Asked, Results
 
-SPLIT = 2
+SPLIT = 3
 """No trial was made with it; trials have 0 and 1 (docs/dev/LOG.md)."""
 
 PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
@@ -31,7 +31,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
             anchor=SMOLLM2_135M,
             augmenting=SMOLLM2_CUT,
             general=Fit(steps=60, rows=16, learning_rate=1e-3),
-            specialist=Fit(steps=1400, rows=16, learning_rate=1e-3),
+            specialist=Fit(steps=2800, rows=16, learning_rate=1e-3),
             connections=4,
             num_heads=3,
             steps=100,
