@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 
+import pytest
+
 from calm.cli import app
+from calm.experiments.report import newest, write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +47,35 @@ def test_ten_lines_are_ten() -> None:
     lines = [line for line in code_after("README.md", "Ten lines of Python").splitlines() if line.strip()]
     assert len(lines) == 10
     compile("\n".join(lines), "README.md", "exec")
+
+
+def test_the_report_is_what_the_results_and_the_code_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no preset changes without the report calling what it has measured outdated."""
+    published = ROOT / "results"
+    for path in published.glob("*/*.json"):
+        (tmp_path / "results" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "results" / path.parent.name)
+    monkeypatch.chdir(tmp_path)
+    written = write_report(Path("results"))
+    assert written.read_text() == (published / "REPORT.md").read_text(), "run `python -m calm.experiments.report`"
+
+
+def test_readme_says_of_each_language_what_was_measured() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    for results in newest(ROOT / "results"):
+        if results.domain != "low_resource":
+            continue
+        for row, cells in results.table.items():
+            name = results.rows[row].title.removesuffix(" to English")
+            [line] = [line for line in lines if line.startswith(f"| {name}, {len(results.seeds)} |")]
+            shown = [f"{cells[method].mean:.1f}" for method in ("m_B", "m_A", "composed", "lora", "mixed_logits")]
+            low, high = cells["composed"].interval
+            shown[2] = f"**{shown[2]} [{low:.1f}, {high:.1f}]**"
+            anchor, composed = (
+                results.preservation["English perplexity"][method].mean for method in ("m_B", "composed")
+            )
+            shown += [f"{cells['pipeline'].mean:.1f}", f"{100 * (composed / anchor - 1):+.1f}%"]
+            assert line.strip("| ").split(" | ")[2:] == shown
 
 
 def test_every_command_is_on_the_page_and_in_the_changelog() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -45,6 +47,28 @@ def without_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+class StopOnWritten(StoppingCriteria):
+    """Ends each row by itself once what was written contains a stop string.
+
+    transformers' own `stop_strings` look at the prompt, too: after one that ends with a line's end, an answer that
+    begins with "#" would end there, if a "#" that begins a line is to end it.
+
+    Args:
+        tokenizer: Of the model.
+        stop: The strings; none ends no row.
+        begins: Tokens of the (padded) prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], begins: int) -> None:
+        self.tokenizer, self.stop, self.begins = tokenizer, stop, begins
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Which rows have ended: bool [rows]."""
+        written = self.tokenizer.batch_decode(input_ids[:, self.begins :])
+        ended = [any(string in text for string in self.stop) for text in written]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class _KnownTokensOnly(SuppressTokensLogitsProcessor):

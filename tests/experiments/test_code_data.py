@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,18 +19,24 @@ from calm.experiments.code.data import (
     completion,
     describe,
     human_eval,
-    leaks,
     load,
     split,
     to_code,
     to_text,
     whole,
 )
+from calm.experiments.code.duplicates import similar
 from calm.experiments.code.functions import Function, first_sentence, fitting
 from calm.experiments.code.metrics import EditSimilarity, ExactMatch, PassAt1
 from calm.experiments.methods.examples import Example
 
 SETTINGS = DataSettings(development=10, test=20, allow_code_execution=True)
+
+
+def leaks(held_out: Sequence[Function], trained: Sequence[Function]) -> list[tuple[Function, Function]]:
+    """Each held-out function that has a near-duplicate among the trained ones, with one of these."""
+    return [(held_out[index], trained[other]) for index, other in dict(similar(held_out, trained)).items()]
+
 
 LISP = r"""
 ;; (defun commented () "Not here." nil nil)

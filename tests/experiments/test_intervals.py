@@ -32,6 +32,24 @@ def test_an_interval_covers_what_it_says_and_a_paired_difference_is_narrower_tha
     assert apart[0][0] < apart[1][1]  # apart, the two cannot be told from one another
 
 
+def test_a_difference_of_several_seeds_is_paired_within_each_of_them():
+    """What the seeds share, as a better m_A, is no uncertainty of a difference."""
+    rng = np.random.default_rng(2)
+
+    def of_two(drawn: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.stack([one, np.ones_like(one)], axis=1) for one in drawn]
+
+    def mean(sums: np.ndarray, examples: int) -> float:
+        return float(sums[0] / sums[1])
+
+    shared = [rng.normal(10 * seed, 3, size=200) for seed in range(3)]
+    better, worse = of_two([one + 0.5 + rng.normal(0, 0.1, size=200) for one in shared]), of_two(shared)
+    low, high = intervals.difference(better, worse, mean).interval
+    assert 0.4 < low < 0.5 < high < 0.6
+    low, high = intervals.difference(better, worse[::-1], mean).interval  # one seed mistaken for another
+    assert low < -10 and high > 10
+
+
 @pytest.mark.parametrize(("seeds", "between"), [(2, 10), (3, 10), (3, 0), (5, 3)])
 def test_an_interval_covers_what_other_seeds_and_other_examples_would_give(seeds, between):
     """Of trainings whose accuracies lie around 60% with that spread, on 100 examples that all of them answer."""

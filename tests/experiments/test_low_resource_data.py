@@ -14,10 +14,17 @@ from calm.errors import CalmError
 from calm.experiments import debian, english
 from calm.experiments.low_resource import catalogues
 from calm.experiments.low_resource.catalogues import Pair
-from calm.experiments.low_resource.data import DataSettings, describe, leaks, load, pair_of
+from calm.experiments.low_resource.data import DataSettings, describe, leaks, load
 from calm.experiments.low_resource.duplicates import clusters
+from calm.experiments.methods.examples import Example
 
 SETTINGS = DataSettings(composition_share=0.1, development=10, test=40)
+
+
+def pair_of(example: Example) -> Pair:
+    """The pair that an example was made of."""
+    translation = example.prompt.partition(": ")[2].removesuffix("\nEnglish:")
+    return Pair(example.completion.removeprefix(" "), translation)
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,17 @@ def test_answers_are_those_to_the_whole_prompts(model, tokenizer):
     assert scoring.answers(model, tokenizer, TASK, 3, few_shot=True) == expected[0]
 
 
+def test_a_stop_string_that_begins_in_the_question_ends_no_answer(model, tokenizer):
+    """As a "#" that begins a line, after a question that ends with a line's end, would with transformers' own."""
+    expected = scoring.answers(model, tokenizer, TASK, 3)
+    first, second = expected[0].split()[:2]
+    begun = dataclasses.replace(TASK, stop=(f"{QUESTIONS[0]} {first}",))
+    assert begun.stop[0] not in expected[0]
+    assert scoring.answers(model, tokenizer, begun, 3)[0] == expected[0]
+    written = dataclasses.replace(TASK, stop=(f" {second}",))
+    assert scoring.answers(model, tokenizer, written, 3)[0] == expected[0].split(f" {second}")[0]
+
+
 def test_likelihoods_are_those_after_the_whole_prompts(model, tokenizer):
     expected = np.array(scoring.reference_likelihoods(model, tokenizer, unshared(TASK), 1))
     found = np.array(scoring.reference_likelihoods(model, tokenizer, TASK, 3, few_shot=True))

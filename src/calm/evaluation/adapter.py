@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from calm.backbones import context_of
 from calm.errors import CalmError
+from calm.generation import StopOnWritten
 from calm.model import CalmForCausalLM
 
 
@@ -72,7 +73,7 @@ class CalmLM(HFLM):
         return self.model.generate(
             input_ids=context,
             max_length=max_length,
-            stopping_criteria=StoppingCriteriaList([_Stop(self.tokenizer, stop, context.shape[1])]),
+            stopping_criteria=StoppingCriteriaList([StopOnWritten(self.tokenizer, stop, context.shape[1])]),
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
             **generation_kwargs,
@@ -113,15 +114,3 @@ class CalmLM(HFLM):
             same_length = [requests[i] for i in indices]
             scores |= zip(indices, super()._loglikelihood_tokens(same_length, True, override_bs), strict=True)
         return [scores[i] for i in range(len(requests))]
-
-
-class _Stop(StoppingCriteria):
-    """Ends each row by itself once what it has written contains a stop string."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], begins: int) -> None:
-        self.tokenizer, self.stop, self.begins = tokenizer, stop, begins
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        written = self.tokenizer.batch_decode(input_ids[:, self.begins :])
-        ended = [any(string in text for string in self.stop) for text in written]
-        return torch.tensor(ended, device=input_ids.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,7 +17,9 @@ from calm.errors import CalmError
 from calm.evaluation.code import check_limits, limited_code_eval
 
 SHIPPED = Path(__file__).parent / "task_files"
-"""Tasks that come with calm: `humaneval_offline` and `humaneval_instruct_offline`."""
+"""Tasks that come with calm: `humaneval_offline` and `humaneval_instruct_offline`, `flores_cy` and its like."""
+
+_LOADING = logging.getLogger("lm_eval.api.task")
 
 
 def load_tasks(
@@ -25,7 +28,7 @@ def load_tasks(
     """Load tasks with their data.
 
     Args:
-        names: Tasks, groups or tags of lm-eval, `humaneval_offline` and `humaneval_instruct_offline`, or tasks of
+        names: Tasks, groups or tags of lm-eval, those in `SHIPPED` (with the groups `mgsm` and `flores`), or tasks of
             `include_path`; with * and ? for several.
         include_path: A folder of lm-eval task files (`*.yaml`). Relative `data_files` in them are looked for from the
             file's own folder.
@@ -134,6 +137,7 @@ def _absolute(files: Any, folder: Path) -> Any:
 
 
 def _load(manager: TaskManager, name: str) -> TaskDict:
+    _LOADING.addFilter(_concerns_us)
     try:
         return manager.load([name])
     except OSError as error:
@@ -143,3 +147,10 @@ def _load(manager: TaskManager, name: str) -> TaskDict:
         ) from error
     except Exception as error:  # a task is YAML and Python of somebody else's
         raise CalmError(f"The task {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        _LOADING.removeFilter(_concerns_us)
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    """Not so the word about an option of lm-eval's own command line, of each task whose data a function makes."""
+    return "Custom kwargs can be passed to `--metadata`" not in record.getMessage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,9 @@ def save_charts(results: Results, folder: Path) -> list[Path]:
     paths = []
     for what in names_of(results):
         paths.append(folder / f"{results.stem}-{what}.png")
-        draw[what](results).savefig(paths[-1], dpi=150, metadata={"Software": None})
+        partial = paths[-1].with_suffix(".partial")
+        draw[what](results).savefig(partial, format="png", dpi=150, metadata={"Software": None})
+        os.replace(partial, paths[-1])
     return paths
 
 

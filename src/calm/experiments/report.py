@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from calm.errors import CalmError
 from calm.experiments import charts, paper
 from calm.experiments.paper import PaperTable
 from calm.experiments.results import METHODS, Cell, Curve, Results
+from calm.experiments.sharing import locked
 from calm.experiments.tables import (
     TRAINING,
     change,
@@ -80,7 +82,9 @@ def write_report(results_dir: Path) -> Path:
         runs = [results for results in found if results.domain == domain]
         lines += [line for results in runs for line in _of_run(results, again)] or [_not_run(domain), ""]
     path = results_dir / "REPORT.md"
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    os.replace(partial, path)
     return path
 
 
@@ -400,9 +404,11 @@ def _examples(name: str, examples: list[dict[str, str]]) -> list[str]:
 
 def main(results_dir: Path) -> None:
     """Draw the plots of the newest results again, and write the report."""
-    for results in newest(results_dir):
-        charts.save_charts(results, results_dir / results.domain)
-    print(write_report(results_dir))
+    found = newest(results_dir)
+    with locked(results_dir / "REPORT.md"):  # `calm reproduce` may be at it
+        for results in found:
+            charts.save_charts(results, results_dir / results.domain)
+        print(write_report(results_dir))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,15 +17,15 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from calm import sharding
 from calm.checkpoint import CONNECTIONS_PREFIX, read_weights
 from calm.data import IGNORED, Row
 from calm.errors import CalmError, DivergedError
+from calm.training.checkpoints import WholeCheckpointsTrainer
 from calm.training.statistics import ConnectionStatistics
 
 if TYPE_CHECKING:
@@ -38,10 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CompositionTrainer(Trainer):
+class CompositionTrainer(WholeCheckpointsTrainer):
     """The transformers Trainer, with whole checkpoints only, every best model saved, and errors instead of NaN."""
 
-    _staging: str | None = None
     _rates: list[dict[str, float]]
 
     def compute_loss(
@@ -77,63 +74,6 @@ class CompositionTrainer(Trainer):
         fillers = len(rows.fillers) if isinstance(rows, WholeBatches) else 0
         self._order = SortedSteps([len(row["input_ids"]) for row in rows], step_size, self.args.seed, fillers)
         return self._order
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the composition alone, whole even where it is sharded, and no pickled arguments beside it."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it, so that there are only whole ones.
-
-        A run that is killed, or whose disk fills, while it saves leaves a directory whose name no resume looks for.
-        """
-        run_dir = Path(self.args.output_dir)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = run_dir / f".saving-{name}"
-        try:
-            self._staging = str(staging)
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.name == name or best.is_dir() else None
-            if self.args.should_save:
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                _flush(staging / name)
-                os.replace(staging / name, run_dir / name)
-        except Exception as error:  # a full disk is an OSError, RuntimeError or SafetensorError: it depends on the file
-            last = get_last_checkpoint(run_dir)
-            kept = f"{Path(last).name} is whole and stays" if last else "there is no earlier one"
-            raise CalmError(
-                f"the checkpoint of step {self.state.global_step} could not be written to {run_dir}: {error}; {kept}; "
-                "make room (or fix the cause) and go on with --resume"
-            ) from error
-        finally:
-            self._staging = None
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.args.should_save:
-            self._delete_old_checkpoints(run_dir)
-        self.accelerator.wait_for_everyone()  # until the checkpoint is where all look for it
-
-    def _delete_old_checkpoints(self, run_dir: Path) -> None:
-        """Keep the last `save_total_limit` checkpoints, the best one among them.
-
-        Each is renamed first: a run that is killed while it deletes leaves no half of one.
-        """
-        checkpoints = [Path(path) for path in sort_checkpoints(str(run_dir))]
-        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or checkpoints[-1])}
-        excess = len(checkpoints) - max(self.args.save_total_limit, len(kept))
-        for old in [path for path in checkpoints if path not in kept][: max(excess, 0)]:
-            condemned = run_dir / f".deleting-{old.name}"
-            os.replace(old, condemned)
-            shutil.rmtree(condemned, ignore_errors=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As the Trainer; of a sharded run without the frozen models, and of FSDP in the files of any other run."""
@@ -237,12 +177,9 @@ class CompositionTrainer(Trainer):
         return is_new_best
 
     def _run_epoch(self, model: torch.nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
-        """Train on, unless the resumed checkpoint is the end already: the Trainer would go one step beyond."""
-        self._order.set_epoch(epoch)  # accelerate does not reach it in a distributed run that resumes within an epoch
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(model, epoch, *args, **kwargs)
+        """As ever, in the epoch's order, which accelerate does not ask for in a distributed run that resumes in it."""
+        self._order.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """Take the steps between logs, evaluations and saves from the recipe, not from a resumed checkpoint."""
@@ -342,14 +279,6 @@ def _unfit_optimizer(checkpoint: str | None, reason: str) -> CalmError:
         f"the optimiser state in {checkpoint} cannot be used: {reason}; take that folder away to resume from the "
         "checkpoint before it, or start a new run in another training.output_dir"
     )
-
-
-def _flush(directory: Path) -> None:
-    """Write files through to the disk: some file systems say only then that they are full."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
 
 
 class LogBeforeSaving(TrainerCallback):

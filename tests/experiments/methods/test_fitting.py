@@ -22,7 +22,7 @@ def test_lora_comes_back_as_it_was_trained(anchor, data, tmp_path, dtype, close)
     tokenizer = load_tokenizer(str(anchor))
     model = training.with_lora(bases.load(str(anchor)), 1000, seed=0)
     rows = scoring.completion_rows(data.specialist, tokenizer, 64)
-    training.fine_tune(model, tokenizer, rows, Fit(4, 8, 3e-2), 0, False)
+    training.fine_tune(model, tokenizer, rows, Fit(4, 8, 3e-2), 0, False, tmp_path / "training")
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
     again = training.load_lora(bases.load(str(anchor), dtype), tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -33,20 +33,19 @@ def test_lora_comes_back_as_it_was_trained(anchor, data, tmp_path, dtype, close)
     assert {weight.dtype for weight in again.parameters()} == {getattr(torch, dtype)}
 
 
-def test_steps_of_the_baselines_are_drawn_as_those_of_a_composition(anchor, monkeypatch):
+def test_steps_of_the_baselines_are_drawn_as_those_of_a_composition(anchor, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(training.SortedSteps, "__iter__", lambda self: drawn.append(self.step_size) or iter(range(20)))
     model, tokenizer = bases.load(str(anchor)), load_tokenizer(str(anchor))
-    training.fine_tune(
-        model, tokenizer, scoring.text_rows(["1 + 2 = 3"] * 20, tokenizer, 64), Fit(2, 8, 1e-3), 0, False
-    )
+    rows = scoring.text_rows(["1 + 2 = 3"] * 20, tokenizer, 64)
+    training.fine_tune(model, tokenizer, rows, Fit(2, 8, 1e-3), 0, False, tmp_path)
     assert drawn == [8]
     with pytest.raises(ValueError, match="rows = 6: expected a multiple of 4"):
         Fit(2, 6, 1e-3)
 
 
 @pytest.mark.parametrize("trained", ["cut", "lora"])
-def test_baselines_compute_in_bfloat16_if_asked_to_the_head_too(anchor, data, trained):
+def test_baselines_compute_in_bfloat16_if_asked_to_the_head_too(anchor, data, trained, tmp_path):
     tokenizer, computed = load_tokenizer(str(anchor)), {}
     model = bases.load(str(anchor))
     plain = model
@@ -60,13 +59,13 @@ def test_baselines_compute_in_bfloat16_if_asked_to_the_head_too(anchor, data, tr
             lambda m, args, output, name=name: computed[name].add(output.dtype)
         )
     rows = scoring.completion_rows(data.specialist, tokenizer, 64)
-    training.fine_tune(model, tokenizer, rows, Fit(1, 8, 1e-3), 0, True)
+    training.fine_tune(model, tokenizer, rows, Fit(1, 8, 1e-3), 0, True, tmp_path)
     assert computed == {name: {torch.bfloat16} for name in computed}
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("trained", ["cut", "lora", "everything"])
-def test_a_baseline_learns_the_same_without_logits_of_its_prompts(anchor, data, monkeypatch, trained):
+def test_a_baseline_learns_the_same_without_logits_of_its_prompts(anchor, data, monkeypatch, trained, tmp_path):
     tokenizer = load_tokenizer(str(anchor))
     rows = scoring.completion_rows(data.specialist, tokenizer, 64)
     weights, chunks = [], []
@@ -80,13 +79,48 @@ def test_a_baseline_learns_the_same_without_logits_of_its_prompts(anchor, data, 
             bases.keep_vocabulary(model)
         elif trained == "lora":
             model = training.with_lora(model, 1000, seed=0)
-        training.fine_tune(model, tokenizer, rows, Fit(3, 8, 1e-3), 0, False)
+        training.fine_tune(model, tokenizer, rows, Fit(3, 8, 1e-3), 0, False, tmp_path / str(skip))
         weights.append({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
     assert len(chunks) == (0 if trained == "everything" else 3 * BATCHES)
     untrained = dict(bases.load(str(anchor)).named_parameters())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5)
         assert name not in untrained or (weight - untrained[name]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("trained", ["cut", "lora", "everything"])
+def test_an_interrupted_training_goes_on_from_its_last_checkpoint_to_the_same_weights(
+    anchor, data, monkeypatch, trained, tmp_path
+):
+    tokenizer = load_tokenizer(str(anchor))
+    rows = scoring.completion_rows(data.specialist, tokenizer, 64)
+    steps, computed, weights = 7, [], []
+    monkeypatch.setattr(training, "SAVE_STEPS", 4)
+    loss_of = training._Trainer.compute_loss
+
+    def count(self, *args, **kwargs):
+        if len(computed) == killed_before:
+            raise KeyboardInterrupt
+        computed.append(self.state.global_step)
+        return loss_of(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Trainer, "compute_loss", count)
+    for end, folder in ((None, "whole"), (6 * BATCHES, "cut short"), (None, "cut short")):
+        killed_before = end
+        computed.clear()
+        model = bases.load(str(anchor))
+        if trained == "cut":
+            bases.keep_vocabulary(model)
+        elif trained == "lora":
+            model = training.with_lora(model, 1000, seed=0)
+        try:
+            training.fine_tune(model, tokenizer, rows, Fit(steps, 8, 1e-3), 0, False, tmp_path / folder)
+        except KeyboardInterrupt:
+            continue
+        weights.append(model.state_dict())
+    assert computed == [step for step in range(4, steps) for _ in range(BATCHES)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=0, msg=name)
 
 
 def test_a_model_writes_what_it_finds_likely_and_the_same_under_one_seed(anchor, monkeypatch):

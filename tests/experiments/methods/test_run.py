@@ -8,8 +8,10 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -113,6 +115,36 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(
             with_another()
     found = with_another()
     assert found["training"]["learning_rate"] == other and found["nll"] != outcomes["composed"]["nll"]
+
+
+def test_an_interrupted_training_of_m_a_goes_on_where_it_was(finished, data, settings, monkeypatch, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    m_a, computed, loss_of = tmp_path / "seed-0/cell/m_A", [], training._Trainer.compute_loss
+    (m_a / "base.json").unlink()
+    alone = dataclasses.replace(settings, methods=("m_A",))
+
+    def killed(self, *args, **kwargs):
+        computed.append(self.state.global_step)
+        if computed[-1] == killed_in:
+            raise KeyboardInterrupt
+        return loss_of(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Trainer, "compute_loss", killed)
+    monkeypatch.setattr(training, "SAVE_STEPS", 2)
+    killed_in = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(data, alone, 0, tmp_path, Console(file=io.StringIO()))
+    later = time.time() + 1000  # as if the two steps had taken that long
+    os.utime(m_a / "training/checkpoint-2", (later, later))
+    computed.clear()
+    killed_in = None
+    run_cell(data, alone, 0, tmp_path, Console(file=io.StringIO()))
+    assert computed[0] == 2 and computed[-1] == settings.specialist.steps - 1
+    assert 1000 <= json.loads((m_a / "base.json").read_text())["result"]["step_seconds"] < 1100
+    assert not (m_a / "training").exists()
+    expected = load_file(finished[0] / "seed-0/cell/m_A/model.safetensors")
+    for name, weight in load_file(m_a / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
 
 
 def test_another_seed_does_not_ask_the_anchor_alone_again(finished, data, settings, tmp_path):
@@ -228,10 +260,12 @@ def test_of_mixtures_that_answer_as_well_the_likelier_is_taken(data, settings, m
 
 def test_notes_say_what_m_a_took_and_which_seed_has_a_rate_of_its_own(finished, settings):
     folder, outcomes, _ = finished
-    own = {**outcomes, "lora": {**outcomes["lora"], "training": {**outcomes["lora"]["training"], "learning_rate": 0.5}}}
+    searched = {**outcomes["lora"]["training"], "learning_rate": 0.5, "diverged_at": 0.7}
+    own = {**outcomes, "lora": {**outcomes["lora"], "training": searched}}
     took, diverged = notes_of(folder, settings, {"cell": {0: outcomes, 3: own}})
     assert re.fullmatch(r"With seed 0 the training of m_A of cell took \d+ minutes\.", took)
-    assert diverged == "LoRA on m_B, D_C of cell diverged with seed 3 at that rate and has 0.5."
+    assert diverged == "LoRA on m_B, D_C of cell diverged with seed 3 at 0.7 and has 0.5."
+    assert notes_of(folder, settings, {"cell": {0: own, 3: outcomes}})[1:] == [diverged.replace("seed 3", "seed 0")]
     assert notes_of(folder, settings, {"cell": {0: outcomes, 3: outcomes}}) == [took]
     public = dataclasses.replace(settings, specialist="a/model")
     assert notes_of(folder, public, {"cell": {0: outcomes}}) == []
@@ -318,6 +352,7 @@ def test_a_seed_that_diverges_at_another_ones_rate_searches_for_its_own(
     told = io.StringIO()
     outcome = run_cell(data, alone, 0, tmp_path, Console(file=told, width=200), {"composed": given})["composed"]
     assert f"{outcome['training']['learning_rate']:g}" in outcome["training"]["searched"]
+    assert outcome["training"]["diverged_at"] == given
     assert "composed searches for a learning rate of its own with seed 0" in told.getvalue()
 
 

@@ -107,11 +107,6 @@ def describe(settings: DataSettings, seed: int, folder: str | os.PathLike[str]) 
     return copy.deepcopy(_prepare(settings, seed, Path(folder))[1])
 
 
-def leaks(held_out: Sequence[Function], trained: Sequence[Function]) -> list[tuple[Function, Function]]:
-    """Each held-out function that has a near-duplicate among the trained ones, with one of these."""
-    return [(held_out[index], trained[other]) for index, other in dict(similar(held_out, trained)).items()]
-
-
 def whole(function: Function) -> Example:
     """A function without its description. All but its first word is learned."""
     first = function.code.split(maxsplit=1)[0]

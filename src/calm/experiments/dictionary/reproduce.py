@@ -61,9 +61,9 @@ PRESETS: dict[str, Preset[DataSettings]] = {
 
 NOTES = (
     "One split for all seeds; a seed draws weights, the order of examples, and with them m_A.",
-    "m_A is trained on the whole dictionary, the tested verbs among it, and on no past tense; no verb with the meaning "
-    "of a tested one is in D_C. What is trained on D_C without m_A cannot know what a tested verb means: such rows "
-    "show what guessing gives.",
+    "m_A is trained on one word for each meaning of the dictionary's verbs, the tested ones among them, and on some of "
+    "its other words, but on no past tense; no verb with the meaning of a tested one is in D_C. What is trained on D_C "
+    "without m_A cannot know what a tested verb means: such rows show what guessing gives.",
     "All verbs of D_C, of the development set and of m_B's examples have a past in -ed: that another one may have "
     "another past is nothing that any method is shown.",
     "Only the last word of an answer counts, its past, and of a meaning only the first.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,8 @@ def stage_fingerprint(stage: Stage, recipe: Recipe, seed: int) -> str:
             without |= {"anchor_model", "anchor_training", "with_unknowns", "written_down", "superposition"}
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
     tried = WEIGHTS if stage.name == "mixed_logits" else RATES.get(stage.name)
-    return fingerprint(stage.name, seed, settings, tried)
+    made_by = [importlib.metadata.version("peft")] if stage.name == "lora" else []
+    return fingerprint(stage.name, seed, settings, tried, *made_by)
 
 
 def kept(stage: Stage, recipe: Recipe, seed: int, output_dir: Path) -> StageResult | None:

@@ -66,30 +66,32 @@ def fit(
         The number of steps.
     """
     with tempfile.TemporaryDirectory() as nothing_is_written_here:
+        arguments = TrainingArguments(
+            output_dir=nothing_is_written_here,
+            max_steps=len(batches),
+            per_device_train_batch_size=1,  # an item is a whole batch already
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=settings.warmup_steps,
+            adam_beta2=0.98,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=seed,
+            use_cpu=hardware.device == "cpu",
+            bf16=hardware.bf16,
+            dataloader_num_workers=hardware.loaders,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would take as many items for a step
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=nothing_is_written_here,
-                max_steps=len(batches),
-                per_device_train_batch_size=1,  # an item is a whole batch already
-                train_sampling_strategy="sequential",
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                learning_rate=settings.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=settings.warmup_steps,
-                adam_beta2=0.98,
-                weight_decay=settings.weight_decay,
-                max_grad_norm=1.0,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=seed,
-                use_cpu=hardware.device == "cpu",
-                bf16=hardware.bf16,
-                dataloader_num_workers=hardware.loaders,
-            ),
+            args=arguments,
             train_dataset=batches,
             data_collator=_only_item,
             callbacks=[_Watch(settings, report, validation)],
@@ -139,4 +141,5 @@ class _Watch(TrainerCallback):
 
 
 def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return items[0]
+    (item,) = items
+    return item

@@ -17,6 +17,7 @@ import torch
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from calm.errors import CalmError
 from calm.experiments.key_value_arithmetic.recipe import Recipe
 from calm.experiments.key_value_arithmetic.stages import BASELINES, CURVES, STAGES, Stage, StageResult, needs, run_stage
 
@@ -46,6 +47,7 @@ def run_stages(
     Raises:
         StageFailed: a stage ended with an error, in a process of its own; none is begun any more, and Python waits
             for those that run when it exits. With `recipe.workers` 1 the error itself is raised.
+        CalmError: such a process was ended from outside.
     """
     bars = {stage.name: progress.add_task(stage.name, total=None, start=False, note="waiting") for stage in stages}
     if recipe.workers == 1:
@@ -76,7 +78,7 @@ def run_stages(
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
-                    raise StageFailed(
+                    raise CalmError(
                         f"The process that trained {stage.name} was ended from outside (out of memory?). Finished "
                         "stages are kept: run again to go on."
                     ) from error

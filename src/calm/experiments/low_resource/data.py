@@ -119,12 +119,6 @@ def example(pair: Pair, language: str) -> Example:
     return Example(f"{title(language)}: {pair.translation}\nEnglish:", f" {pair.english}")
 
 
-def pair_of(example: Example) -> Pair:
-    """The pair that an example was made of."""
-    translation = example.prompt.partition(": ")[2].removesuffix("\nEnglish:")
-    return Pair(example.completion.removeprefix(" "), translation)
-
-
 @functools.lru_cache(maxsize=1)  # `load` and `describe` ask one after the other, and clusters take a minute
 def _prepare(language: str, settings: DataSettings, seed: int, folder: Path) -> tuple[Data, dict[str, Any]]:
     pairs, summary = catalogues.read(language, settings.max_words, folder, settings.packages)

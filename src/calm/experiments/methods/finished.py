@@ -38,22 +38,22 @@ def notes_of(
         outcomes: what `run` returned.
 
     Returns:
-        How long the first seed's training of `m_A` took, where it was trained; and which method took another learning
-        rate with a later seed, since it diverged at the first one's.
+        How long the first seed's training of `m_A` took, where it was trained; and which method diverged with which
+        seed at the learning rate that it was given, and so has another one.
     """
     notes = []
     for name, by_seed in outcomes.items():
-        first, *later = by_seed
+        first = next(iter(by_seed))
         within = f" of {name}" if name else ""
         if isinstance(settings.specialist, Fit):
             known = read_json(made(folder / f"seed-{first}" / name / "m_A"), {})["result"]
             minutes = known["step_seconds"] / 60
             notes.append(f"With seed {first} the training of m_A{within} took {minutes:.0f} minutes.")
-        for seed in later:
-            for method, outcome in by_seed[seed].items():
-                rate = outcome["training"].get("learning_rate")
-                if rate != by_seed[first][method]["training"].get("learning_rate"):
-                    notes.append(f"{METHODS[method]}{within} diverged with seed {seed} at that rate and has {rate:g}.")
+        for seed, outcomes_of_seed in by_seed.items():
+            for method, outcome in outcomes_of_seed.items():
+                if (given := outcome["training"].get("diverged_at")) is not None:
+                    has = outcome["training"]["learning_rate"]
+                    notes.append(f"{METHODS[method]}{within} diverged with seed {seed} at {given:g} and has {has:g}.")
     return notes
 
 

@@ -37,6 +37,8 @@ ANY_SEED = "any-seed"
 WEIGHTS_OF = "weights-of"
 """The file in a base's folder with the fingerprint of what its weights were made with; `base.json`, which says what is
 known of them, may come from another machine without any."""
+BEGUN = "begun.json"
+"""The file in a training's folder that says what it is trained as, and how long it took before it was gone on with."""
 
 Found = tuple[float, float]
 """What a search goes by: the worth of a model's answers to the development set, and minus the nats of right ones."""
@@ -112,6 +114,8 @@ class _Run:
         self.data, self.settings, self.seed, self.console = data, settings, seed, console
         self.first, self.found = first, dict[str, float]()
         self.rates = first.found if first else rates  # what the first one finds, once it has
+        self.diverged = dict[str, float]()  # methods that did at the rate that they were given
+        self.spent = 0.0  # seconds of the training that this process went on with, before it did
         self.outcomes = dict[str, Outcome]()
         self.root, shared = folder, folder / f"seed-{seed}"
         self.folder, self.of_any_seed = shared / name, folder / ANY_SEED / name
@@ -193,7 +197,15 @@ class _Run:
         (base / WEIGHTS_OF).unlink(missing_ok=True)  # what it stands for is about to be overwritten
         outcome = make()
         write_json(base / WEIGHTS_OF, fingerprint(self._made_as(base)))
+        _remove(base / "training")
         return outcome
+
+    def _train_base(self, model: PreTrainedModel, base: Path, rows: Sequence[Row], fit: Fit) -> None:
+        if self.is_cut:
+            bases.keep_vocabulary(model)
+        folder = base / "training"
+        self.spent = _begin(folder, fingerprint(self._made_as(base)))
+        training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16, folder)
 
     def _make_vanilla(self) -> Outcome:
         settings = self.settings
@@ -203,7 +215,7 @@ class _Run:
             model = bases.cut(bases.load(self.anchor), settings.augmenting)
         if settings.general is not None:
             rows = scoring.text_rows(self.data.general, self.tokenizer, settings.max_length)
-            self._train_base(model, rows, settings.general)
+            self._train_base(model, self.vanilla, rows, settings.general)
         self._save(model, self.vanilla)
         return {"parameters": model.num_parameters()}
 
@@ -211,14 +223,9 @@ class _Run:
         fit = self.settings.specialist
         model = bases.load(fit if isinstance(fit, str) else self._base(self.vanilla))
         if isinstance(fit, Fit):
-            self._train_base(model, self._rows(self.data.specialist), fit)
+            self._train_base(model, self.specialist, self._rows(self.data.specialist), fit)
         self._save(model, self.specialist)
         return {"parameters": model.num_parameters()}
-
-    def _train_base(self, model: PreTrainedModel, rows: Sequence[Row], fit: Fit) -> None:
-        if self.is_cut:
-            bases.keep_vocabulary(model)
-        training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
 
     def _make_random(self) -> Outcome:
         bases.save_random(self._base(self.vanilla), self.random, self.seed)
@@ -262,7 +269,8 @@ class _Run:
             if not math.isfinite(trained["nll"]):
                 raise CalmError(
                     f"{method} diverged with seed {self.seed} at every learning rate that was tried, the last one "
-                    f"{rate:g}: give lower ones"
+                    f"{rate:g}: give its preset lower ones (Settings.learning_rates), or leave it out "
+                    "(Settings.methods); what is finished of the others is kept"
                 )
             return self._once(
                 path,
@@ -312,6 +320,7 @@ class _Run:
                 is_kept = self._found_before(method, rate, [*depends_on, rate, tried, self.asked])
                 return rate, tried if is_kept else {}
             self.console.print(f"{method} searches for a learning rate of its own with seed {self.seed}")
+            self.diverged[method] = rate
         kind = "composition" if method in COMPOSED else "lora" if method == "lora" else "full"
         candidates = self.settings.learning_rates[kind]
         if len(candidates) == 1:
@@ -345,12 +354,8 @@ class _Run:
         return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
     def _fit(self, method: str, rate: float, folder: Path, trained_as: str) -> Outcome:
-        begun = any(folder.glob("checkpoint-*")) and read_json(folder / "trained_as.json", None) == trained_as
-        if folder.exists() and not begun:
-            _remove(folder)  # a training that is over, or had other settings or data, is not gone on with
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "trained_as.json", trained_as)
-        started = time.perf_counter()
+        self.spent = _begin(folder, trained_as)
+        started = time.perf_counter() - self.spent
         fit = Fit(self.settings.steps_of(method), self.settings.rows, rate)
         try:
             trainable = self._train(method, fit, folder)
@@ -380,6 +385,8 @@ class _Run:
             "steps": self.settings.steps_of(method),
             "seconds": trained["seconds"],
         }
+        if method in self.diverged:
+            outcome["training"]["diverged_at"] = self.diverged[method]
         for other in folder.parent.iterdir():
             if other.is_dir() and (other != folder or method.startswith("full")):  # as large as the anchor
                 _remove(other)
@@ -410,7 +417,7 @@ class _Run:
         elif method == "full_on_all":
             examples = tuple(dict.fromkeys((*self.data.specialist, *examples)))
         rows = self._rows(examples) + scoring.text_rows(self.rehearsed, self.tokenizer, settings.max_length)
-        trained = training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16)
+        trained = training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16, folder)
         model.to(getattr(torch, settings.dtype)).save_pretrained(folder)
         return trained
 
@@ -501,9 +508,9 @@ class _Run:
     def _once(self, path: Path, settings: Any, compute: Callable[[], Outcome]) -> Outcome:
         def timed() -> Outcome:
             self.console.print(f"[dim]{path.relative_to(self.root)} ...[/dim]")
-            started = time.perf_counter()
+            self.spent, started = 0.0, time.perf_counter()
             result = compute()
-            seconds = round(time.perf_counter() - started, 1)
+            seconds = round(self.spent + time.perf_counter() - started, 1)
             self.console.print(f"{path.relative_to(self.root)}: {seconds:.0f} s")
             return {**result, "step_seconds": seconds}
 
@@ -523,6 +530,23 @@ def made(base: Path) -> Path:
 def _kept(folder: Path) -> Path:
     """What is known of a training, beside the folder with its model."""
     return folder.with_name(f"{folder.name}.json")
+
+
+def _begin(folder: Path, trained_as: str) -> float:
+    """Make the folder of a training, with the checkpoints of one that was interrupted if it was the same one.
+
+    Returns:
+        The seconds that this one took until its last checkpoint.
+    """
+    about, spent = read_json(folder / BEGUN, {}), 0.0
+    written = [path.stat().st_mtime for path in folder.glob("checkpoint-*")]
+    if written and about.get("trained_as") == trained_as:
+        spent = about["spent"] + max(written) - about["began"]
+    elif folder.exists():
+        _remove(folder)  # a training that is over, or had other settings or data, is not gone on with
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, {"trained_as": trained_as, "spent": spent, "began": time.time()})
+    return spent
 
 
 def _remove(folder: Path) -> None:

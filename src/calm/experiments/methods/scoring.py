@@ -18,12 +18,13 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteriaList,
 )
 
 from calm.data import IGNORED, CompletionCollator, Row, load_examples
 from calm.experiments.methods.examples import Example, TaskSet
 from calm.experiments.methods.mixing import MixedLogits, mix
-from calm.generation import without_defaults
+from calm.generation import StopOnWritten, without_defaults
 
 Item = TypeVar("Item")
 
@@ -114,7 +115,6 @@ def answers(
     config = GenerationConfig(
         max_new_tokens=task.max_new_tokens,
         do_sample=False,
-        stop_strings=list(task.stop) or None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
@@ -133,7 +133,7 @@ def answers(
                 past_key_values=_read_once(model, inputs["input_ids"], shared) if shared else None,
                 generation_config=config,
                 logits_processor=processors,
-                tokenizer=tokenizer,
+                stopping_criteria=StoppingCriteriaList([StopOnWritten(tokenizer, task.stop, begins)]),
             )
         texts = tokenizer.batch_decode(written[:, begins:], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -20,14 +19,25 @@ from calm.data import CompletionCollator, Row
 from calm.experiments.methods.examples import Example
 from calm.experiments.methods.settings import BATCHES, Fit, Settings
 from calm.training import TrainingResult, train
+from calm.training.checkpoints import WholeCheckpointsTrainer
 from calm.training.loop import SortedSteps
 from calm.training.recipe import check_recipe
 
+SAVE_STEPS = 100
+"""Steps between a baseline's checkpoints, or a twentieth of its training, whichever is more: they are three times as
+large as what is trained."""
+
 
 def fine_tune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], fit: Fit, seed: int, bf16: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    fit: Fit,
+    seed: int,
+    bf16: bool,
+    folder: Path,
 ) -> int:
-    """Train whatever of a model requires gradients.
+    """Train whatever of a model requires gradients, going on from the last checkpoint if there is one.
 
     Args:
         model: float32, trained in place, left in evaluation mode.
@@ -36,45 +46,48 @@ def fine_tune(
         fit: steps, rows and learning rate.
         seed: of the order.
         bf16: compute in bfloat16 (autocast).
+        folder: where checkpoints are kept.
 
     Returns:
         How many parameters were trained.
     """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    with tempfile.TemporaryDirectory() as nothing_is_written_here:
-        arguments = TrainingArguments(
-            output_dir=nothing_is_written_here,
-            max_steps=fit.steps,
-            per_device_train_batch_size=fit.rows // BATCHES,
-            gradient_accumulation_steps=BATCHES,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            learning_rate=fit.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            bf16=bf16,
-            use_cpu=not torch.cuda.is_available(),
-            max_grad_norm=1.0,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            seed=seed,
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would take as many times the rows
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=list(rows),
-            data_collator=CompletionCollator.for_tokenizer(tokenizer),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=fit.steps,
+        per_device_train_batch_size=fit.rows // BATCHES,
+        gradient_accumulation_steps=BATCHES,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        learning_rate=fit.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_steps=max(SAVE_STEPS, fit.steps // 20),
+        save_total_limit=1,
+        report_to="none",
+        seed=seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would take as many times the rows
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        data_collator=CompletionCollator.for_tokenizer(tokenizer),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     model.eval()
     return trained
 
 
-class _Trainer(Trainer):
+class _Trainer(WholeCheckpointsTrainer):
     """In a composition's order of steps, and without logits of prompts, wherever the head itself is not trained."""
+
+    go_on = "run the same command again"
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
