@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bases import byte_tokenizer
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from calm.cli import app
 from calm.cli.evaluate import table
+from calm.cli.loading import load_model
 from calm.evaluation import Evaluation, Metric, TaskResult
 
 TASKS = Path(__file__).parent / "tasks"
@@ -51,6 +56,33 @@ def test_parts_and_plain_models(composed_folder: Path, tiny_bases: dict[str, str
     assert part["tasks"] == plain["tasks"]
     settings = [(row["settings"]["model_type"], row["settings"]["part"]) for row in (composed, part, plain)]
     assert settings == [("calm", None), ("llama", "anchor"), ("llama", None)]
+
+
+def test_a_lora_adapter_is_evaluated_on_the_model_that_it_was_trained_on(tmp_path: Path, tiny_bases: dict[str, str]):
+    anchor = AutoModelForCausalLM.from_pretrained(tiny_bases["anchor"])
+    adapted = get_peft_model(anchor, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, tokenizer = load_model(str(tmp_path / "adapter"), None, None, None, "auto", "cpu")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected)
+        with adapted.disable_adapter():
+            assert (adapted(ids).logits - expected).abs().max() > 0.1
+    assert tokenizer.get_vocab() == byte_tokenizer().get_vocab()  # the adapted model's
+    common = ("--tasks", "sums_choice", "--include-path", TASKS, "--json")
+    found = json.loads(run(tmp_path / "adapter", *common).stdout)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    byte_tokenizer().save_pretrained(tmp_path / "merged")
+    assert found["tasks"] == json.loads(run(tmp_path / "merged", *common).stdout)["tasks"]
+
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    assert "names no base_model_name_or_path" in run(tmp_path / "adapter", *common, code=1).stderr
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path):

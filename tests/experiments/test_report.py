@@ -76,6 +76,7 @@ def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
         (Asked((3,), ("xh", "om")), False),
         (Asked((3,), search=True), False),
         (Asked((3,), composition_seen=True), False),
+        (Asked((3,), composition_seen=True, all_methods=True), True),
     ]
     variants = [asked.variant(**own, code_left_out=left_out) for asked, left_out in runs]
     expected = [
@@ -89,6 +90,7 @@ def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
         "xh-om-seed3",
         "seed3-search",
         "seed3-seen",
+        "seed3-seen-all-no-execution",
     ]
     assert variants == expected
     assert Asked((0, 1), ("cy",)).variant(**own) == ""  # the preset's own, asked for by name
@@ -98,6 +100,7 @@ def test_no_run_overwrites_another_of_the_same_preset_and_day(tmp_path):
     assert Asked((3,), None, search=True).command("code", "cpu") == "calm reproduce code --preset cpu --seed 3 --search"
     seen = Asked(composition_seen=True).command("low_resource", "cpu")
     assert seen == "calm reproduce low_resource --preset cpu --composition-seen"
+    assert Asked(all_methods=True).command("code", "cpu") == "calm reproduce code --preset cpu --all-methods"
     paths = [results(variant=variant).save(tmp_path) for variant in variants]
     assert len({path.name for path in tmp_path.glob("low_resource/*.json")}) == len(runs)
     assert paths[2].name == "2026-01-02-cpu-seed3.json" and Results.load(paths[2]).variant == "seed3"

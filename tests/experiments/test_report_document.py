@@ -251,6 +251,13 @@ def test_a_run_whose_m_a_has_seen_dc_is_not_outdated_for_that_alone(tmp_path):
     assert said in text_of(tmp_path, results(settings=then))
 
 
+def test_a_run_of_all_methods_is_not_outdated_for_that_alone(tmp_path):
+    preset = low_resource.PRESETS["cpu"]
+    then = dataclasses.asdict(dataclasses.replace(preset, methods=preset.methods.with_all_methods()))
+    assert "outdated" not in text_of(tmp_path, results(settings=then, variant="xh-all"))
+    assert "were others then (methods.methods)" in text_of(tmp_path, results(settings=then))
+
+
 def test_an_x_that_was_measured_twice_has_two_rows(tmp_path):
     curve = Curve(title="Quality", x="m_A", y="%", points={"composed": ((100, cell(2)), (100, cell(4)))})
     text = text_of(tmp_path, results(curves={"quality": curve}))

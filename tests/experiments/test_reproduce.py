@@ -27,6 +27,7 @@ from calm.experiments.dictionary.data import DataSettings as DictionarySettings
 from calm.experiments.key_value_arithmetic import reproduce as key_value
 from calm.experiments.low_resource import reproduce as low_resource
 from calm.experiments.low_resource.hub import HubSettings
+from calm.experiments.methods.examples import Data
 from calm.experiments.methods.settings import HELD_OUT, SEEN, TRAINED_ON_DC, Fit, Settings
 from calm.experiments.methods.table import together
 from calm.experiments.reproduce import reproduce
@@ -215,6 +216,28 @@ def test_the_dictionary_domain_has_a_number_for_every_row(hub, books, tmp_path):
     assert searched.variant == "xyz-search" and searched.notes == results.notes
 
 
+@pytest.mark.parametrize("domain", ["dictionary", "code"])
+def test_all_methods_are_run_where_they_are_asked_for_each_with_a_search(domain, monkeypatch, tmp_path):
+    """With those that the preset leaves out an earlier search had nothing to do."""
+    asked_of = []
+
+    def look(data, settings, seeds, folder, console, known):
+        asked_of.append((settings.methods, any((known or {}).values())))
+        raise InterruptedError
+
+    module, made = {"dictionary": dictionary, "code": code}[domain], Data((), (), (), {}, {}, {}, {})
+    for name in ("load", "describe"):
+        monkeypatch.setattr(module, name, lambda *_: made)
+    monkeypatch.setattr(
+        f"calm.experiments.{'methods.languages' if domain == 'dictionary' else 'code.reproduce'}.run", look
+    )
+    for all_methods in (False, True):
+        with pytest.raises(InterruptedError):
+            module.reproduce("cpu", Asked(all_methods=all_methods), tmp_path, Console(file=io.StringIO()))
+    assert asked_of == [(module.PRESETS["cpu"].methods.methods, True), (tuple(METHODS), False)]
+    assert "full_on_all" not in asked_of[0][0]
+
+
 def test_known_rates_are_those_of_every_method_that_would_search():
     for domain in (low_resource, dictionary, code):
         for preset in domain.PRESETS.values():
@@ -346,6 +369,11 @@ def test_what_there_is_not_is_named():
             reproduce(domain, preset, composition_seen=True)
     with pytest.raises(CalmError, match="of code has no learning rates with an m_A that has seen D_C from an earlier"):
         reproduce("code", search=True, composition_seen=True)
+    with pytest.raises(CalmError, match="of code has no learning rates for all methods from an earlier search"):
+        reproduce("code", search=True, all_methods=True)
+    for domain, preset in (("low_resource", "gpu"), ("key_value_arithmetic", "cpu")):
+        with pytest.raises(CalmError, match=f"all_methods=True: the preset {preset} of {domain} leaves no method out"):
+            reproduce(domain, preset, all_methods=True)
     refused = CliRunner().invoke(app, ["reproduce", "low_resource", "--preset", "gpu", "--search"])
     assert refused.exit_code == 1 and "has no learning rates from an earlier search" in refused.stderr
     assert set(key_value.PRESETS) >= {"cpu", "tiny"}

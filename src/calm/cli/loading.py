@@ -63,6 +63,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a composition, a part of it ("anchor", or the name of an augmenting model), or any causal language model.
 
+    Of an adapter's folder or name (PEFT's) it is the model that the adapter was trained on, with the adapter.
+
     Returns:
         The model, on the GPU if there is one, and the tokenizer; a part's is the composition's, so that all of them
         are asked the same.
@@ -75,7 +77,8 @@ def load_model(
     from calm.data import load_tokenizer
 
     place = _usable(device)
-    source = sources.Source.parse(model)
+    adapter = _adapted(model)
+    source = sources.Source.parse(adapter or model)
     config = sources.load_config(source)
     if isinstance(config, calm.CalmConfig):
         if part is None or part == "composed":
@@ -87,10 +90,39 @@ def load_model(
     elif part is not None or anchor or augmenting:
         raise CalmError(f"{model!r} is not a composition, but a {config.model_type!r}: it has no parts to name.")
     else:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, adapter)
         loaded = sources.load_anchor(source, config, dtype=dtype)
+        if adapter is not None:
+            loaded.load_adapter(model)
     loaded.eval().to(place)
     return loaded, tokenizer
+
+
+def _adapted(model: str) -> str | None:
+    """The model that an adapter of PEFT's was trained on; None if this is no adapter.
+
+    Raises:
+        CalmError: If it is one, and peft is not installed, or it names no model.
+    """
+    from transformers.utils import find_adapter_config_file, is_peft_available
+
+    try:
+        file = find_adapter_config_file(model)
+    except (OSError, ValueError):  # no such name, or no hub: that is to be said of the model
+        file = None
+    if file is None:
+        return None
+    if not is_peft_available():
+        raise CalmError(f"{model!r} is an adapter of PEFT's, which is not installed: pip install 'calm-lm[peft]'")
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path
+    if not base:
+        raise CalmError(
+            f"{model!r} is an adapter whose adapter_config.json names no base_model_name_or_path: write there which "
+            "model it was trained on, or merge the two and evaluate the result"
+        )
+    return str(base)
 
 
 def _usable(device: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`calm reproduce`: one domain of the paper, with every baseline, from data to results."""
+"""`calm reproduce`: one domain of the paper, with its baselines, from data to results."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def reproduce(
     composition_seen: Annotated[
         bool, typer.Option(help="Train m_A on D_C, too, which cpu and gpu of low_resource and code hold out.")
     ] = False,
+    all_methods: Annotated[bool, typer.Option(help="Run the methods, too, that the preset leaves out.")] = False,
 ) -> None:
     """Reproduce one domain of the paper: data, training, baselines, tables and plots.
 
@@ -55,4 +56,5 @@ def reproduce(
         allow_code_execution=allow_code_execution,
         search=search,
         composition_seen=composition_seen,
+        all_methods=all_methods,
     )

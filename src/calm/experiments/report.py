@@ -338,6 +338,8 @@ def _changed(results: Results) -> list[str]:
     now = {name: value for name, value in now.items() if not name.startswith("rates.") or name in then}
     if "seen" in results.variant.split("-"):
         now["data.composition_held_out"] = False
+    if "all" in results.variant.split("-"):
+        now["methods.methods"] = list(METHODS)
     return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
 

@@ -14,14 +14,14 @@ from rich.console import Console
 from calm.errors import CalmError
 from calm.experiments.charts import save_charts
 from calm.experiments.report import newest, write_report
-from calm.experiments.results import Asked, Results, made_here
+from calm.experiments.results import METHODS, Asked, Results, made_here
 from calm.experiments.sharing import locked
 from calm.experiments.tables import print_results
 
 Domain = Literal["key_value_arithmetic", "low_resource", "dictionary", "code"]
 HAVE_LANGUAGES = ("low_resource", "dictionary")
-MAY_KNOW_RATES = ("low_resource", "dictionary", "code")
-"""Domains whose presets have `rates`, with what an earlier search found, if there was one."""
+HAVE_METHODS = ("low_resource", "dictionary", "code")
+"""Domains whose presets choose among methods, and have `rates` if an earlier search found some."""
 MAY_HOLD_OUT = ("low_resource", "code")
 """Domains whose presets may hold D_C out of m_A's data."""
 
@@ -45,13 +45,15 @@ def reproduce(
     allow_code_execution: bool = False,
     search: bool = False,
     composition_seen: bool = False,
+    all_methods: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Prepare the data, train, evaluate all baselines, and write `results/DOMAIN/DATE-PRESET.json`, tables and plots.
 
-    With other languages or seeds than the preset's, with a search, with an `m_A` that has seen `D_C`, or without code
-    that was to be executed, the name says so (`DATE-PRESET-om`, `DATE-PRESET-seed3`, `DATE-PRESET-search`,
-    `DATE-PRESET-seen`, `DATE-PRESET-no-execution`), so that nothing overwrites the results of the preset itself.
+    With other languages or seeds than the preset's, with a search, with an `m_A` that has seen `D_C`, with methods that
+    the preset leaves out, or without code that was to be executed, the name says so (`DATE-PRESET-om`,
+    `DATE-PRESET-seed3`, `DATE-PRESET-search`, `DATE-PRESET-seen`, `DATE-PRESET-all`, `DATE-PRESET-no-execution`), so
+    that nothing overwrites the results of the preset itself.
 
     Everything that was finished with the same settings is kept in `output_dir` and not run again: interrupt and
     repeat as you like. Several processes that call this with the same arguments share the work.
@@ -70,6 +72,7 @@ def reproduce(
         search: for learning rates that the preset has from an earlier search; the others are searched for anyway.
         composition_seen: train `m_A` on `D_C`, too, as the paper does, where the preset holds it out (`cpu` and `gpu`
             of `low_resource` and `code`). Such a run has a folder of its own, with data of its own.
+        all_methods: run the methods, too, that the preset leaves out, so as to end in time or to fit.
         console: is told what happens.
 
     Returns:
@@ -77,8 +80,9 @@ def reproduce(
 
     Raises:
         CalmError: no such domain or preset; languages of a domain that has none; a search where the preset has no rates
-            from an earlier one; a `D_C` to be seen that is not held out; data or models that cannot be had; folders
-            that cannot be written to; a file among the results that holds none; a package that is not installed.
+            from an earlier one; a `D_C` to be seen that is not held out; all methods where none is left out; data or
+            models that cannot be had; folders that cannot be written to; a file among the results that holds none; a
+            package that is not installed.
     """
     if domain not in get_args(Domain):
         raise CalmError(f"domain={domain!r}: expected one of {', '.join(get_args(Domain))}.")
@@ -87,9 +91,11 @@ def reproduce(
         raise CalmError(f"preset={preset!r}: {domain} has {', '.join(module.PRESETS)}.")
     if languages and domain not in HAVE_LANGUAGES:
         raise CalmError(f"languages={tuple(languages)}: {domain} has none; {' and '.join(HAVE_LANGUAGES)} have.")
-    if search and (composition_seen or not _knows_rates(domain, module.PRESETS[preset], languages)):
+    anew = composition_seen or all_methods
+    if search and (anew or not _knows_rates(domain, module.PRESETS[preset], languages)):
         of_what = f" of {', '.join(languages)}" if languages else ""
         of_what += " with an m_A that has seen D_C" if composition_seen else ""
+        of_what += " for all methods" if all_methods else ""
         raise CalmError(
             f"search=True: the preset {preset} of {domain} has no learning rates{of_what} from an earlier search and "
             "searches anyway; leave it out."
@@ -99,12 +105,15 @@ def reproduce(
             f"composition_seen=True: the preset {preset} of {domain} does not hold D_C out of m_A's data; "
             f"cpu and gpu of {' and '.join(MAY_HOLD_OUT)} do. Leave it out."
         )
+    if all_methods and not _leaves_out(domain, module.PRESETS[preset]):
+        raise CalmError(f"all_methods=True: the preset {preset} of {domain} leaves no method out. Leave it out.")
     asked = Asked(
         seeds=tuple(dict.fromkeys(seeds)) if seeds else None,
         languages=tuple(dict.fromkeys(languages)) if languages else None,
         allow_code_execution=allow_code_execution,
         search=search,
         composition_seen=composition_seen,
+        all_methods=all_methods,
     )
     console = console or Console(highlight=False)
     folder = Path(output_dir, f"{domain}-{preset}{'-seen' if composition_seen else ''}")
@@ -134,8 +143,12 @@ def _holds_out(domain: str, preset: Any) -> bool:
     return domain in MAY_HOLD_OUT and dataclasses.asdict(preset.data).get("composition_held_out", False)
 
 
+def _leaves_out(domain: Domain, preset: Any) -> bool:
+    return domain in HAVE_METHODS and set(preset.methods.methods) != set(METHODS)
+
+
 def _knows_rates(domain: Domain, preset: Any, languages: Sequence[str] | None) -> bool:
-    if domain not in MAY_KNOW_RATES:
+    if domain not in HAVE_METHODS:
         return False
     if domain not in HAVE_LANGUAGES:
         return bool(preset.rates)

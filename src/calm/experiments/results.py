@@ -203,6 +203,7 @@ class Asked:
         allow_code_execution: have rows that run what models write.
         search: for learning rates, too, that an earlier search has found.
         composition_seen: m_A is trained on D_C, too, which the preset holds out of its data.
+        all_methods: run those, too, that the preset leaves out.
     """
 
     seeds: tuple[int, ...] | None = None
@@ -210,6 +211,12 @@ class Asked:
     allow_code_execution: bool = False
     search: bool = False
     composition_seen: bool = False
+    all_methods: bool = False
+
+    @property
+    def searches(self) -> bool:
+        """Whether no learning rate is taken from an earlier search, which had an m_A and methods of its own."""
+        return self.search or self.composition_seen or self.all_methods
 
     def command(self, domain: str, preset: str) -> str:
         """The command line that makes such results again."""
@@ -218,6 +225,7 @@ class Asked:
         words += [f"--seed {seed}" for seed in self.seeds or ()]
         words += ["--search"] if self.search else []
         words += ["--composition-seen"] if self.composition_seen else []
+        words += ["--all-methods"] if self.all_methods else []
         return " ".join([*words, *(["--allow-code-execution"] if self.allow_code_execution else [])])
 
     def variant(self, seeds: Sequence[int], languages: Sequence[str] = (), code_left_out: bool = False) -> str:
@@ -229,12 +237,14 @@ class Asked:
             code_left_out: rows were left out because they execute code.
 
         Returns:
-            Such as "om", "seed3", "xh-om-seed3-4", "search", "seen", "no-execution", "seed3-no-execution", or "".
+            Such as "om", "seed3", "xh-om-seed3-4", "search", "seen", "all", "no-execution", "seed3-no-execution", or
+            "".
         """
         found = list(self.languages or ()) if self.languages != tuple(languages) else []
         if self.seeds and self.seeds != tuple(seeds):
             found.append("seed" + "-".join(map(str, self.seeds)))
-        said = {"search": self.search, "seen": self.composition_seen, "no-execution": code_left_out}
+        said = {"search": self.search, "seen": self.composition_seen, "all": self.all_methods}
+        said["no-execution"] = code_left_out
         return "-".join([*found, *(word for word, is_so in said.items() if is_so)])
 
 

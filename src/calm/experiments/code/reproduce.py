@@ -115,7 +115,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
     Args:
         preset: one of `PRESETS`.
         asked: seeds instead of the preset's, whether to have the row `humaneval`, which runs what models write,
-            whether to search where an earlier search has found, and whether m_A has seen D_C.
+            whether to search where an earlier search has found, whether m_A has seen D_C, and whether to run all
+            methods.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """
@@ -143,11 +144,13 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
             " It asks in a form that D_C has and m_B's prompt shows no example of, a description and then the code: "
             "what a method gains there over m_B is partly that form, which LoRA and the vanilla m_A learn, too."
         )
-    # what an earlier search found, it found with an m_A that had not seen D_C
-    known = {} if asked.search or asked.composition_seen else preset.rates
+    known = {} if asked.searches else preset.rates
+    if asked.all_methods:
+        preset = dataclasses.replace(preset, methods=preset.methods.with_all_methods())
     outcomes = run({"": data}, preset.methods, seeds, folder, console, {"": known} if known else None)[""]
     about_problems = (
-        f"An answer to {problems} ends after {tokens} tokens, which some need more than.{about_form}"
+        f"An answer to {problems} ends after {tokens} tokens, which some need more than. HumanEval's prompts end within "
+        f"the indentation of the body here, its own with the line before.{about_form}"
         if allow_code_execution
         else f"Left out, since no code that a model wrote was to run: {problems}."
     )

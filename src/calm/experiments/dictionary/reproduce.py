@@ -81,8 +81,8 @@ def reproduce(preset: str, asked: Asked, folder: Path, console: Console) -> Resu
 
     Args:
         preset: one of `PRESETS`.
-        asked: languages and seeds instead of the preset's, and whether to search where an earlier search has found; no
-            code is executed in this domain.
+        asked: languages and seeds instead of the preset's, whether to search where an earlier search has found, and
+            whether to run all methods; no code is executed in this domain.
         folder: where data, models and outcomes are kept.
         console: is told what is done.
     """

@@ -57,7 +57,8 @@ def results_of(
         domain: its name.
         name: of the preset.
         preset: its sizes.
-        asked: languages and seeds instead of the preset's; whether to search where an earlier search has found.
+        asked: languages and seeds instead of the preset's; whether to search where an earlier search has found, and
+            to run all methods.
         prepare: a language's data, and the same in figures. It is asked for every language before any model is trained.
         notes: what a reader has to know of the domain.
         folder: where models and outcomes are kept.
@@ -66,12 +67,9 @@ def results_of(
     seeds, languages = asked.seeds or preset.seeds, asked.languages or preset.languages
     prepared = {language: prepare(language) for language in languages}
     data = {language: examples for language, (examples, _) in prepared.items()}
-    # what an earlier search found, it found with an m_A that had not seen D_C
-    known = (
-        {}
-        if asked.search or asked.composition_seen
-        else {name: preset.rates[name] for name in languages if name in preset.rates}
-    )
+    known = {} if asked.searches else {name: preset.rates[name] for name in languages if name in preset.rates}
+    if asked.all_methods:
+        preset = dataclasses.replace(preset, methods=preset.methods.with_all_methods())
     outcomes = run(data, preset.methods, seeds, folder, console, known)
     fields = {language: table.fields(data[language], outcomes[language]) for language in languages}
     settings = dataclasses.asdict(dataclasses.replace(preset, seeds=seeds, languages=languages, rates=known))

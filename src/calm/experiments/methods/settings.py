@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,10 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
     num_heads: int | None = None
     rehearsal: float = 0.2
+
+    def with_all_methods(self) -> Settings:
+        """The same with every method of `results.METHODS`."""
+        return dataclasses.replace(self, methods=tuple(METHODS))
 
     def of_training(self) -> dict[str, Any]:
         """What a training depends on, besides its own length and learning rate, the models and the data."""
