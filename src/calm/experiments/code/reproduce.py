@@ -149,8 +149,8 @@ def reproduce_preset(name: str, preset: Preset, asked: Asked, folder: Path, cons
         preset = dataclasses.replace(preset, methods=preset.methods.with_all_methods())
     outcomes = run({"": data}, preset.methods, seeds, folder, console, {"": known} if known else None)[""]
     about_problems = (
-        f"An answer to {problems} ends after {tokens} tokens, which some need more than. HumanEval's prompts end within "
-        f"the indentation of the body here, its own with the line before.{about_form}"
+        f"An answer to {problems} ends after {tokens} tokens, which some need more than. Prompts of HumanEval end "
+        f"within the indentation of the body here, its own with the line before.{about_form}"
         if allow_code_execution
         else f"Left out, since no code that a model wrote was to run: {problems}."
     )
