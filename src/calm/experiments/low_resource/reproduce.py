@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset[DataSettings | HubSettings]] = {
         ),
         rates={
             "cy": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=1e-3, mixed_logits=0.9),
-            "xh": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
+            "xh": dict(composed=1e-4, vanilla_m_A=1e-3, random_m_A=1e-3, lora=1e-3, mixed_logits=0.7),
             "om": dict(composed=3e-4, vanilla_m_A=3e-4, random_m_A=3e-4, lora=3e-3, mixed_logits=0.9),
             "fr": dict(composed=3e-4, vanilla_m_A=1e-3, random_m_A=3e-4, lora=3e-3, mixed_logits=0.7),
         },
