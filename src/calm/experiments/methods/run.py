@@ -115,7 +115,7 @@ class _Run:
         self.first, self.found = first, dict[str, float]()
         self.rates = first.found if first else rates  # what the first one finds, once it has
         self.diverged = dict[str, float]()  # methods that did at the rate that they were given
-        self.spent = 0.0  # seconds of the training that this process went on with, before it did
+        self.spent = 0.0  # seconds of the trainings that a step went on with, before it did
         self.outcomes = dict[str, Outcome]()
         self.root, shared = folder, folder / f"seed-{seed}"
         self.folder, self.of_any_seed = shared / name, folder / ANY_SEED / name
@@ -204,7 +204,7 @@ class _Run:
         if self.is_cut:
             bases.keep_vocabulary(model)
         folder = base / "training"
-        self.spent = _begin(folder, fingerprint(self._made_as(base)))
+        self.spent += _begin(folder, fingerprint(self._made_as(base)))
         training.fine_tune(model, self.tokenizer, rows, fit, self.seed, self.bf16, folder)
 
     def _make_vanilla(self) -> Outcome:
@@ -354,8 +354,9 @@ class _Run:
         return self._once(_kept(folder), settings, lambda: self._fit(method, rate, folder, trained_as))
 
     def _fit(self, method: str, rate: float, folder: Path, trained_as: str) -> Outcome:
-        self.spent = _begin(folder, trained_as)
-        started = time.perf_counter() - self.spent
+        spent = _begin(folder, trained_as)
+        self.spent += spent
+        started = time.perf_counter() - spent
         fit = Fit(self.settings.steps_of(method), self.settings.rows, rate)
         try:
             trainable = self._train(method, fit, folder)
