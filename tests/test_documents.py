@@ -63,7 +63,7 @@ def test_the_report_is_what_the_results_and_the_code_give(tmp_path: Path, monkey
 def test_readme_says_of_each_language_what_was_measured() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     for results in newest(ROOT / "results"):
-        if results.domain != "low_resource":
+        if results.domain != "low_resource" or "seen" in results.variant:
             continue
         for row, cells in results.table.items():
             name = results.rows[row].title.removesuffix(" to English")
