@@ -58,7 +58,9 @@ def test_parts_and_plain_models(composed_folder: Path, tiny_bases: dict[str, str
     assert settings == [("calm", None), ("llama", "anchor"), ("llama", None)]
 
 
-def test_a_lora_adapter_is_evaluated_on_the_model_that_it_was_trained_on(tmp_path: Path, tiny_bases: dict[str, str]):
+def test_a_lora_adapter_is_evaluated_on_the_model_that_it_was_trained_on(
+    tmp_path: Path, tiny_bases: dict[str, str], composed_folder: Path
+):
     anchor = AutoModelForCausalLM.from_pretrained(tiny_bases["anchor"])
     adapted = get_peft_model(anchor, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
     torch.manual_seed(0)
@@ -81,8 +83,9 @@ def test_a_lora_adapter_is_evaluated_on_the_model_that_it_was_trained_on(tmp_pat
     assert found["tasks"] == json.loads(run(tmp_path / "merged", *common).stdout)["tasks"]
 
     config = tmp_path / "adapter/adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
-    assert "names no base_model_name_or_path" in run(tmp_path / "adapter", *common, code=1).stderr
+    for base, said in ((None, "names no base_model_name_or_path"), (composed_folder, "is an adapter on a composition")):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base and str(base)}))
+        assert said in run(tmp_path / "adapter", *common, code=1).stderr
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path):

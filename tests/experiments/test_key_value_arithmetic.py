@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM
 
 import calm
 from calm.attention import Connection
-from calm.experiments.key_value_arithmetic import baselines, bases, evaluate, recipe, reproduce, run, stages, workers
+from calm.experiments.key_value_arithmetic import (
+    baselines,
+    bases,
+    evaluate,
+    recipe,
+    reproduce,
+    run,
+    stages,
+    training,
+    workers,
+)
 from calm.experiments.key_value_arithmetic.ablations import Variant, VariantConnection, markdown
 from calm.experiments.key_value_arithmetic.data import TASKS, DataSettings, Task, build_tokenizer
 from calm.experiments.key_value_arithmetic.lines import Line, encode
@@ -180,6 +190,24 @@ def test_only_what_is_missing_is_trained(finished, monkeypatch):
     again = json.loads(file.read_text())
     for what in ("fingerprint", "right", "perplexity", "answers"):  # under one seed it comes out the same
         assert again[what] == before[what]
+
+
+def test_a_step_is_one_batch_however_many_gpus_there_are(monkeypatch):
+    """The Trainer would draw an item for each, of which the collator knows but one."""
+    taken = []
+
+    def trainer(args, **_):
+        taken.append(args._n_gpu)
+        raise InterruptedError
+
+    monkeypatch.setattr(training.TrainingArguments, "n_gpu", property(lambda self: 4))
+    monkeypatch.setattr(training, "Trainer", trainer)
+    tiny = recipe.preset("tiny")
+    with pytest.raises(InterruptedError):
+        training.fit(None, [{}], tiny.anchor_training, 0, lambda *_: None)
+    assert taken == [1]
+    with pytest.raises(ValueError, match="too many values"):
+        training._only_item([{}, {}])
 
 
 def test_other_settings_are_not_kept(finished):

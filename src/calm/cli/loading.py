@@ -70,7 +70,7 @@ def load_model(
         are asked the same.
 
     Raises:
-        CalmError: If it cannot be loaded, or if there is no such device.
+        CalmError: If it cannot be loaded, if it is an adapter on a composition, or if there is no such device.
     """
     import calm
     from calm import sources
@@ -80,6 +80,11 @@ def load_model(
     adapter = _adapted(model)
     source = sources.Source.parse(adapter or model)
     config = sources.load_config(source)
+    if adapter is not None and isinstance(config, calm.CalmConfig):
+        raise CalmError(
+            f"{model!r} is an adapter on a composition, {adapter!r}, which no command loads: load the two in Python "
+            '(docs/training.md, "LoRA on the anchor")'
+        )
     if isinstance(config, calm.CalmConfig):
         if part is None or part == "composed":
             return load(model, anchor, augmenting, dtype, device)
